@@ -1,0 +1,400 @@
+"""Token rewards of on-policy distillation: pure functions of two log-probabilities.
+
+For a sampled token let t be the teacher's probability and p the student's. A reward r(t, p)
+says how much more likely the token should become; the student's loss is -sum(r * ln p) / N.
+The rewards here take ln t and ln p, of any shape and float dtype, and return float32 without
+a gradient::
+
+    reward = create("power", alpha=5.0)
+    r = reward(teacher_log_probs, student_log_probs)
+
+This module needs torch alone and drops into any training loop. Unless a docstring says
+otherwise, equations are those of PowerOPD (arXiv:2606.17199).
+"""
+
+import dataclasses
+import importlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+RewardFunction = Callable[..., Tensor]
+Number = Any  # a float, or a Schedule of floats until `Reward.at` resolves it
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A parameter that moves from `start` to `end` over the first `steps` optimizer steps."""
+
+    schedule: Literal["constant", "linear", "cosine"]
+    start: float
+    end: float | None = None  # None: stays at `start`
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        known = get_args(Schedule.__annotations__["schedule"])
+        if self.schedule not in known:
+            raise ValueError(f"schedule: expected one of {', '.join(known)}, got {self.schedule!r}")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps of a schedule: expected an integer >= 1, got {self.steps!r}")
+        if self.schedule != "constant" and self.end is None:
+            raise ValueError(f"a {self.schedule} schedule needs `end`")
+
+    def ends(self) -> tuple[Any, ...]:
+        return (self.start,) if self.end is None else (self.start, self.end)
+
+    def at(self, step: int) -> float:
+        """The value at optimizer step `step`, counted from 0."""
+        if self.end is None or self.schedule == "constant":
+            return self.start
+        progress = min(max(step / self.steps, 0.0), 1.0)
+        if self.schedule == "cosine":
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return self.start + (self.end - self.start) * progress
+
+
+Condition = tuple[str, Callable[[float], bool]]
+POSITIVE: Condition = ("a number > 0", lambda x: x > 0)
+NEGATIVE: Condition = ("a number < 0", lambda x: x < 0)
+
+
+def _parameter(default: float, condition: Condition) -> Any:
+    """A numeric parameter, possibly scheduled, every value of which meets the condition."""
+    return field(default=default, metadata={"condition": condition})
+
+
+@dataclass(frozen=True)
+class Reward(ABC):
+    """A token reward. Subclasses state `compute`; calling checks, casts and detaches."""
+
+    # A reward that needs the mean and standard deviation of the whole optimizer step.
+    needs_statistics: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for parameter in dataclasses.fields(self):
+            value = self.__dict__[parameter.name]
+            for number in value.ends() if isinstance(value, Schedule) else (value,):
+                if "condition" in parameter.metadata:
+                    _check_number(parameter.name, number, *parameter.metadata["condition"])
+
+    @abstractmethod
+    def compute(self, t: Tensor, p: Tensor) -> Tensor:
+        """The reward of log-probabilities `t` (teacher) and `p` (student), same shape."""
+
+    def __call__(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
+        """Reward per token: float32, no gradient, the inputs' (broadcast) shape.
+
+        float64 inputs are computed in float64, all others in float32: a bf16 probability is
+        never raised to a power. A teacher log-probability of -inf is legal; the reward is then
+        finite exactly where it is bounded.
+        """
+        for name, value in self.__dict__.items():
+            if isinstance(value, Schedule):
+                raise ValueError(f"{name} follows a schedule: call reward.at(step) first")
+        with torch.no_grad():
+            teacher, student = torch.broadcast_tensors(teacher_log_probs, student_log_probs)
+            dtype = torch.promote_types(
+                torch.promote_types(teacher.dtype, student.dtype), torch.float32
+            )
+            return self.compute(teacher.detach().to(dtype), student.detach().to(dtype)).float()
+
+    def at(self, step: int) -> Self:
+        """This reward with every schedule resolved at optimizer step `step` (from 0)."""
+        resolved = {k: v.at(step) for k, v in self.__dict__.items() if isinstance(v, Schedule)}
+        return dataclasses.replace(self, **resolved) if resolved else self
+
+    @property
+    def unstandardized(self) -> "Reward":
+        """The reward whose statistics `with_statistics` expects: itself, but for z-scores."""
+        return self
+
+    def with_statistics(self, mean: float, std: float) -> "Reward":
+        """This reward given the step's mean and population standard deviation."""
+        return self
+
+    def divergence(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
+        """What full-vocabulary training with this reward descends on, per position.
+
+        [..., V] full log-distributions -> [...]. The default, -sum_v p r(t, p), is the reverse
+        KL for the log ratio; for other rewards it is the expected penalty under the student.
+        """
+        probs = student_log_probs.exp()
+        reward = self(teacher_log_probs, student_log_probs)
+        return -torch.where(probs > 0, probs * reward, 0.0).sum(-1)
+
+
+def _check_number(name: str, value: Any, text: str, holds: Callable[[float], bool]) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not holds(value):
+        raise ValueError(f"{name}: expected {text}, got {value!r}")
+
+
+def _log_ratio(t: Tensor, p: Tensor) -> Tensor:
+    # Equal log-probabilities have ratio 0, also where both are -inf and t - p would be NaN.
+    return torch.where(t == p, 0.0, t - p)
+
+
+@dataclass(frozen=True)
+class LogRatio(Reward):
+    """ln t - ln p: vanilla on-policy distillation. Unbounded."""
+
+    def compute(self, t: Tensor, p: Tensor) -> Tensor:
+        return _log_ratio(t, p)
+
+
+@dataclass(frozen=True)
+class Clip(Reward):
+    """clamp(ln t - ln p, low, high)."""
+
+    low: Number = _parameter(-1.0, NEGATIVE)
+    high: Number = _parameter(1.0, POSITIVE)
+
+    def compute(self, t: Tensor, p: Tensor) -> Tensor:
+        return _log_ratio(t, p).clamp(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Tanh(Reward):
+    """tanh((ln t - ln p) / temperature)."""
+
+    temperature: Number = _parameter(5.0, POSITIVE)
+
+    def compute(self, t: Tensor, p: Tensor) -> Tensor:
+        return torch.tanh(_log_ratio(t, p) / self.temperature)
+
+
+@dataclass(frozen=True)
+class Power(Reward):
+    """t^alpha - p^alpha: PowerOPD. In [-1, 1], with the sign of ln t - ln p.
+
+    `scale="box_cox"` divides by alpha; its limit for alpha -> 0 is the log ratio.
+    """
+
+    alpha: Number = _parameter(5.0, POSITIVE)
+    scale: Literal["unit", "box_cox"] = "unit"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale not in ("unit", "box_cox"):
+            raise ValueError(f"scale: expected unit or box_cox, got {self.scale!r}")
+
+    def compute(self, t: Tensor, p: Tensor) -> Tensor:
+        # With d = ln t - ln p:  sign(d) * max(t, p)^alpha * (1 - exp(-alpha |d|)),
+        # which neither cancels where t is close to p nor overflows anywhere.
+        d = _log_ratio(t, p)
+        largest = torch.exp(self.alpha * torch.maximum(t, p))
+        reward = d.sign() * largest * -torch.expm1(-self.alpha * d.abs())
+        return reward / self.alpha if self.scale == "box_cox" else reward
+
+    def divergence(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
+        """Density-power divergence sum_v [p^(a+1)/(a+1) - p t^a + a t^(a+1)/(a+1)].
+
+        Minus its gradient in ln p is sum_v sg[p (t^a - p^a)] grad ln p, so PowerOPD is the
+        one-sample estimate of its descent (divergence: Basu et al. 1998, with a = alpha).
+        """
+        a, t, p = self.alpha, teacher_log_probs, student_log_probs
+        value = (
+            ((a + 1) * p).exp() / (a + 1) - (p + a * t).exp() + a * ((a + 1) * t).exp() / (a + 1)
+        )
+        return value.sum(-1) / (a if self.scale == "box_cox" else 1.0)
+
+
+@dataclass(frozen=True)
+class Hellinger(Reward):
+    """2 * (sqrt(t / p) - 1) = 2 expm1(d / 2), at most `cap`.
+
+    Its uncapped expectation under p descends on the squared Hellinger distance. It is bounded
+    below by -2 but not above, hence the cap.
+    """
+
+    cap: Number = _parameter(10.0, POSITIVE)
+
+    def compute(self, t: Tensor, p: Tensor) -> Tensor:
+        return (2 * torch.expm1(_log_ratio(t, p) / 2)).clamp(max=self.cap)
+
+
+@dataclass(frozen=True)
+class Gate(Reward):
+    """1 where t > threshold, else 0: a control that ignores the student's probability."""
+
+    threshold: Number = _parameter(0.5, ("a number in [0, 1)", lambda x: 0 <= x < 1))
+
+    def compute(self, t: Tensor, p: Tensor) -> Tensor:
+        return (t.exp() > self.threshold).float()
+
+
+@dataclass(frozen=True)
+class ZScore(Reward):
+    """(r - mean) / std of a base reward over all trained tokens of the optimizer step.
+
+    mean and the population std are taken over all micro-batches and processes, then given by
+    `with_statistics`. May flip signs.
+    """
+
+    needs_statistics: ClassVar[bool] = True
+    base: Reward = field(default_factory=LogRatio)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.base, Mapping):  # {name: power, alpha: 5} of a recipe
+            object.__setattr__(self, "base", create(**self.base))
+        if not isinstance(self.base, Reward) or self.base.needs_statistics:
+            raise ValueError(f"base: expected a reward other than zscore, got {self.base!r}")
+
+    def compute(self, t: Tensor, p: Tensor) -> Tensor:
+        raise ValueError("zscore needs the step's statistics: call with_statistics(mean, std)")
+
+    def at(self, step: int) -> Self:
+        return dataclasses.replace(self, base=self.base.at(step))
+
+    @property
+    def unstandardized(self) -> Reward:
+        return self.base
+
+    def with_statistics(self, mean: float, std: float) -> Reward:
+        return Standardized(self.base, mean, std)
+
+
+@dataclass(frozen=True)
+class Standardized(Reward):
+    """(r - mean) / std of `base`, with known statistics: what `ZScore` becomes in a step."""
+
+    base: Reward
+    mean: float
+    std: float
+
+    def compute(self, t: Tensor, p: Tensor) -> Tensor:
+        centered = self.base.compute(t, p) - self.mean
+        return centered / self.std if self.std > 0 else torch.zeros_like(centered)
+
+
+@dataclass(frozen=True)
+class Custom(Reward):
+    """A user's own function (teacher_log_probs, student_log_probs, **parameters) -> rewards."""
+
+    name: str
+    function: RewardFunction
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def compute(self, t: Tensor, p: Tensor) -> Tensor:
+        reward = self.function(t, p, **self.parameters)
+        if not isinstance(reward, Tensor) or reward.shape != t.shape:
+            got = tuple(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
+            raise ValueError(
+                f"reward {self.name}: expected a tensor of {tuple(t.shape)}, got {got}"
+            )
+        return reward
+
+
+REWARDS: dict[str, type[Reward]] = {
+    "log_ratio": LogRatio,
+    "clip": Clip,
+    "tanh": Tanh,
+    "zscore": ZScore,
+    "power": Power,
+    "hellinger": Hellinger,
+    "gate": Gate,
+}
+
+
+def create(name: str, **parameters: Any) -> Reward:
+    """The reward `name` of `REWARDS`, or a user's own by "package.module:function".
+
+    Numeric parameters may be a `Schedule` or a mapping of its fields, such as
+    {"schedule": "linear", "start": 1.0, "end": 5.0, "steps": 1000}.
+    Raises ValueError, naming the parameter, what was expected and what was got.
+    """
+    given = {k: _schedule_or_value(k, v) for k, v in parameters.items()}
+    if ":" in name:
+        return _custom(name, given)
+    if name not in REWARDS:
+        raise ValueError(
+            f"name: expected one of {', '.join(REWARDS)} or package.module:function, got {name!r}"
+        )
+    known = [f.name for f in dataclasses.fields(REWARDS[name])]
+    for key in given:
+        if key not in known:
+            parameters_text = ", ".join(known) or "it has none"
+            raise ValueError(
+                f"{key}: unknown parameter of reward {name} (known: {parameters_text})"
+            )
+    return REWARDS[name](**given)
+
+
+def _schedule_or_value(key: str, value: Any) -> Any:
+    if not isinstance(value, Mapping) or "schedule" not in value:
+        return value
+    try:
+        return Schedule(**value)
+    except TypeError:
+        raise ValueError(
+            f"{key}: a schedule has the keys schedule, start, end and steps, got {', '.join(value)}"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def _custom(name: str, parameters: Mapping[str, Any]) -> Reward:
+    target = import_object(name)
+    if isinstance(target, type) and issubclass(target, Reward):
+        return target(**parameters)
+    if not callable(target):
+        raise ValueError(f"name: expected {name} to be a function or a Reward, got {target!r}")
+    return Custom(name, target, parameters)
+
+
+def import_object(name: str) -> Any:
+    """The object that "package.module:attribute" names; ValueError where there is none."""
+    module_name, _, attribute = name.partition(":")
+    try:
+        return vars(importlib.import_module(module_name))[attribute]
+    except ModuleNotFoundError as error:
+        raise ValueError(f"name: cannot import {name}: {error}") from error
+    except KeyError:
+        raise ValueError(f"name: module {module_name} has no {attribute!r}") from None
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `check` found. A counter-example is (t, p, r): two probabilities and the reward."""
+
+    bounded: bool
+    sign_consistent: bool
+    bound: float
+    bounded_counterexample: tuple[float, float, float] | None = None
+    sign_counterexample: tuple[float, float, float] | None = None
+
+
+def check(reward: RewardFunction) -> Check:
+    """Tests a reward for P1, |r| <= M on [0, 1]^2, and P2, sign r = sign(t - p).
+
+    Evaluated in float64 on a grid of log-probabilities from 0 down to -1e4 and -inf. A zero
+    reward off the diagonal counts against P2 only where t or p is 1: elsewhere it may be the
+    underflow of a tiny value. A grid cannot prove a property, only refute it.
+    """
+    depths = torch.cat([torch.zeros(1), torch.logspace(-6, 4, 201, dtype=torch.float64)])
+    log_probs = torch.cat([-depths.double(), torch.tensor([-math.inf], dtype=torch.float64)])
+    t, p = (x.flatten() for x in torch.meshgrid(log_probs, log_probs, indexing="ij"))
+    r = reward(t, p).double()
+    unbounded = ~r.isfinite()
+    certain = (t == 0) | (p == 0)
+    wrong_sign = (r * (t - p).sign() < 0) | ((t == p) != (r == 0)) & ((t == p) | certain)
+    wrong_sign |= r.isnan()
+
+    def example(bad: Tensor) -> tuple[float, float, float] | None:
+        if not bad.any():
+            return None
+        i = int(bad.int().argmax())
+        return (t[i].exp().item(), p[i].exp().item(), r[i].item())
+
+    return Check(
+        bounded=not unbounded.any(),
+        sign_consistent=not wrong_sign.any(),
+        bound=math.inf if unbounded.any() else r.abs().max().item(),
+        bounded_counterexample=example(unbounded),
+        sign_counterexample=example(wrong_sign),
+    )

@@ -1,0 +1,127 @@
+"""Stop tokens: which ids end a completion, and how the terminal one is trained.
+
+A base student and a chat teacher often end a turn with different tokens, so what happens at a
+completion's last token is part of the method. A *terminal* token is the last valid token of a
+completion where that token is a stop id of either model.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# A chat turn rendered around this text shows which special token the template ends it with.
+_MARKER = "the turn"
+
+
+class Targets(NamedTuple):
+    """What each model is scored on, [B, T] each; ids are meaningless where `loss_mask` is 0."""
+
+    student_targets: Tensor
+    teacher_targets: Tensor
+    loss_mask: Tensor
+
+
+def _raw(ids: Tensor, mask: Tensor, terminal: Tensor, teacher_stop: int) -> Targets:
+    return Targets(ids, ids, mask)
+
+
+def _mask(ids: Tensor, mask: Tensor, terminal: Tensor, teacher_stop: int) -> Targets:
+    return Targets(ids, ids, mask & ~terminal)
+
+
+def _canonical(ids: Tensor, mask: Tensor, terminal: Tensor, teacher_stop: int) -> Targets:
+    replaced = ids.masked_fill(terminal, teacher_stop)
+    return Targets(replaced, replaced, mask)
+
+
+def _cross(ids: Tensor, mask: Tensor, terminal: Tensor, teacher_stop: int) -> Targets:
+    return Targets(ids, ids.masked_fill(terminal, teacher_stop), mask)
+
+
+# Policy -> (completion_ids, completion_mask, terminal, the teacher's stop) -> targets.
+POLICIES: dict[str, Callable[[Tensor, Tensor, Tensor, int], Targets]] = {
+    "raw": _raw,
+    "mask": _mask,
+    "canonical": _canonical,
+    "cross": _cross,
+}
+
+
+def targets(
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    student_stop_ids: Sequence[int],
+    teacher_stop_ids: Sequence[int],
+    policy: str = "mask",
+) -> Targets:
+    """Targets of both models and the loss mask, for [B, T] right-padded completions.
+
+    - `raw`: every token, the terminal one included, is scored as sampled.
+    - `mask`: the terminal stop is left out of the loss (the paper's choice).
+    - `canonical`: the terminal stop becomes the teacher's stop for both models.
+    - `cross`: the student is scored on the stop it sampled, the teacher on its own stop.
+
+    The teacher's own stop is `teacher_stop_ids[0]`. Stops inside a completion are ordinary
+    tokens. Ids alone decide, so the number of trained tokens is known before any forward.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"stop policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
+    if not teacher_stop_ids:
+        raise ValueError("teacher_stop_ids: expected at least one stop id, got none")
+    mask = completion_mask.bool()
+    stops = completion_ids.new_tensor(sorted({*student_stop_ids, *teacher_stop_ids}))
+    return POLICIES[policy](
+        completion_ids, mask, _terminal(completion_ids, mask, stops), teacher_stop_ids[0]
+    )
+
+
+def _terminal(ids: Tensor, mask: Tensor, stops: Tensor) -> Tensor:
+    """[B, T] bool: the last valid position of each row, where it holds a stop id."""
+    positions = torch.arange(ids.shape[1], device=ids.device)
+    last = torch.where(mask, positions, -1).amax(1, keepdim=True) if ids.shape[1] else mask.long()
+    return (positions == last) & torch.isin(ids, stops)
+
+
+def stop_ids(tokenizer: Any, generation_config: Any) -> list[int]:
+    """The ids that end a turn of a model, the one it was trained to end with first.
+
+    They come, in this order, from the generation config, the tokenizer's end-of-sequence token
+    and the chat template (the special token right after an assistant's turn).
+    """
+    configured = generation_config.eos_token_id
+    found = [*configured] if isinstance(configured, list) else [configured]
+    found += [tokenizer.eos_token_id, *_template_stops(tokenizer)]
+    ids = list(dict.fromkeys(i for i in found if i is not None))
+    if not ids:
+        raise ValueError(
+            f"{tokenizer.name_or_path}: no stop token found in the generation config, the "
+            "tokenizer or the chat template; set eos_token in its tokenizer_config.json"
+        )
+    return ids
+
+
+def _template_stops(tokenizer: Any) -> list[int]:
+    if not tokenizer.chat_template:
+        return []
+    turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARKER}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False)
+    after = tokenizer(text.rpartition(_MARKER)[2], add_special_tokens=False)["input_ids"]
+    return after[:1] if after and after[0] in tokenizer.all_special_ids else []
+
+
+def difference(
+    student: Sequence[int], teacher: Sequence[int], policy: str, tokenizer: Any
+) -> str | None:
+    """What to tell a user whose models end their turns with different tokens, else None."""
+    if student[0] == teacher[0] and set(student) == set(teacher):
+        return None
+    own, other = (
+        " or ".join(tokenizer.convert_ids_to_tokens(list(ids))) for ids in (student, teacher)
+    )
+    return (
+        f"the student ends a turn with {own}, the teacher with {other} (the first is its own): "
+        f"rollouts stop at any of these, and objective.stop={policy} decides how the last token "
+        "is trained"
+    )
