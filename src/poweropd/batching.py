@@ -1,0 +1,177 @@
+"""From completions to micro-batches: `Rollout`, `Example`, `Batch`, packing by token budget.
+
+A `Rollout` is what an engine yields. An `Example` adds what is trained: the positions in the
+loss and each model's targets there. A `Batch` is one padded micro-batch of examples, seen by
+the student and by the teacher, with the trained tokens flattened to N.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from poweropd import stops
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion of one prompt."""
+
+    prompt_index: int
+    sample_index: int
+    prompt_ids: list[int]
+    teacher_prompt_ids: list[int]
+    completion_ids: list[int]
+    sampling_log_probs: list[float]  # the sampler's own, temperature 1, no truncation
+    stopped: bool  # ended with a stop token, which is then the last id
+
+    @property
+    def truncated(self) -> bool:
+        return not self.stopped
+
+
+@dataclass(frozen=True)
+class Example:
+    """A completion with its n trained tokens; the others of its tokens are context only."""
+
+    rollout: Rollout
+    positions: Tensor  # [n] positions in the completion, increasing
+    student_targets: Tensor  # [n]
+    teacher_targets: Tensor  # [n]
+    teacher_log_probs: Tensor | None = None  # [n] float32, once scored
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.positions)
+
+    @property
+    def student_length(self) -> int:
+        """Tokens the student must read: up to the one that predicts the last trained token."""
+        return len(self.rollout.prompt_ids) + int(self.positions[-1])
+
+    @property
+    def teacher_length(self) -> int:
+        return len(self.rollout.teacher_prompt_ids) + int(self.positions[-1])
+
+    def scored(self, teacher_log_probs: Tensor) -> "Example":
+        return replace(self, teacher_log_probs=teacher_log_probs)
+
+
+def make_examples(
+    rollouts: Iterable[Rollout],
+    student_stop_ids: Sequence[int],
+    teacher_stop_ids: Sequence[int],
+    policy: str,
+) -> list[Example]:
+    """Examples of a step in a fixed order; completions with nothing to train on are left out."""
+    ordered = sorted(rollouts, key=lambda r: (r.prompt_index, r.sample_index))
+    if not ordered:
+        return []
+    lengths = torch.tensor([len(r.completion_ids) for r in ordered])
+    ids = _pad([r.completion_ids for r in ordered])
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    targets = stops.targets(ids, mask, student_stop_ids, teacher_stop_ids, policy)
+    examples = []
+    for row, rollout in enumerate(ordered):
+        positions = targets.loss_mask[row].nonzero().flatten()
+        if len(positions):
+            student, teacher = targets.student_targets[row], targets.teacher_targets[row]
+            examples.append(Example(rollout, positions, student[positions], teacher[positions]))
+    return examples
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """One model's view of a micro-batch, right-padded."""
+
+    input_ids: Tensor  # [B, T]
+    attention_mask: Tensor  # [B, T]
+    index: Tensor  # [N] into the flattened B * T: where each trained token is predicted
+    targets: Tensor  # [N]
+
+    def to(self, device: torch.device | str) -> "Sequences":
+        return Sequences(*(tensor.to(device) for tensor in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch with N trained tokens."""
+
+    student: Sequences
+    teacher: Sequences
+    teacher_log_probs: Tensor | None  # [N] float32
+    positions: Tensor  # [N] position in the completion
+    rows: Tensor  # [N] which of the micro-batch's completions
+    teacher_hidden: Tensor | None = None  # [N, H], where the objective needs the full vocabulary
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(
+            *(None if value is None else value.to(device) for value in vars(self).values())
+        )
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """One micro-batch; without examples, one with a single untrained token and N = 0.
+
+    The empty one lets a process take part in a collective backward with nothing to train on.
+    """
+    if not examples:
+        return _empty_batch()
+    scores = [e.teacher_log_probs for e in examples if e.teacher_log_probs is not None]
+    counts = torch.tensor([e.num_tokens for e in examples])
+    return Batch(
+        student=student_sequences(examples),
+        teacher=teacher_sequences(examples),
+        teacher_log_probs=torch.cat(scores) if len(scores) == len(examples) else None,
+        positions=torch.cat([e.positions for e in examples]),
+        rows=torch.arange(len(examples)).repeat_interleave(counts),
+    )
+
+
+def student_sequences(examples: Sequence[Example]) -> Sequences:
+    rows = [(e.rollout.prompt_ids, e, e.student_length) for e in examples]
+    return _sequences(rows, torch.cat([e.student_targets for e in examples]))
+
+
+def teacher_sequences(examples: Sequence[Example]) -> Sequences:
+    rows = [(e.rollout.teacher_prompt_ids, e, e.teacher_length) for e in examples]
+    return _sequences(rows, torch.cat([e.teacher_targets for e in examples]))
+
+
+def _sequences(rows: Sequence[tuple[list[int], Example, int]], targets: Tensor) -> Sequences:
+    ids = _pad([(prompt + e.rollout.completion_ids)[:length] for prompt, e, length in rows])
+    lengths = torch.tensor([length for _, _, length in rows])
+    width = ids.shape[1]
+    # The hidden state before a token predicts it.
+    index = [row * width + len(prompt) - 1 + e.positions for row, (prompt, e, _) in enumerate(rows)]
+    mask = (torch.arange(width) < lengths[:, None]).long()
+    return Sequences(ids, mask, torch.cat(index), targets)
+
+
+def _empty_batch() -> Batch:
+    none = torch.empty(0, dtype=torch.long)
+    one = torch.zeros(1, 1, dtype=torch.long)
+    sequences = Sequences(one, torch.ones_like(one), none, none)
+    return Batch(sequences, sequences, torch.empty(0), none, none)
+
+
+def _pad(rows: Sequence[list[int]]) -> Tensor:
+    """[B, T] ids, right-padded with 0, which the masks hide."""
+    return torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True
+    )
+
+
+def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Groups indices so that rows padded to a group's longest fit in `max_tokens`.
+
+    Longest first: neighbours in length waste the least padding, and a batch that does not fit
+    in memory fails at once. A row longer than the budget makes a group of its own.
+    """
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > max_tokens:
+            groups.append([])
+        groups[-1].append(i)
+    return groups

@@ -1,0 +1,79 @@
+"""Checkpoints that are whole or absent.
+
+A checkpoint is written into a temporary directory, flushed to disk and renamed to
+`step-N`, so a kill at any moment leaves the last complete one in place. It holds the trained
+parameters, the optimizer and the loop's state; all randomness is a function of the step.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+NAME = re.compile(r"step-(\d+)")
+
+
+def save(
+    folder: Path,
+    step: int,
+    weights: dict[str, Tensor],
+    optimizer: Any,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Writes `folder/step-N` and removes all but the newest `keep` checkpoints."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary, target = folder / f".tmp-step-{step}", folder / f"step-{step}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    save_file(
+        {k: v.detach().contiguous() for k, v in weights.items()}, temporary / "student.safetensors"
+    )
+    torch.save(optimizer, temporary / "optimizer.pt")
+    (temporary / "state.json").write_text(json.dumps({"step": step, **state}))
+    _flush(temporary)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    _flush(folder)
+    for old in _complete(folder)[:-keep]:
+        # Renamed first: a kill during the removal must not leave half a checkpoint behind.
+        doomed = old.rename(old.with_name(f".tmp-{old.name}"))
+        shutil.rmtree(doomed)
+    return target
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint, or None. Leftovers of a kill are never considered."""
+    complete = _complete(folder)
+    return complete[-1] if complete else None
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], Any, dict[str, Any]]:
+    """weights, optimizer state and loop state, on the CPU."""
+    return (
+        load_file(path / "student.safetensors"),
+        torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
+        json.loads((path / "state.json").read_text()),
+    )
+
+
+def _complete(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    found = [(int(m[1]), p) for p in folder.iterdir() if (m := NAME.fullmatch(p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def _flush(folder: Path) -> None:
+    """Makes a directory's files and entries durable."""
+    for path in [*folder.iterdir(), folder]:
+        if path.is_file() or path == folder:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)

@@ -1,0 +1,181 @@
+"""Prompts: from a Hub dataset, a local JSONL or Parquet file, or the embedded task.
+
+The order of prompts is a pure function of (seed, position), so that a resumed run and any number
+of processes see the same prompts at the same step.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+EMBEDDED_PREFIX = "embedded:"
+EMBEDDED_PROBLEMS = 8192
+FILE_ENDINGS = (".jsonl", ".json", ".parquet")
+
+
+class DataError(ValueError):
+    """Prompt data is missing or wrong: exit status 2."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenized prompt. `index` is its row in the data."""
+
+    index: int
+    prompt_ids: list[int]
+    teacher_prompt_ids: list[int]
+
+
+def read_rows(source: str, columns: Sequence[str], split: str = "train") -> list[dict[str, Any]]:
+    """The rows of `source` as dicts that hold at least `columns`, each a non-empty string.
+
+    Raises DataError, naming the file and line or row, where something is missing.
+    """
+    path = Path(source)
+    if source.startswith(EMBEDDED_PREFIX):
+        rows = _embedded(source.removeprefix(EMBEDDED_PREFIX))
+    elif path.suffix in FILE_ENDINGS or path.exists():
+        rows = _file(path)
+    else:
+        rows = _hub(source, split)
+    checked = []
+    for where, row in rows:
+        for column in columns:
+            value = row.get(column)
+            if not isinstance(value, str) or not value.strip():
+                got = f"got {value!r}" if column in row else f"its columns are {', '.join(row)}"
+                raise DataError(f"{where}: expected text in column {column!r}, {got}")
+        checked.append(row)
+    if not checked:
+        raise DataError(f"{source}: expected at least one row, got none")
+    return checked
+
+
+def _embedded(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    from poweropd.embedded import task
+
+    for problem in task.problems(split, EMBEDDED_PROBLEMS):
+        row = {"id": problem.id, "problem": problem.problem, "answer": problem.answer}
+        yield f"{EMBEDDED_PREFIX}{split}", row
+
+
+def _file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such prompt file")
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            table = pyarrow.parquet.read_table(path)
+        except pyarrow.ArrowInvalid as error:
+            raise DataError(f"{path}: not a Parquet file: {error}") from None
+        yield from ((f"{path}: row {i}", row) for i, row in enumerate(table.to_pylist()))
+        return
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield f"{path}:{number}", _parse_line(f"{path}:{number}", line)
+
+
+def _parse_line(where: str, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{where}: expected one JSON object per line: {error}") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    return row
+
+
+def _hub(name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{name}: neither a file ({', '.join(FILE_ENDINGS)}) nor a dataset that can be loaded "
+            f"(split {split!r}): {str(error).splitlines()[0]}"
+        ) from None
+    yield from ((f"{name}[{split}] row {i}", dict(row)) for i, row in enumerate(dataset))
+
+
+def encode_chat(
+    tokenizer: Any, texts: Sequence[str], chat: Mapping[str, Any] | None, system: str | None = None
+) -> list[list[int]]:
+    """Token ids of one user turn each, up to where the model's turn begins.
+
+    `chat` holds the chat template's own arguments, such as enable_thinking; None means the plain
+    text without any template.
+    """
+    if chat is None:
+        return [list(ids) for ids in tokenizer(list(texts))["input_ids"]]
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{tokenizer.name_or_path}: its tokenizer has no chat template; set data.chat=null "
+            "to give the model plain text"
+        )
+    before = [{"role": "system", "content": system}] if system else []
+    turns = [[*before, {"role": "user", "content": text}] for text in texts]
+    return [
+        list(ids)
+        for ids in tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=True, return_dict=False, **chat
+        )
+    ]
+
+
+def load_prompts(data: Any, tokenizer: Any, teacher_tokenizer: Any) -> list[Prompt]:
+    """All prompts of a recipe's `data` section, tokenized for student and teacher."""
+    columns = [data.column] + ([data.teacher_column] if data.teacher_column else [])
+    rows = read_rows(data.prompts, columns, data.split)
+    own = encode_chat(tokenizer, [row[data.column] for row in rows], data.chat, data.system)
+    if data.teacher_column is None:
+        return [Prompt(i, ids, ids) for i, ids in enumerate(own)]
+    texts = [row[data.teacher_column] for row in rows]
+    other = encode_chat(teacher_tokenizer, texts, data.chat, data.system)
+    return [Prompt(i, a, b) for i, (a, b) in enumerate(zip(own, other, strict=True))]
+
+
+def check_lengths(
+    prompts: Sequence[Prompt], student_context: int, teacher_context: int, max_new_tokens: int
+) -> None:
+    """Every prompt and its longest completion must fit both models' contexts."""
+    for prompt in prompts:
+        for who, ids, context in (
+            ("student", prompt.prompt_ids, student_context),
+            ("teacher", prompt.teacher_prompt_ids, teacher_context),
+        ):
+            if len(ids) + max_new_tokens > context:
+                raise DataError(
+                    f"data.prompts row {prompt.index}: a prompt of {len(ids)} tokens and "
+                    f"rollout.max_new_tokens={max_new_tokens} exceed the {who}'s context of "
+                    f"{context} tokens; shorten the prompt or lower max_new_tokens"
+                )
+
+
+@dataclass(frozen=True)
+class PromptOrder:
+    """Which of `count` rows come at which step: a permutation per epoch, every row once in it."""
+
+    count: int
+    seed: int
+    shuffle: bool = True
+
+    def at_step(self, step: int, prompts_per_step: int) -> list[int]:
+        """The row numbers of optimizer step `step` (from 0)."""
+        first = step * prompts_per_step
+        positions = range(first, first + prompts_per_step)
+        epochs = {p // self.count: self._epoch(p // self.count) for p in positions}
+        return [epochs[p // self.count][p % self.count] for p in positions]
+
+    def _epoch(self, epoch: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(self.count))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(self.count, generator=generator).tolist()

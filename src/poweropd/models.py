@@ -1,0 +1,229 @@
+"""Loading models, and the `Student` and `Teacher` modules: a backbone and a head, apart.
+
+The head is never called on a whole batch. `LanguageModel.hidden_states` gives the N hidden states
+that predict trained tokens; objectives run the head over chunks of them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from poweropd import config as configuration
+from poweropd import embedded
+from poweropd.batching import Batch, Sequences
+from poweropd.kernels import linear_log_prob
+from poweropd.objectives import Head, Objective, TokenRecord
+
+EMBEDDED_PREFIX = "embedded:"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class ModelError(ValueError):
+    """A model or tokenizer is missing, or two do not fit together: exit status 2."""
+
+
+def resolve(name: str) -> str:
+    """The directory of an embedded model; any other name or path as it is."""
+    if name.startswith(EMBEDDED_PREFIX):
+        return str(embedded.path(name.removeprefix(EMBEDDED_PREFIX)))
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise ModelError(f"{name}: no such model directory")
+    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    return _load(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> Any:
+    return _load(AutoConfig, name, trust_remote_code=trust_remote_code)
+
+
+def load_model(name: str, dtype: str, trust_remote_code: bool = False) -> Any:
+    """A causal LM in eval mode with weights of `dtype`; its head is checked to be a plain one."""
+    transformers_logging.disable_progress_bar()
+    model = _load(
+        AutoModelForCausalLM, name, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
+    ).eval()
+    _check_head(model, name)
+    return model
+
+
+def load_generation_config(name: str) -> Any:
+    """A model's generation config; an empty one where it ships none."""
+    try:
+        return GenerationConfig.from_pretrained(resolve(name))
+    except OSError:
+        return GenerationConfig()
+
+
+def load_trained(model: configuration.Model) -> Any:
+    """The student's weights in the master dtype, with a fresh LoRA adapter if asked for."""
+    student = load_model(model.student, model.master_dtype, model.trust_remote_code)
+    if model.gradient_checkpointing:
+        student.gradient_checkpointing_enable()
+    if model.lora is None:
+        return student.requires_grad_(True)
+    return add_lora(student, model.lora)
+
+
+def _load(kind: Any, name: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(resolve(name), **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(f"{name}: cannot load it as a model: {reason}") from error
+
+
+def check_vocabularies(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
+    """OPD scores the student's ids with the teacher: the same id must be the same token."""
+    student, teacher = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
+    if student == teacher:
+        return
+    student_tokens = {i: token for token, i in student.items()}
+    teacher_tokens = {i: token for token, i in teacher.items()}
+    ids = sorted({*student_tokens, *teacher_tokens})
+    differing = [i for i in ids if student_tokens.get(i) != teacher_tokens.get(i)]
+    shown = ", ".join(
+        f"{i} ({student_tokens.get(i)!r} / {teacher_tokens.get(i)!r})" for i in differing[:5]
+    )
+    raise ModelError(
+        f"student and teacher must share one vocabulary: the student has {len(student)} tokens, "
+        f"the teacher {len(teacher)}; {len(differing)} ids differ: {shown}"
+        f"{', ...' if len(differing) > 5 else ''}"
+    )
+
+
+def context_length(config: Any) -> int:
+    return int(config.get_text_config().max_position_embeddings)
+
+
+def shared_vocab_size(student: Any, teacher: Any) -> int:
+    """Rows that both heads have. Rows past them are padding, left out of both softmaxes."""
+    sizes = [m.get_output_embeddings().weight.shape[0] for m in (student, teacher)]
+    return min(sizes)
+
+
+def add_lora(model: Any, lora: configuration.Lora) -> Any:
+    try:
+        import peft
+    except ModuleNotFoundError:
+        raise ModelError("model.lora needs peft: pip install 'poweropd[peft]'") from None
+    config = peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(f"model.lora: {str(error).partition(chr(10))[0]}") from None
+
+
+class LanguageModel(nn.Module):
+    """A transformers causal LM (or a peft model of one) as a backbone and a head.
+
+    `model` holds the weights; computing happens in `compute_dtype`, by autocast where the weights
+    have another dtype.
+    """
+
+    def __init__(
+        self, model: Any, vocab_size: int, compute_dtype: torch.dtype, lora: bool = False
+    ) -> None:
+        super().__init__()
+        self.model, self.lora = model, lora
+        self.vocab_size, self.compute_dtype = vocab_size, compute_dtype
+        options = model.config.to_dict()
+        # Cohere multiplies logits, Granite divides them, Gemma 2 and 3 soft-cap them.
+        self.scale = options.get("logit_scale", 1.0) / options.get("logits_scaling", 1.0)
+        self.softcap = options.get("final_logit_softcapping")
+
+    @property
+    def causal_lm(self) -> Any:
+        return self.model.get_base_model() if self.lora else self.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def autocast(self) -> torch.autocast:
+        different = self.model.dtype != self.compute_dtype
+        return torch.autocast(self.device.type, self.compute_dtype, enabled=different)
+
+    def hidden_states(self, sequences: Sequences) -> Tensor:
+        """[N, H] hidden states that predict the trained tokens, in the compute dtype."""
+        with self.autocast():
+            output = self.causal_lm.base_model(
+                input_ids=sequences.input_ids,
+                attention_mask=sequences.attention_mask,
+                use_cache=False,
+            )
+        flat = output.last_hidden_state.flatten(0, 1)
+        return flat.index_select(0, sequences.index).to(self.compute_dtype)
+
+    def head(self) -> Head:
+        """The head over the shared vocabulary."""
+        layer = self.causal_lm.get_output_embeddings()
+        rows = slice(self.vocab_size) if layer.weight.shape[0] > self.vocab_size else slice(None)
+        return Head(
+            weight=layer.weight[rows],
+            bias=None if layer.bias is None else layer.bias[rows],
+            scale=self.scale,
+            softcap=self.softcap,
+        )
+
+
+class Student(LanguageModel):
+    """The trained model. Its forward is a whole micro-batch, loss included, so that DDP and FSDP
+    wrap all of it."""
+
+    def forward(self, batch: Batch, objective: Objective) -> tuple[Tensor, TokenRecord]:
+        return objective(self.hidden_states(batch.student), self.head(), batch)
+
+    def trained_weights(self) -> dict[str, Tensor]:
+        """Name -> trained parameter, tied ones once."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def load_trained_weights(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self.trained_weights().items():
+            parameter.copy_(weights[name])
+
+
+class Teacher(LanguageModel):
+    """The frozen model."""
+
+    def __init__(self, model: Any, vocab_size: int, compute_dtype: torch.dtype) -> None:
+        super().__init__(model.requires_grad_(False).eval(), vocab_size, compute_dtype)
+
+    @torch.inference_mode()
+    def log_probs(self, sequences: Sequences) -> Tensor:
+        """[N] float32 log-probabilities of the teacher's targets."""
+        head = self.head()
+        hidden_states = self.hidden_states(sequences)
+        return linear_log_prob(hidden_states, head.weight, sequences.targets, **head.options)
+
+
+@torch.no_grad()
+def _check_head(model: Any, name: str) -> None:
+    """Refuses a model whose logits are not its head applied to its last hidden states."""
+    ids = torch.arange(1, 5, device=model.device)[None]
+    sequences = Sequences(ids, torch.ones_like(ids), torch.arange(4, device=model.device), ids[0])
+    language_model = LanguageModel(
+        model, model.get_output_embeddings().weight.shape[0], model.dtype
+    )
+    head = language_model.head()
+    expected = model(input_ids=ids).logits[0].float().log_softmax(-1).gather(1, ids[0][:, None])
+    hidden_states = language_model.hidden_states(sequences)
+    got = linear_log_prob(hidden_states, head.weight, sequences.targets, **head.options)
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    if not torch.allclose(got, expected.squeeze(1), atol=tolerance, rtol=tolerance):
+        raise ModelError(
+            f"{name}: its {type(model).__name__} does more to its logits than a linear head with "
+            "scale and soft-cap, which is all that is supported"
+        )

@@ -1,0 +1,139 @@
+"""The run directory: what is written, when, and how it survives a kill.
+
+Files that are whole (config, environment, results) are written aside and renamed.
+`metrics.jsonl` grows by one line per optimizer step; resuming cuts it back to the checkpoint.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from poweropd.config import Config, ConfigError
+
+PACKAGES = ("poweropd", "torch", "transformers", "accelerate", "datasets", "safetensors", "peft")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file under another name, flushes it to disk, then renames it into place."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class RunDirectory:
+    """Paths and files of one run. `open` claims the directory for one configuration."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.config_path = self.path / "config.yaml"
+        self.checkpoints = self.path / "checkpoints"
+        self.final = self.path / "final"
+        self.evaluations = self.path / "eval"
+
+    @classmethod
+    def open(cls, config: Config) -> "RunDirectory":
+        """Creates the directory, or takes up one that holds the same configuration.
+
+        Raises ConfigError where it holds another configuration or something else.
+        """
+        run = cls(config.run.dir)
+        if run.config_path.exists():
+            differences = config.differences(Config.load(run.config_path))
+            if differences:
+                raise ConfigError(
+                    f"run.dir: {run.path} holds another configuration ({'; '.join(differences)}); "
+                    "choose another run.dir, or delete that directory"
+                )
+            return run
+        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+            raise ConfigError(f"run.dir: {run.path} exists and is not a run directory")
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(run.path / "environment.json", json.dumps(environment(), indent=2))
+        write_atomically(run.config_path, config.to_yaml())
+        return run
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All complete rows; a last line cut short by a kill is left out."""
+        return read_jsonl(self.metrics_path)
+
+    def truncate_metrics(self, steps: int) -> None:
+        """Keeps the rows of the first `steps` optimizer steps."""
+        if self.metrics_path.exists():
+            kept = [row for row in self.metrics() if row["step"] <= steps]
+            write_atomically(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a file that may end in the middle of one."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1] if line.strip()]
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and the code's git commit."""
+    installed = {d.metadata["Name"] for d in metadata.distributions()}
+    cuda = torch.cuda.is_available()
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in PACKAGES if name in installed},
+        "cpu_count": os.cpu_count(),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if cuda
+        else ["cpu"],
+        "cuda": torch.version.cuda if cuda else None,
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the source checkout this package runs from, if it is one."""
+    folder = Path(__file__).parent
+    try:
+        result = subprocess.run(
+            ["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()
+
+
+def distribution(values: torch.Tensor) -> dict[str, float]:
+    """mean, population std, min, max, 5% and 95% quantiles of [N] float values, N >= 1."""
+    values = values.double()
+    low, high = torch.quantile(values, torch.tensor([0.05, 0.95], dtype=values.dtype)).tolist()
+    return {
+        "mean": values.mean().item(),
+        "std": values.std(correction=0).item(),
+        "min": values.min().item(),
+        "max": values.max().item(),
+        "p05": low,
+        "p95": high,
+    }
+
+
+def completion_metrics(lengths: Sequence[int], stopped: Sequence[bool]) -> dict[str, float]:
+    count = len(lengths)
+    return {
+        "completions/mean_length": sum(lengths) / count,
+        "completions/truncated_fraction": sum(not s for s in stopped) / count,
+        "completions/stop_fraction": sum(stopped) / count,
+    }

@@ -1,0 +1,1 @@
+"""Rollout engines: how the student samples completions."""

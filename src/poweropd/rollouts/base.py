@@ -1,0 +1,49 @@
+"""What every rollout engine offers, and the randomness that belongs to a completion."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from poweropd.batching import Rollout
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. top_k = 0 and top_p = 1 keep the whole vocabulary."""
+
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to sample. `seed` alone decides its randomness."""
+
+    prompt_index: int
+    sample_index: int
+    prompt_ids: list[int]
+    teacher_prompt_ids: list[int]
+    seed: int
+
+
+class RolloutEngine(Protocol):
+    """Samples from the current student."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Rollout]:
+        """Yields one rollout per request as it ends, in any order."""
+
+    def sync(self) -> None:
+        """Takes over the student's weights as they are now."""
+
+
+def completion_seed(seed: int, step: int, prompt_index: int, sample_index: int) -> int:
+    """A 63-bit seed that depends on these four numbers alone.
+
+    So a completion does not depend on batching, process count or resume.
+    """
+    key = f"{seed}/{step}/{prompt_index}/{sample_index}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1

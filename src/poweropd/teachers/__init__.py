@@ -1,0 +1,1 @@
+"""Teachers: who gives the log-probabilities of sampled tokens."""

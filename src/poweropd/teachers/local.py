@@ -1,0 +1,25 @@
+"""A teacher in this process: one forward without a cache, batched under its own token budget."""
+
+from collections.abc import Iterable
+
+from poweropd.batching import Example, pack, teacher_sequences
+from poweropd.models import Teacher
+
+
+class LocalTeacher:
+    """Scores with a `Teacher` module; `max_tokens` bounds the padded tokens of one forward."""
+
+    def __init__(self, teacher: Teacher, max_tokens: int) -> None:
+        self.teacher, self.max_tokens = teacher, max_tokens
+
+    def score(self, examples: Iterable[Example]) -> list[Example]:
+        """The examples with `teacher_log_probs` (float32, on the CPU), in the order they came."""
+        waiting = list(examples)
+        scored = list(waiting)
+        for group in pack([e.teacher_length for e in waiting], self.max_tokens):
+            members = [waiting[i] for i in group]
+            log_probs = self.teacher.log_probs(teacher_sequences(members).to(self.teacher.device))
+            parts = log_probs.cpu().split([e.num_tokens for e in members])
+            for i, part in zip(group, parts, strict=True):
+                scored[i] = waiting[i].scored(part)
+        return scored

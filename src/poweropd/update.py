@@ -1,0 +1,173 @@
+"""One optimizer step on scored examples: micro-batches, loss, gradients, clipping, AdamW.
+
+The global number of trained tokens N is known before the first forward, so the loss is sum / N
+whatever the micro-batches, their order and the processes they run on.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from transformers import get_scheduler
+
+from poweropd import config as configuration
+from poweropd.batching import Batch, Example, collate, pack
+from poweropd.models import Student, Teacher
+from poweropd.objectives import MakeObjective, TokenRecord
+from poweropd.rewards import Reward
+
+# transformers ignores warm-up for its plain "constant".
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
+
+class UpdateError(RuntimeError):
+    """An update cannot be done as asked: the run fails with advice, exit status 1."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one update did, the same on every process. `record` holds all N tokens, on the CPU."""
+
+    loss: float
+    grad_norm: float
+    num_tokens: int
+    record: TokenRecord
+
+
+class Updater:
+    """Owns the student, its optimizer and its learning-rate schedule."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        student: Student,
+        train: configuration.Train,
+        make_objective: MakeObjective,
+        teacher: Teacher | None = None,
+    ) -> None:
+        """`make_objective(reward, token_weight)`; `teacher` where it needs hidden states."""
+        self.accelerator, self.train, self.make_objective = accelerator, train, make_objective
+        self.teacher = teacher
+        self.max_tokens = train.max_tokens_per_batch
+        parameters = [p for p in student.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=train.learning_rate,
+            weight_decay=train.weight_decay,
+            fused=accelerator.device.type == "cuda",
+        )
+        self.student, self.optimizer = accelerator.prepare(student, optimizer)
+        # Not prepared: accelerate would step it once per process.
+        self.scheduler = get_scheduler(
+            SCHEDULES[train.schedule], self.optimizer.optimizer, train.warmup_steps, train.steps
+        )
+
+    def update(self, examples: Sequence[Example], reward: Reward) -> Outcome | None:
+        """One optimizer step on this process's share of the step's examples.
+
+        Returns None, with nothing changed but the schedule, where no process has a trained token.
+        """
+        num_tokens = sum(gather_object([sum(e.num_tokens for e in examples)]))
+        if num_tokens == 0:
+            self.scheduler.step()
+            return None
+        while True:
+            try:
+                loss, record = self.accumulate(examples, reward, num_tokens)
+                break
+            except torch.OutOfMemoryError as error:
+                self._shrink(examples, error)
+        record = _check_finite(TokenRecord.cat(gather_object([record])), reward)
+        clip = self.train.clip_grad_norm
+        grad_norm = self.accelerator.clip_grad_norm_(
+            self.student.parameters(), float("inf") if clip is None else clip
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        return Outcome(loss, float(grad_norm), num_tokens, record)
+
+    def accumulate(
+        self, examples: Sequence[Example], reward: Reward, num_tokens: int
+    ) -> tuple[float, TokenRecord]:
+        """Leaves the gradient of the global loss in the student; returns loss and own tokens."""
+        batches = self._micro_batches(examples)
+        if reward.needs_statistics:
+            reward = self._with_statistics(batches, reward)
+        # Gradients are averaged over processes, so each process's share of sum / N is scaled up.
+        world = self.accelerator.num_processes
+        objective = self.make_objective(reward, world / num_tokens)
+        losses, records = [], []
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.student):
+                loss, record = self.student(self._prepared(batch), objective)
+                self.accelerator.backward(loss)
+            losses.append(loss.detach())
+            records.append(record)
+        total = self.accelerator.reduce(torch.stack(losses).double().sum(), "sum")
+        return total.item() / world, TokenRecord.cat(records)
+
+    def _micro_batches(self, examples: Sequence[Example]) -> list[Batch]:
+        groups = pack([e.student_length for e in examples], self.max_tokens)
+        batches = [collate([examples[i] for i in group]) for group in groups]
+        # A collective backward needs the same number on every process.
+        most = max(gather_object([len(batches)]))
+        return batches + [collate([]) for _ in range(most - len(batches))]
+
+    def _prepared(self, batch: Batch) -> Batch:
+        batch = batch.to(self.accelerator.device)
+        if self.teacher is None:
+            return batch
+        with torch.no_grad():
+            return replace(batch, teacher_hidden=self.teacher.hidden_states(batch.teacher))
+
+    @torch.no_grad()
+    def _with_statistics(self, batches: Sequence[Batch], reward: Reward) -> Reward:
+        """The reward given the mean and population std of its base over all N tokens."""
+        objective = self.make_objective(reward.unstandardized, 0.0)
+        records = [self.student(self._prepared(batch), objective)[1] for batch in batches]
+        rewards = TokenRecord.cat(gather_object(records)).rewards.double()
+        return reward.with_statistics(rewards.mean().item(), rewards.std(correction=0).item())
+
+    def _shrink(self, examples: Sequence[Example], error: torch.OutOfMemoryError) -> None:
+        """Prepares a restart of the whole update at half the token budget, or gives up."""
+        self.optimizer.zero_grad()
+        longest = max(e.student_length for e in examples)
+        if self.accelerator.num_processes > 1 or self.max_tokens <= longest:
+            raise UpdateError(
+                f"out of memory in an update with train.max_tokens_per_batch={self.max_tokens} "
+                f"(longest sequence: {longest} tokens): lower train.max_tokens_per_batch or "
+                "rollout.max_new_tokens, or set model.gradient_checkpointing=true"
+            ) from error
+        self.max_tokens = max(self.max_tokens // 2, longest)
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of optimizer step `step`, counted from 0."""
+        return self.train.learning_rate * self.scheduler.lr_lambdas[0](step)
+
+    def state(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+
+
+def _check_finite(record: TokenRecord, reward: Reward) -> TokenRecord:
+    bad = ~record.rewards.isfinite()
+    if bad.any():
+        i = int(bad.int().argmax())
+        raise UpdateError(
+            f"reward {reward} is {record.rewards[i].item()} at completion position "
+            f"{int(record.positions[i])} (teacher log-prob {record.teacher_log_probs[i].item():.6g}, "
+            f"student log-prob {record.student_log_probs[i].item():.6g}): use a bounded reward such "
+            "as power, or clip"
+        )
+    return record
