@@ -26,10 +26,6 @@ class Rollout:
     sampling_log_probs: list[float]  # the sampler's own, temperature 1, no truncation
     stopped: bool  # ended with a stop token, which is then the last id
 
-    @property
-    def truncated(self) -> bool:
-        return not self.stopped
-
 
 @dataclass(frozen=True)
 class Example:
@@ -106,9 +102,8 @@ class Batch:
     teacher_hidden: Tensor | None = None  # [N, H], where the objective needs the full vocabulary
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(
-            *(None if value is None else value.to(device) for value in vars(self).values())
-        )
+        moved = {k: None if v is None else v.to(device) for k, v in vars(self).items()}
+        return replace(self, **moved)
 
 
 def collate(examples: Sequence[Example]) -> Batch:

@@ -1,6 +1,6 @@
 """The recipe: one typed tree, read from YAML 1.2, with `key=value` overrides.
 
-Every default but the rewards' own is stated here and nowhere else. Errors are `ConfigError`s of
+Every default but the rewards' own is stated here and nowhere else. Errors are `UsageError`s of
 one line that name the file and line or the override, the key, what was expected and what was got.
 """
 
@@ -17,15 +17,12 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError
 
 from poweropd import rewards
+from poweropd.errors import UsageError
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class ConfigError(ValueError):
-    """A recipe, an override or an input it names is wrong: exit status 2."""
 
 
 class Section(BaseModel):
@@ -166,7 +163,9 @@ class Config(Section):
         try:
             config = cls.model_validate(_plain(tree))
         except ValidationError as error:
-            raise ConfigError(where.describe(cls, error.errors()[0])) from None
+            # A misspelt key is also a missing one: what the user wrote comes first.
+            first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+            raise UsageError(where.describe(cls, first)) from None
         run = Run(dir=config.run.dir.replace("{name}", name))
         reward = Reward(**{**config.reward.model_dump(), **_parameters(config.reward.create())})
         return config.model_copy(update={"run": run, "reward": reward})
@@ -213,15 +212,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such recipe file") from None
+        raise UsageError(f"{path}: no such recipe file") from None
     except (IsADirectoryError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: expected a YAML file: {error}") from None
+        raise UsageError(f"{path}: expected a YAML file: {error}") from None
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from None
+        raise UsageError(f"{path}{line}: not valid YAML: {error.problem}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of sections such as model and data")
+        raise UsageError(f"{path}: expected a mapping of sections such as model and data")
     return tree
 
 
@@ -230,11 +229,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> tuple[str, ...]:
     key, equals, text = override.partition("=")
     parts = tuple(key.strip().split("."))
     if not equals or not all(parts):
-        raise ConfigError(f"{override}: expected an override key=value, such as train.steps=100")
+        raise UsageError(f"{override}: expected an override key=value, such as train.steps=100")
     try:
         value = YAML(typ="rt").load(text)
     except MarkedYAMLError as error:
-        raise ConfigError(f"{override}: not a YAML value: {error.problem}") from None
+        raise UsageError(f"{override}: not a YAML value: {error.problem}") from None
     node = tree
     for part in parts[:-1]:
         if not isinstance(node.get(part), dict):
@@ -262,7 +261,7 @@ class _Where:
             return ""
         node, line = self.tree, None
         for part in key:
-            if not isinstance(node, CommentedMap) or part not in node.lc.data:
+            if not isinstance(node, CommentedMap) or part not in (node.lc.data or {}):
                 break  # set by an override, or missing
             line = node.lc.key(part)[0] + 1
             node = node[part]

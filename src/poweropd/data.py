@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 
+from poweropd.errors import UsageError
+
 EMBEDDED_PREFIX = "embedded:"
 EMBEDDED_PROBLEMS = 8192
 FILE_ENDINGS = (".jsonl", ".json", ".parquet")
-
-
-class DataError(ValueError):
-    """Prompt data is missing or wrong: exit status 2."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Prompt:
 def read_rows(source: str, columns: Sequence[str], split: str = "train") -> list[dict[str, Any]]:
     """The rows of `source` as dicts that hold at least `columns`, each a non-empty string.
 
-    Raises DataError, naming the file and line or row, where something is missing.
+    Raises UsageError, naming the file and line or row, where something is missing.
     """
     path = Path(source)
     if source.startswith(EMBEDDED_PREFIX):
@@ -48,24 +46,28 @@ def read_rows(source: str, columns: Sequence[str], split: str = "train") -> list
             value = row.get(column)
             if not isinstance(value, str) or not value.strip():
                 got = f"got {value!r}" if column in row else f"its columns are {', '.join(row)}"
-                raise DataError(f"{where}: expected text in column {column!r}, {got}")
+                raise UsageError(f"{where}: expected text in column {column!r}, {got}")
         checked.append(row)
     if not checked:
-        raise DataError(f"{source}: expected at least one row, got none")
+        raise UsageError(f"{source}: expected at least one row, got none")
     return checked
 
 
 def _embedded(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     from poweropd.embedded import task
 
-    for problem in task.problems(split, EMBEDDED_PROBLEMS):
+    try:
+        problems = task.problems(split, EMBEDDED_PROBLEMS)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UsageError(f"data.prompts: {error}") from None
+    for problem in problems:
         row = {"id": problem.id, "problem": problem.problem, "answer": problem.answer}
         yield f"{EMBEDDED_PREFIX}{split}", row
 
 
 def _file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.is_file():
-        raise DataError(f"{path}: no such prompt file")
+        raise UsageError(f"{path}: no such prompt file")
     if path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
@@ -73,7 +75,7 @@ def _file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             table = pyarrow.parquet.read_table(path)
         except pyarrow.ArrowInvalid as error:
-            raise DataError(f"{path}: not a Parquet file: {error}") from None
+            raise UsageError(f"{path}: not a Parquet file: {error}") from None
         yield from ((f"{path}: row {i}", row) for i, row in enumerate(table.to_pylist()))
         return
     with path.open("rb") as lines:
@@ -86,9 +88,9 @@ def _parse_line(where: str, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{where}: expected one JSON object per line: {error}") from None
+        raise UsageError(f"{where}: expected one JSON object per line: {error}") from None
     if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
+        raise UsageError(f"{where}: expected a JSON object, got {type(row).__name__}")
     return row
 
 
@@ -98,7 +100,7 @@ def _hub(name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         dataset = datasets.load_dataset(name, split=split)
     except (OSError, ValueError) as error:
-        raise DataError(
+        raise UsageError(
             f"{name}: neither a file ({', '.join(FILE_ENDINGS)}) nor a dataset that can be loaded "
             f"(split {split!r}): {str(error).splitlines()[0]}"
         ) from None
@@ -116,7 +118,7 @@ def encode_chat(
     if chat is None:
         return [list(ids) for ids in tokenizer(list(texts))["input_ids"]]
     if not tokenizer.chat_template:
-        raise DataError(
+        raise UsageError(
             f"{tokenizer.name_or_path}: its tokenizer has no chat template; set data.chat=null "
             "to give the model plain text"
         )
@@ -152,7 +154,7 @@ def check_lengths(
             ("teacher", prompt.teacher_prompt_ids, teacher_context),
         ):
             if len(ids) + max_new_tokens > context:
-                raise DataError(
+                raise UsageError(
                     f"data.prompts row {prompt.index}: a prompt of {len(ids)} tokens and "
                     f"rollout.max_new_tokens={max_new_tokens} exceed the {who}'s context of "
                     f"{context} tokens; shorten the prompt or lower max_new_tokens"

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from poweropd import config as configuration
 from poweropd import embedded
 from poweropd.batching import Batch, Sequences
+from poweropd.errors import UsageError
 from poweropd.kernels import linear_log_prob
 from poweropd.objectives import Head, Objective, TokenRecord
 
@@ -22,16 +23,12 @@ EMBEDDED_PREFIX = "embedded:"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-class ModelError(ValueError):
-    """A model or tokenizer is missing, or two do not fit together: exit status 2."""
-
-
 def resolve(name: str) -> str:
     """The directory of an embedded model; any other name or path as it is."""
     if name.startswith(EMBEDDED_PREFIX):
         return str(embedded.path(name.removeprefix(EMBEDDED_PREFIX)))
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise ModelError(f"{name}: no such model directory")
+        raise UsageError(f"{name}: no such model directory")
     return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
 
 
@@ -76,7 +73,7 @@ def _load(kind: Any, name: str, **options: Any) -> Any:
         return kind.from_pretrained(resolve(name), **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ModelError(f"{name}: cannot load it as a model: {reason}") from error
+        raise UsageError(f"{name}: cannot load it as a model: {reason}") from error
 
 
 def check_vocabularies(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
@@ -91,7 +88,7 @@ def check_vocabularies(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
     shown = ", ".join(
         f"{i} ({student_tokens.get(i)!r} / {teacher_tokens.get(i)!r})" for i in differing[:5]
     )
-    raise ModelError(
+    raise UsageError(
         f"student and teacher must share one vocabulary: the student has {len(student)} tokens, "
         f"the teacher {len(teacher)}; {len(differing)} ids differ: {shown}"
         f"{', ...' if len(differing) > 5 else ''}"
@@ -112,7 +109,7 @@ def add_lora(model: Any, lora: configuration.Lora) -> Any:
     try:
         import peft
     except ModuleNotFoundError:
-        raise ModelError("model.lora needs peft: pip install 'poweropd[peft]'") from None
+        raise UsageError("model.lora needs peft: pip install 'poweropd[peft]'") from None
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -122,7 +119,7 @@ def add_lora(model: Any, lora: configuration.Lora) -> Any:
     try:
         return peft.get_peft_model(model, config)
     except ValueError as error:
-        raise ModelError(f"model.lora: {str(error).partition(chr(10))[0]}") from None
+        raise UsageError(f"model.lora: {str(error).partition(chr(10))[0]}") from None
 
 
 class LanguageModel(nn.Module):
@@ -171,8 +168,8 @@ class LanguageModel(nn.Module):
         layer = self.causal_lm.get_output_embeddings()
         rows = slice(self.vocab_size) if layer.weight.shape[0] > self.vocab_size else slice(None)
         return Head(
-            weight=layer.weight[rows],
-            bias=None if layer.bias is None else layer.bias[rows],
+            weight=layer.weight[rows].to(self.compute_dtype),
+            bias=None if layer.bias is None else layer.bias[rows].to(self.compute_dtype),
             scale=self.scale,
             softcap=self.softcap,
         )
@@ -223,7 +220,7 @@ def _check_head(model: Any, name: str) -> None:
     got = linear_log_prob(hidden_states, head.weight, sequences.targets, **head.options)
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     if not torch.allclose(got, expected.squeeze(1), atol=tolerance, rtol=tolerance):
-        raise ModelError(
+        raise UsageError(
             f"{name}: its {type(model).__name__} does more to its logits than a linear head with "
             "scale and soft-cap, which is all that is supported"
         )

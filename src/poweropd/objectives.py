@@ -15,8 +15,6 @@ from torch import Tensor
 from poweropd.batching import Batch
 from poweropd.kernels import (
     TokenStatistics,
-    linear_full_vocab,
-    linear_log_prob,
     linear_policy_gradient,
 )
 from poweropd.rewards import Reward

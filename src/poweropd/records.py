@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from poweropd.config import Config, ConfigError
+from poweropd.config import Config
+from poweropd.errors import UsageError
 
 PACKAGES = ("poweropd", "torch", "transformers", "accelerate", "datasets", "safetensors", "peft")
 
@@ -46,19 +47,19 @@ class RunDirectory:
     def open(cls, config: Config) -> "RunDirectory":
         """Creates the directory, or takes up one that holds the same configuration.
 
-        Raises ConfigError where it holds another configuration or something else.
+        Raises UsageError where it holds another configuration or something else.
         """
         run = cls(config.run.dir)
         if run.config_path.exists():
             differences = config.differences(Config.load(run.config_path))
             if differences:
-                raise ConfigError(
+                raise UsageError(
                     f"run.dir: {run.path} holds another configuration ({'; '.join(differences)}); "
                     "choose another run.dir, or delete that directory"
                 )
             return run
         if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-            raise ConfigError(f"run.dir: {run.path} exists and is not a run directory")
+            raise UsageError(f"run.dir: {run.path} exists and is not a run directory")
         run.path.mkdir(parents=True, exist_ok=True)
         write_atomically(run.path / "environment.json", json.dumps(environment(), indent=2))
         write_atomically(run.config_path, config.to_yaml())

@@ -46,7 +46,7 @@ class Trainer:
 
     Creating one checks everything that can be checked, the cheap things before any weight is
     loaded, and takes up the last complete checkpoint of the run directory if there is one.
-    Raises ValueErrors (ConfigError, DataError, ModelError) of one line for the user's mistakes.
+    Raises UsageError, one line, for the user's mistakes.
     """
 
     def __init__(self, config: Config, progress: bool = True) -> None:
@@ -83,7 +83,8 @@ class Trainer:
                 if interrupted or self.steps_done % every == 0 or self.steps_done == train.steps:
                     self._save_checkpoint()
                 if interrupted and self.steps_done < train.steps:
-                    return Result(self.run.path, self.steps_done, None, (received or [None])[0])
+                    number = received[0] if received else signal.SIGTERM  # another process's
+                    return Result(self.run.path, self.steps_done, None, number)
             self._save_final()
         self.accelerator.end_training()
         return Result(self.run.path, self.steps_done, self.run.final)

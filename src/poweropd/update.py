@@ -4,7 +4,7 @@ The global number of trained tokens N is known before the first forward, so the 
 whatever the micro-batches, their order and the processes they run on.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,16 +16,13 @@ from transformers import get_scheduler
 
 from poweropd import config as configuration
 from poweropd.batching import Batch, Example, collate, pack
+from poweropd.errors import RunError
 from poweropd.models import Student, Teacher
 from poweropd.objectives import MakeObjective, TokenRecord
 from poweropd.rewards import Reward
 
 # transformers ignores warm-up for its plain "constant".
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
-
-
-class UpdateError(RuntimeError):
-    """An update cannot be done as asked: the run fails with advice, exit status 1."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +136,7 @@ class Updater:
         self.optimizer.zero_grad()
         longest = max(e.student_length for e in examples)
         if self.accelerator.num_processes > 1 or self.max_tokens <= longest:
-            raise UpdateError(
+            raise RunError(
                 f"out of memory in an update with train.max_tokens_per_batch={self.max_tokens} "
                 f"(longest sequence: {longest} tokens): lower train.max_tokens_per_batch or "
                 "rollout.max_new_tokens, or set model.gradient_checkpointing=true"
@@ -163,11 +160,10 @@ class Updater:
 def _check_finite(record: TokenRecord, reward: Reward) -> TokenRecord:
     bad = ~record.rewards.isfinite()
     if bad.any():
-        i = int(bad.int().argmax())
-        raise UpdateError(
-            f"reward {reward} is {record.rewards[i].item()} at completion position "
-            f"{int(record.positions[i])} (teacher log-prob {record.teacher_log_probs[i].item():.6g}, "
-            f"student log-prob {record.student_log_probs[i].item():.6g}): use a bounded reward such "
-            "as power, or clip"
+        first = {name: values[bad][0].item() for name, values in vars(record).items()}
+        raise RunError(
+            f"reward {reward} is {first['rewards']} at completion position "
+            f"{first['positions']:.0f} (teacher log-prob {first['teacher_log_probs']:.6g}, student "
+            f"log-prob {first['student_log_probs']:.6g}): use a bounded reward such as power or clip"
         )
     return record

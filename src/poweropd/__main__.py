@@ -1,0 +1,3 @@
+from poweropd.cli import main
+
+main()

@@ -1,0 +1,70 @@
+"""From completions to micro-batches."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from poweropd.batching import Rollout, collate, make_examples, pack
+
+STOP, TEACHER_STOP = 21, 22
+
+
+def rollout(index: int, prompt: list[int], completion: list[int], teacher: list[int]) -> Rollout:
+    return Rollout(index, 0, prompt, teacher, completion, [0.0] * len(completion), True)
+
+
+ROLLOUTS = [
+    rollout(1, [1], [7, 8, STOP], [2, 2, 1]),
+    rollout(0, [3, 4, 5], [9, STOP], [3, 4, 5]),
+    rollout(2, [6], [STOP], [6]),
+]
+
+
+def test_examples_hold_the_trained_tokens_in_a_fixed_order() -> None:
+    examples = make_examples(ROLLOUTS, [STOP], [TEACHER_STOP], "mask")
+    assert [e.rollout.prompt_index for e in examples] == [0, 1]  # the lone stop trains nothing
+    assert examples[1].positions.tolist() == [0, 1]
+    assert examples[1].student_targets.tolist() == [7, 8]
+    # The model reads up to the token that predicts the last trained one, and no further.
+    assert examples[1].student_length == 2
+    assert examples[1].teacher_length == 4
+
+
+def test_a_batch_aligns_both_models_on_the_completion() -> None:
+    batch = collate(make_examples(ROLLOUTS, [STOP], [TEACHER_STOP], "cross"))
+    for view, stop in ((batch.student, STOP), (batch.teacher, TEACHER_STOP)):
+        assert view.targets.tolist() == [9, stop, 7, 8, stop, stop]
+        before = view.input_ids.flatten()[view.index]  # the token read just before each target
+        assert before[[1, 3, 4]].tolist() == [9, 7, 8]
+        assert view.attention_mask.flatten()[view.index].all()
+    assert batch.positions.tolist() == [0, 1, 0, 1, 2, 0]
+    assert batch.rows.tolist() == [0, 0, 1, 1, 1, 2]
+    assert batch.student.input_ids[1].tolist() == [1, 7, 8, 0]
+    assert batch.teacher.input_ids[1].tolist() == [2, 2, 1, 7, 8]
+
+
+def test_a_batch_of_nothing_still_has_a_row() -> None:
+    batch = collate([])
+    assert batch.student.input_ids.shape == (1, 1)
+    assert len(batch.student.index) == len(batch.positions) == 0
+
+
+@given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 1000))
+def test_packing_keeps_every_row_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    groups = pack(lengths, budget)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    for group in groups:
+        longest = max(lengths[i] for i in group)
+        assert len(group) * longest <= budget or len(group) == 1
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=60))
+def test_packing_pads_no_more_than_batches_in_given_order(lengths: list[int]) -> None:
+    def padded(groups: list[list[int]]) -> int:
+        return sum(len(g) * max(lengths[i] for i in g) for g in groups)
+
+    unsorted = [list(range(i, min(i + 4, len(lengths)))) for i in range(0, len(lengths), 4)]
+    by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    like = [[by_length[i] for i in group] for group in unsorted]
+    assert padded(like) <= padded(unsorted)
+    assert torch.tensor(lengths).sum() <= padded(pack(lengths, 600))

@@ -1,0 +1,110 @@
+"""Recipes: defaults, overrides, and errors that name file, line and key."""
+
+from pathlib import Path
+
+import pytest
+
+from poweropd import rewards
+from poweropd.config import Config
+from poweropd.errors import UsageError
+
+RECIPE = """\
+model: {student: some/student}
+teacher: {model: some/teacher}
+data: {prompts: prompts.jsonl}
+reward:
+  name: power
+  alpha: 10
+train:
+  steps: 20
+  learning_rate: 5e-7
+"""
+
+
+def write(tmp_path: Path, text: str = RECIPE) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_recipe_states_only_what_differs(tmp_path: Path) -> None:
+    config = Config.load(write(tmp_path))
+    assert config.run.dir == "runs/mine"
+    assert config.train.learning_rate == 5e-7  # YAML 1.2: a number, not text
+    assert config.train.prompts_per_step == 32
+    assert config.reward.create() == rewards.Power(alpha=10)
+
+
+def test_the_resolved_recipe_reads_back_as_itself(tmp_path: Path) -> None:
+    overrides = ["reward={name: zscore, base: {name: clip}}", "model.lora={r: 8}"]
+    config = Config.load(write(tmp_path), overrides)
+    resolved = tmp_path / "config.yaml"
+    resolved.write_text(config.to_yaml())
+    again = Config.load(resolved)
+    assert again == config
+    assert config.differences(again) == []
+    assert config.flat()["reward.base.high"] == 1.0  # defaults are written down
+
+
+def test_overrides_are_yaml(tmp_path: Path) -> None:
+    config = Config.load(write(tmp_path), ["train.seed=7", "data.chat=null", "train.steps = 3"])
+    assert (config.train.seed, config.data.chat, config.train.steps) == (7, None, 3)
+
+
+def test_differences_name_keys_and_both_values(tmp_path: Path) -> None:
+    config, other = (Config.load(write(tmp_path), [f"train.steps={n}"]) for n in (3, 4))
+    assert config.differences(other) == ["train.steps: 3 != 4"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("steps: 20", "stesp: 20", r"mine.yaml:8: train.stesp: unknown key \(known: steps, "),
+        ("steps: 20", "steps: twenty", "mine.yaml:8: train.steps: expected a valid integer, got"),
+        ("steps: 20", "steps: 0", "mine.yaml:8: train.steps: expected greater than or equal to 1"),
+        ("steps: 20", "steps: true", "mine.yaml:8: train.steps: expected a valid integer"),
+        ("alpha: 10", "alpha: -1", "mine.yaml:6: reward.alpha: expected a number > 0, got -1"),
+        ("alpha: 10", "aplha: 1", "mine.yaml:6: reward.aplha: unknown parameter of reward power"),
+        ("name: power", "name: powr", "mine.yaml:5: reward.name: expected one of log_ratio"),
+        ("student: some/student", "", "mine.yaml:1: model.student: this key is required"),
+        ("data: {prompts: prompts.jsonl}", "data: 3", "mine.yaml:3: data: expected a section"),
+        ("data:", "dato:", "mine.yaml:3: dato: unknown key"),
+        ("alpha: 10", "alpha: [", "mine.yaml:8: not valid YAML"),
+        ("steps: 20", "steps: 20\n  steps: 3", "mine.yaml:9: not valid YAML: found duplicate key"),
+        (RECIPE, "- a", "expected a mapping of sections"),
+    ],
+)
+def test_mistakes_name_file_line_and_key(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        Config.load(write(tmp_path, RECIPE.replace(old, new)))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps=0", "override train.steps: expected greater than or equal to 1, got 0"),
+        ("train.stesp=1", "override train.stesp: unknown key"),
+        ("reward.alpha=0", "override reward.alpha: expected a number > 0, got 0"),
+        ("model.lora={r: 0}", "override model.lora.r: expected"),
+        ("objective.kind=all", "expected 'sampled' or 'full_vocab', got 'all'"),
+        ("train.steps", "expected an override key=value"),
+        ("=3", "expected an override key=value"),
+        ("data.chat={a", "not a YAML value"),
+    ],
+)
+def test_mistakes_in_overrides_say_so(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Config.load(write(tmp_path), [override])
+
+
+def test_full_vocabulary_needs_a_pointwise_reward(tmp_path: Path) -> None:
+    overrides = ["objective.kind=full_vocab", "reward={name: zscore}"]
+    with pytest.raises(UsageError, match="full_vocab needs a pointwise reward"):
+        Config.load(write(tmp_path), overrides)
+
+
+def test_a_missing_recipe(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such recipe file"):
+        Config.load(tmp_path / "none.yaml")
