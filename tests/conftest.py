@@ -1,5 +1,6 @@
 """Tiny models that tests build: random Qwen3s with the embedded pair's tokenizer."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from poweropd.config import Config
+from poweropd.embedded import task
 from poweropd.embedded.build import END_OF_TEXT, TURN_END, make_tokenizer
 
 torch.set_num_threads(1)
@@ -50,8 +52,18 @@ def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_model(tmp_path_factory.mktemp("models") / "teacher", TURN_END, 24, seed=2)
 
 
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    rows = [{"problem": problem.problem} for problem in task.problems("train", 64)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 @pytest.fixture
-def recipe(student_dir: Path, teacher_dir: Path, tmp_path: Path) -> Callable[..., Config]:
+def recipe(
+    student_dir: Path, teacher_dir: Path, prompts: Path, tmp_path: Path
+) -> Callable[..., Config]:
     """Makes a small configuration; overrides are dotted keys, as `recipe(**{"train.steps": 2})`."""
 
     def make(**overrides: Any) -> Config:
@@ -59,7 +71,7 @@ def recipe(student_dir: Path, teacher_dir: Path, tmp_path: Path) -> Callable[...
             "run": {"dir": str(tmp_path / "run")},
             "model": {"student": str(student_dir), "dtype": "float32"},
             "teacher": {"model": str(teacher_dir), "dtype": "float32"},
-            "data": {"prompts": "embedded:train"},
+            "data": {"prompts": str(prompts)},
             "rollout": {"max_new_tokens": 12},
             "train": {"steps": 3, "prompts_per_step": 4, "learning_rate": 1e-3},
             "checkpoint": {"every": 1},
@@ -71,5 +83,16 @@ def recipe(student_dir: Path, teacher_dir: Path, tmp_path: Path) -> Callable[...
             else:
                 tree[section] = value
         return Config.from_dict(tree)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def student_rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], str]:
+    """Makes a student whose embeddings are padded to so many rows."""
+
+    def make(rows: int) -> str:
+        directory = tmp_path_factory.mktemp("padded") / str(rows)
+        return str(build_model(directory, END_OF_TEXT, 16, seed=3, rows=rows))
 
     return make

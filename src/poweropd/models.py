@@ -16,8 +16,8 @@ from poweropd import config as configuration
 from poweropd import embedded
 from poweropd.batching import Batch, Sequences
 from poweropd.errors import UsageError
-from poweropd.kernels import linear_log_prob
-from poweropd.objectives import Head, Objective, TokenRecord
+from poweropd.kernels import Head, linear_log_prob
+from poweropd.objectives import Objective, TokenRecord
 
 EMBEDDED_PREFIX = "embedded:"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -7,31 +7,19 @@ coefficient for the kernel, and records per token what the run reports.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from poweropd.batching import Batch
 from poweropd.kernels import (
+    Head,
     TokenStatistics,
+    linear_full_vocab,
     linear_policy_gradient,
 )
 from poweropd.rewards import Reward
-
-
-@dataclass(frozen=True)
-class Head:
-    """An LM head: logits = softcap(scale * (hidden @ weight.T + bias))."""
-
-    weight: Tensor  # [V, H]
-    bias: Tensor | None = None  # [V]
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"bias": self.bias, "scale": self.scale, "softcap": self.softcap}
 
 
 @dataclass(frozen=True)
@@ -61,7 +49,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Sampled:
-    """-sum over trained tokens of token_weight * sg[r(t, p)] * ln p (PowerOPD, eq. of the loss)."""
+    """-sum over trained tokens of token_weight * sg[r(t, p)] * ln p (arXiv:2606.17199)."""
 
     reward: Reward
     token_weight: float
@@ -71,12 +59,10 @@ class Sampled:
     ) -> tuple[Tensor, TokenRecord]:
         assert batch.teacher_log_probs is not None, "the examples have not been scored"
         teacher_log_probs = batch.teacher_log_probs
-        student_log_probs = torch.empty_like(teacher_log_probs)
         rewards = torch.empty_like(teacher_log_probs)
 
-        def coefficient(log_probs: Tensor, tokens: slice) -> Tensor:
-            student_log_probs[tokens] = log_probs
-            rewards[tokens] = self.reward(teacher_log_probs[tokens], log_probs)
+        def coefficient(student_log_probs: Tensor, tokens: slice) -> Tensor:
+            rewards[tokens] = self.reward(teacher_log_probs[tokens], student_log_probs)
             return rewards[tokens] * self.token_weight
 
         statistics = TokenStatistics.empty(len(rewards), rewards.device)
@@ -88,10 +74,8 @@ class Sampled:
             statistics=statistics,
             **head.options,
         )
-        record = TokenRecord(
-            batch.positions, rewards, student_log_probs, teacher_log_probs, statistics.entropy
-        )
-        return loss, record
+        statistics.teacher_log_probs.copy_(teacher_log_probs)
+        return loss, _record(batch, rewards, statistics)
 
 
 @dataclass(frozen=True)
@@ -108,7 +92,34 @@ class FullVocab:
     def __call__(
         self, hidden_states: Tensor, head: Head, batch: Batch
     ) -> tuple[Tensor, TokenRecord]:
-        raise AssertionError
+        assert batch.teacher_hidden is not None, "the teacher has not read this batch"
+        statistics = TokenStatistics.empty(len(batch.positions), hidden_states.device)
+        loss = linear_full_vocab(
+            hidden_states,
+            head.weight,
+            batch.teacher_hidden,
+            self.teacher_head.weight,
+            self.reward,
+            self.token_weight,
+            value=self.reward.divergence,
+            teacher_options=self.teacher_head.options,
+            targets=batch.student.targets,
+            teacher_targets=batch.teacher.targets,
+            statistics=statistics,
+            **head.options,
+        )
+        rewards = self.reward(statistics.teacher_log_probs, statistics.student_log_probs)
+        return loss, _record(batch, rewards, statistics)
+
+
+def _record(batch: Batch, rewards: Tensor, statistics: TokenStatistics) -> TokenRecord:
+    return TokenRecord(
+        positions=batch.positions,
+        rewards=rewards,
+        student_log_probs=statistics.student_log_probs,
+        teacher_log_probs=statistics.teacher_log_probs,
+        entropy=statistics.entropy,
+    )
 
 
 MakeObjective = Callable[[Reward, float], Objective]

@@ -88,6 +88,17 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line.strip()]
 
 
+def recover_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a file; what a kill left of a last one is cut off."""
+    rows = read_jsonl(path)
+    if path.exists():
+        content = path.read_bytes()
+        complete = content.rfind(b"\n") + 1
+        if complete < len(content):
+            os.truncate(path, complete)
+    return rows
+
+
 def environment() -> dict[str, Any]:
     """Versions, hardware and the code's git commit."""
     installed = {d.metadata["Name"] for d in metadata.distributions()}

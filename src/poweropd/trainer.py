@@ -21,6 +21,7 @@ from poweropd import checkpoint, data, models, objectives, stops
 from poweropd.accounting import StepClock
 from poweropd.batching import Example, Rollout, make_examples
 from poweropd.config import Config
+from poweropd.evaluation.runner import Subject
 from poweropd.progress import TrainingProgress
 from poweropd.records import RunDirectory, completion_metrics, distribution
 from poweropd.rollouts.base import Request, Sampling, completion_seed
@@ -62,29 +63,33 @@ class Trainer:
             self.run = RunDirectory.open(config)
         self._load_models()
         self.steps_done = self._resume()
+        self.accelerator.init_trackers("poweropd", config=self.config.flat())
 
-    def train(self) -> Result:
-        """Runs the remaining steps. SIGINT and SIGTERM finish the step and write a checkpoint."""
-        train, every = self.config.train, self.config.checkpoint.every
+    def train(self, until: int | None = None) -> Result:
+        """Runs the remaining steps, or those before step `until`.
+
+        SIGINT and SIGTERM finish the step and write a checkpoint.
+        """
+        steps, every = self.config.train.steps, self.config.checkpoint.every
+        end = steps if until is None else min(until, steps)
         if self.run.final.exists():
             logger.info("%s is complete: nothing to do", self.run.path)
             return Result(self.run.path, self.steps_done, self.run.final)
-        self.accelerator.init_trackers("poweropd", config=self.config.flat())
-        progress = TrainingProgress(
-            train.steps, self.steps_done, self.run.path.name, enabled=self.progress
-        )
+        progress = TrainingProgress(steps, self.steps_done, self.run.path.name, self.progress)
         with progress, _deferred_signals() as received:
-            while self.steps_done < train.steps:
+            while self.steps_done < end:
                 metrics = self.step(self.steps_done)
                 self.steps_done += 1
                 self._record(metrics)
                 progress.update(self.steps_done, metrics)
                 interrupted = any(gather_object([bool(received)]))
-                if interrupted or self.steps_done % every == 0 or self.steps_done == train.steps:
+                if interrupted or self.steps_done % every == 0 or self.steps_done == end:
                     self._save_checkpoint()
-                if interrupted and self.steps_done < train.steps:
+                if interrupted and self.steps_done < steps:
                     number = received[0] if received else signal.SIGTERM  # another process's
                     return Result(self.run.path, self.steps_done, None, number)
+            if self.steps_done < steps:
+                return Result(self.run.path, self.steps_done, None)
             self._save_final()
         self.accelerator.end_training()
         return Result(self.run.path, self.steps_done, self.run.final)
@@ -99,7 +104,7 @@ class Trainer:
         with clock.phase("score"):
             examples = self.teacher.score(examples) if self.scores_ahead else examples
         with clock.phase("update"):
-            outcome = self.updater.update(examples, reward)
+            outcome = self.updater.update(examples, reward, step)
         with clock.phase("sync"):
             self.engine.sync()
         return self._metrics(step, rollouts, outcome, clock)
@@ -122,6 +127,11 @@ class Trainer:
             for sample in range(rollout.per_prompt)
         ]
         return requests[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def subject(self) -> Subject:
+        """The current student as something to evaluate."""
+        context = models.context_length(self.student.model.config)
+        return Subject(self.engine, self.tokenizer, self.sampling.stop_ids, context)
 
     def make_examples(self, rollouts: list[Rollout]) -> list[Example]:
         """What is trained on, by the recipe's stop policy."""
@@ -217,7 +227,7 @@ class Trainer:
                 self.run.checkpoints,
                 self.steps_done,
                 weights=self.student.trained_weights(),
-                optimizer=self.updater.state(),
+                optimizer=self.updater.optimizer.state_dict(),
                 state={"max_tokens": self.updater.max_tokens},
                 keep=self.config.checkpoint.keep,
             )
@@ -230,7 +240,7 @@ class Trainer:
         if path is not None:
             weights, optimizer, state = checkpoint.load(path)
             self.student.load_trained_weights(weights)
-            self.updater.load_state(optimizer)
+            self.updater.optimizer.load_state_dict(optimizer)
             self.updater.max_tokens = state["max_tokens"]
             self.engine.sync()
             steps = state["step"]

@@ -58,19 +58,20 @@ class Updater:
             fused=accelerator.device.type == "cuda",
         )
         self.student, self.optimizer = accelerator.prepare(student, optimizer)
-        # Not prepared: accelerate would step it once per process.
-        self.scheduler = get_scheduler(
+        # Only its factor is used, as a pure function of the step: accelerate's wrapper would step
+        # it once per process, and a state would have to be resumed.
+        schedule = get_scheduler(
             SCHEDULES[train.schedule], self.optimizer.optimizer, train.warmup_steps, train.steps
         )
+        self._factor = schedule.lr_lambdas[0]
 
-    def update(self, examples: Sequence[Example], reward: Reward) -> Outcome | None:
-        """One optimizer step on this process's share of the step's examples.
+    def update(self, examples: Sequence[Example], reward: Reward, step: int) -> Outcome | None:
+        """Optimizer step `step` (from 0) on this process's share of the step's examples.
 
-        Returns None, with nothing changed but the schedule, where no process has a trained token.
+        Returns None, with nothing changed, where no process has a trained token.
         """
         num_tokens = sum(gather_object([sum(e.num_tokens for e in examples)]))
         if num_tokens == 0:
-            self.scheduler.step()
             return None
         while True:
             try:
@@ -83,15 +84,17 @@ class Updater:
         grad_norm = self.accelerator.clip_grad_norm_(
             self.student.parameters(), float("inf") if clip is None else clip
         )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
         self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.scheduler.step()
+        self.optimizer.zero_grad()  # frees them for the rollout
         return Outcome(loss, float(grad_norm), num_tokens, record)
 
     def accumulate(
         self, examples: Sequence[Example], reward: Reward, num_tokens: int
     ) -> tuple[float, TokenRecord]:
         """Leaves the gradient of the global loss in the student; returns loss and own tokens."""
+        self.optimizer.zero_grad()
         batches = self._micro_batches(examples)
         if reward.needs_statistics:
             reward = self._with_statistics(batches, reward)
@@ -118,10 +121,7 @@ class Updater:
 
     def _prepared(self, batch: Batch) -> Batch:
         batch = batch.to(self.accelerator.device)
-        if self.teacher is None:
-            return batch
-        with torch.no_grad():
-            return replace(batch, teacher_hidden=self.teacher.hidden_states(batch.teacher))
+        return batch if self.teacher is None else with_teacher(batch, self.teacher)
 
     @torch.no_grad()
     def _with_statistics(self, batches: Sequence[Batch], reward: Reward) -> Reward:
@@ -133,7 +133,6 @@ class Updater:
 
     def _shrink(self, examples: Sequence[Example], error: torch.OutOfMemoryError) -> None:
         """Prepares a restart of the whole update at half the token budget, or gives up."""
-        self.optimizer.zero_grad()
         longest = max(e.student_length for e in examples)
         if self.accelerator.num_processes > 1 or self.max_tokens <= longest:
             raise RunError(
@@ -147,14 +146,13 @@ class Updater:
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of optimizer step `step`, counted from 0."""
-        return self.train.learning_rate * self.scheduler.lr_lambdas[0](step)
+        return self.train.learning_rate * self._factor(step)
 
-    def state(self) -> dict[str, Any]:
-        return {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+@torch.no_grad()
+def with_teacher(batch: Batch, teacher: Teacher) -> Batch:
+    """The batch with the teacher's hidden states, which full-vocabulary objectives need."""
+    return replace(batch, teacher_hidden=teacher.hidden_states(batch.teacher))
 
 
 def _check_finite(record: TokenRecord, reward: Reward) -> TokenRecord:

@@ -19,7 +19,8 @@ class LocalTeacher:
         for group in pack([e.teacher_length for e in waiting], self.max_tokens):
             members = [waiting[i] for i in group]
             log_probs = self.teacher.log_probs(teacher_sequences(members).to(self.teacher.device))
-            parts = log_probs.cpu().split([e.num_tokens for e in members])
+            # A clone made here is an ordinary tensor, not one of inference mode.
+            parts = log_probs.cpu().clone().split([e.num_tokens for e in members])
             for i, part in zip(group, parts, strict=True):
                 scored[i] = waiting[i].scored(part)
         return scored

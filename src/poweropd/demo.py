@@ -1,0 +1,264 @@
+"""`poweropd demo`: three rewards from the same start on the same prompts, compared honestly.
+
+Vanilla (log ratio), clip and power train the embedded student with two seeds each, at one learning
+rate chosen beforehand on the development split (docs/lab-notes.md). Then all models solve the same
+evaluation problems. Besides accuracy it shows what an optimizer feels: the signal-to-noise ratio of
+each reward's gradient, and its cosine to the exact full-vocabulary gradient.
+"""
+
+import json
+import logging
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from poweropd import records
+from poweropd.batching import Batch, collate
+from poweropd.config import Config
+from poweropd.data import PromptOrder
+from poweropd.diagnostics import gradient_quality
+from poweropd.evaluation import benchmarks, runner
+from poweropd.evaluation.grading import Grader
+from poweropd.evaluation.metrics import paired_bootstrap
+from poweropd.records import write_atomically
+from poweropd.report import figures
+from poweropd.rollouts.base import Request, completion_seed
+from poweropd.trainer import Trainer
+from poweropd.update import with_teacher
+
+REWARDS: dict[str, dict[str, Any]] = {
+    "log_ratio": {"name": "log_ratio"},
+    "clip": {"name": "clip"},
+    "power": {"name": "power", "alpha": 5.0},
+}
+BASELINE = "log_ratio"
+SEEDS = (0, 1)
+PROCESSES = 2
+
+STEPS = 60
+PROMPTS_PER_STEP = 16
+LEARNING_RATE = 2e-4
+MAX_NEW_TOKENS = 64
+SETTINGS = runner.Settings(n=1, max_new_tokens=MAX_NEW_TOKENS, top_p=1.0, top_k=0)
+
+CURVE_POINTS = 3  # after the start, at which a run's accuracy and gradients are measured
+CURVE_PROBLEMS = 128
+GRADIENT_BATCHES = 16
+GRADIENT_PROMPTS = 32
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training of the demo."""
+
+    reward: str
+    seed: int
+    steps: int
+    num_problems: int
+    out: Path
+
+    def config(self) -> Config:
+        return Config.from_dict(
+            {
+                "run": {"dir": str(self.out / f"{self.reward}-seed{self.seed}")},
+                "model": {"student": "embedded:student", "dtype": "float32"},
+                "teacher": {"model": "embedded:teacher", "dtype": "float32"},
+                "data": {"prompts": "embedded:train"},
+                "rollout": {"max_new_tokens": MAX_NEW_TOKENS},
+                "reward": REWARDS[self.reward],
+                "train": {
+                    "steps": self.steps,
+                    "prompts_per_step": PROMPTS_PER_STEP,
+                    "learning_rate": LEARNING_RATE,
+                    "seed": self.seed,
+                },
+            }
+        )
+
+
+def run(out: Path, steps: int | None, num_problems: int, json_file: Path | None) -> None:
+    """Runs the demo, prints its table, writes its picture and numbers."""
+    console, started = Console(), time.perf_counter()
+    jobs = [Job(r, seed, steps or STEPS, num_problems, out) for seed in SEEDS for r in REWARDS]
+    pool = ProcessPoolExecutor(PROCESSES, get_context("spawn"), initializer=_start_process)
+    with pool, Progress(console=console, transient=True) as progress:
+        fixed = [pool.submit(solve, name, num_problems, out) for name in ("student", "teacher")]
+        trainings = [pool.submit(train, job) for job in jobs]
+        bar = progress.add_task("training and evaluating", total=len(jobs))
+        for training in as_completed(trainings):
+            done = training.result()
+            console.print(
+                f"{done['reward']}, seed {done['seed']}: {done['accuracy']:.3f} right after "
+                f"{jobs[0].steps} steps, {done['seconds']:.0f} s"
+            )
+            progress.advance(bar)
+        before, teacher = (solving.result() for solving in fixed)
+        runs = [training.result() for training in trainings]
+    numbers = summary(before, teacher, runs)
+    picture = out / "demo.png"
+    points, steps_taken = ([row for run in runs for row in run[key]] for key in ("points", "steps"))
+    figures.save_demo(points, steps_taken, picture)
+    for path in {out / "demo.json", json_file or out / "demo.json"}:
+        write_atomically(path, json.dumps(numbers, indent=2) + "\n")
+    console.print(table(numbers))
+    console.print(
+        f"{time.perf_counter() - started:.0f} s in all\nrun directories: {out}/REWARD-seedN\n"
+        f"picture: {picture}\nnumbers: {json_file or out / 'demo.json'}",
+        soft_wrap=True,
+    )
+
+
+def _start_process() -> None:
+    """One thread a process: these models are too small for two."""
+    torch.set_num_threads(1)
+    logging.getLogger("poweropd").setLevel(logging.ERROR)
+
+
+def solve(name: str, num_problems: int, out: Path) -> dict[str, Any]:
+    """Accuracy of an embedded model as it is shipped."""
+    started = time.perf_counter()
+    subject = runner.load_subject(f"embedded:{name}", "float32")
+    return {**_solve(subject, num_problems, out / "eval" / name), "seconds": _since(started)}
+
+
+def _solve(subject: runner.Subject, num_problems: int, folder: Path) -> dict[str, Any]:
+    """How many evaluation problems a model solves, and which."""
+    evaluation = runner.Evaluation(
+        "embedded", benchmarks.load("embedded", limit=num_problems), SETTINGS, folder
+    )
+    with Grader() as grader:
+        evaluation.run(subject, grader, progress=False)
+    solved = {row["id"]: row["correct"] for row in evaluation.rows}
+    return {
+        "accuracy": statistics.fmean(solved.values()),
+        "mean_length": statistics.fmean(row["tokens"] for row in evaluation.rows),
+        "solved": [solved[id] for id in sorted(solved)],
+    }
+
+
+def train(job: Job) -> dict[str, Any]:
+    """One training, measured on its way. Interrupted, it goes on; finished, it is not repeated."""
+    started = time.perf_counter()
+    trainer = Trainer(job.config(), progress=False)
+    path = trainer.run.path / "points.jsonl"
+    measured = {point["step"] for point in records.recover_jsonl(path)}
+    for part in range(CURVE_POINTS + 1):
+        step = job.steps * part // CURVE_POINTS
+        trainer.train(until=step)
+        if step not in measured:
+            with path.open("a") as file:
+                file.write(json.dumps(measure(trainer, job)) + "\n")
+            measured.add(step)
+    rows, points = trainer.run.metrics(), records.read_jsonl(path)
+    return {
+        "reward": job.reward,
+        "seed": job.seed,
+        **_solve(trainer.subject(), job.num_problems, trainer.run.evaluations / "final"),
+        "median_grad_norm": statistics.median(row["grad_norm"] for row in rows),
+        "gradient_snr": points[0]["gradient_snr"],
+        "gradient_cosine": points[0]["gradient_cosine"],
+        "seconds": _since(started),
+        "points": points,
+        "steps": [
+            {"reward": job.reward, "seed": job.seed, "step": r["step"], "lowest": r["reward/min"]}
+            for r in rows
+        ],
+    }
+
+
+def measure(trainer: Trainer, job: Job) -> dict[str, Any]:
+    """A run at one of its steps: accuracy on a few problems, quality of its reward's gradient."""
+    step = trainer.steps_done
+    folder = trainer.run.evaluations / f"step-{step}"
+    solving = _solve(trainer.subject(), min(CURVE_PROBLEMS, job.num_problems), folder)
+    quality = gradient_quality(
+        trainer.student, trainer.teacher.teacher.head(), fresh_batches(trainer), trainer.reward
+    )
+    return {
+        "reward": job.reward,
+        "seed": job.seed,
+        "step": step,
+        "accuracy": solving["accuracy"],
+        "gradient_snr": quality.snr,
+        "gradient_cosine": quality.cosine,
+    }
+
+
+def fresh_batches(trainer: Trainer) -> list[Batch]:
+    """Scored rollouts of the current student on training prompts; no training step sees them."""
+    count = GRADIENT_BATCHES * GRADIENT_PROMPTS
+    seed = trainer.config.train.seed
+    prompts = [trainer.prompts[row] for row in PromptOrder(len(trainer.prompts), seed).at_step(0, count)]
+    requests = [
+        Request(i, 0, p.prompt_ids, p.teacher_prompt_ids, completion_seed(seed, -1, i, 0))
+        for i, p in enumerate(prompts)
+    ]
+    examples = trainer.make_examples(list(trainer.engine.generate(requests, trainer.sampling)))
+    examples = trainer.teacher.score(examples)
+    groups = [examples[i::GRADIENT_BATCHES] for i in range(GRADIENT_BATCHES)]
+    return [with_teacher(collate(group), trainer.teacher.teacher) for group in groups]
+
+
+def summary(
+    before: Mapping[str, Any], teacher: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The numbers of the demo. Differences are paired by problem and averaged over seeds."""
+    solved = {
+        reward: np.mean([run["solved"] for run in runs if run["reward"] == reward], axis=0)
+        for reward in REWARDS
+    }
+    differences = []
+    for reward, against in [("power", BASELINE), ("clip", BASELINE), ("power", "clip")]:
+        estimate = paired_bootstrap(solved[reward], solved[against])
+        differences.append({"reward": reward, "against": against, **asdict(estimate)})
+    shown = (
+        "reward", "seed", "accuracy", "mean_length", "median_grad_norm",
+        "gradient_snr", "gradient_cosine", "seconds",
+    )  # fmt: skip
+    return {
+        "problems": len(before["solved"]),
+        "before": {"accuracy": before["accuracy"], "mean_length": before["mean_length"]},
+        "teacher": {"accuracy": teacher["accuracy"], "mean_length": teacher["mean_length"]},
+        "runs": [{key: run[key] for key in shown} for run in runs],
+        "differences": differences,
+    }
+
+
+def table(numbers: Mapping[str, Any]) -> Table:
+    """The numbers for a terminal: one row a reward, means over seeds."""
+    against = {d["reward"]: d for d in numbers["differences"] if d["against"] == BASELINE}
+    result = Table(title=f"Accuracy on {numbers['problems']} problems, temperature 0.6")
+    for column in ("", "accuracy", "by seed", "minus vanilla [95%]", "length", "gradient SNR", "cosine"):
+        result.add_column(column, justify="left" if not column else "right")
+    for name, key in (("student, before", "before"), ("teacher", "teacher")):
+        row = numbers[key]
+        result.add_row(name, f"{row['accuracy']:.3f}", "", "", f"{row['mean_length']:.1f}", "", "")
+    for reward in REWARDS:
+        runs = [run for run in numbers["runs"] if run["reward"] == reward]
+        mean = {key: statistics.fmean(run[key] for run in runs) for key in runs[0] if key != "reward"}
+        difference = against.get(reward)
+        result.add_row(
+            f"{reward}, after",
+            f"{mean['accuracy']:.3f}",
+            " ".join(f"{run['accuracy']:.3f}" for run in runs),
+            "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference) if difference else "",
+            f"{mean['mean_length']:.1f}",
+            f"{mean['gradient_snr']:.3f}",
+            f"{mean['gradient_cosine']:.3f}",
+        )
+    return result
+
+
+def _since(started: float) -> float:
+    return round(time.perf_counter() - started, 1)

@@ -1,0 +1,1 @@
+"""Pictures and pages of runs; reads run directories only."""

@@ -1,0 +1,272 @@
+"""Whole runs: resume after real kills, signals, two processes, LoRA, the command line."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from poweropd import Config, Trainer
+from poweropd.errors import UsageError
+
+MAKES = Callable[..., Config]
+TIMES = ("seconds/", "tokens_per_second", "memory/")
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """A run's metrics but for clocks and memory."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "final" / "model.safetensors")
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    assert metrics(run) == metrics(other)
+    mine, theirs = weights(run), weights(other)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def write_recipe(config: Config, path: Path) -> Path:
+    path.write_text(config.to_yaml())
+    return path
+
+
+def command(recipe: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "poweropd", "train", str(recipe), *overrides]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_a_run_leaves_a_student_that_anyone_can_load(recipe: MAKES, teacher_dir: Path) -> None:
+    config = recipe()
+    result = Trainer(config, progress=False).train()
+    assert result.steps == 3
+    assert result.final is not None
+    model = AutoModelForCausalLM.from_pretrained(result.final)
+    assert model.dtype == torch.float32
+    assert AutoTokenizer.from_pretrained(result.final).chat_template
+    rows = metrics(result.run_dir)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for key in ("loss", "grad_norm", "reward/p95", "log_ratio/min", "reverse_kl", "entropy"):
+        assert all(isinstance(row[key], float) for row in rows)
+    assert Config.load(result.run_dir / "config.yaml") == config
+    assert json.loads((result.run_dir / "environment.json").read_text())["packages"]["torch"]
+    assert len(list((result.run_dir / "checkpoints").iterdir())) == 2
+
+
+def test_training_brings_the_student_nearer_to_the_teacher(recipe: MAKES) -> None:
+    overrides = {"train.steps": 60, "train.prompts_per_step": 16, "reward.name": "log_ratio"}
+    Trainer(recipe(**overrides, **{"train.learning_rate": 1e-2}), progress=False).train()
+    rows = metrics(Path(recipe().run.dir))
+    assert rows[-1]["reverse_kl"] < 0.5 * rows[0]["reverse_kl"]
+
+
+@pytest.mark.parametrize("kind", ["sampled", "full_vocab"])
+def test_a_resumed_run_ends_as_an_undisturbed_one(
+    recipe: MAKES, tmp_path: Path, kind: str
+) -> None:
+    overrides = {"train.steps": 6, "objective.kind": kind, "train.schedule": "cosine"}
+    whole = recipe(**overrides)
+    Trainer(whole, progress=False).train()
+    parts = recipe(**{**overrides, "run.dir": str(tmp_path / "parts")})
+    for until in (2, 3, None):
+        Trainer(parts, progress=False).train(until=until)
+    assert_same_end(Path(whole.run.dir), Path(parts.run.dir))
+
+
+def test_steps_after_the_last_checkpoint_are_done_again(recipe: MAKES, tmp_path: Path) -> None:
+    overrides = {"train.steps": 5, "checkpoint.every": 3}
+    whole = recipe(**overrides)
+    Trainer(whole, progress=False).train()
+    crashed = recipe(**{**overrides, "run.dir": str(tmp_path / "crashed")})
+    trainer = Trainer(crashed, progress=False)
+    trainer.train(until=3)
+    trainer._record(trainer.step(3))  # step 4 is in the metrics, but in no checkpoint
+    with trainer.run.metrics_path.open("a") as file:
+        file.write('{"step": 5, "lo')  # and a line cut short
+    leftover = trainer.run.checkpoints / ".tmp-step-4"
+    leftover.mkdir()
+    (leftover / "state.json").write_text('{"step": 4}')
+    Trainer(crashed, progress=False).train()
+    assert_same_end(Path(whole.run.dir), Path(crashed.run.dir))
+
+
+@pytest.mark.parametrize("rounds", [20])
+def test_kills_at_random_moments_change_nothing(
+    recipe: MAKES, tmp_path: Path, rounds: int
+) -> None:
+    overrides = {"train.steps": 400, "rollout.max_new_tokens": 4, "train.prompts_per_step": 2}
+    ours = recipe(**overrides, **{"run.dir": str(tmp_path / "whole")})
+    subprocess.run(
+        command(write_recipe(ours, tmp_path / "whole.yaml")), env=ENVIRONMENT, check=True
+    )
+    run = tmp_path / "killed"
+    path = write_recipe(recipe(**overrides, **{"run.dir": str(run)}), tmp_path / "killed.yaml")
+    moments = random.Random(0)
+    for _ in range(rounds):
+        before = last_step(run)
+        process = subprocess.Popen(command(path), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        # Wait until it works again, then a random moment more: in a step, a write, a rename.
+        while process.poll() is None and last_step(run) <= before:
+            time.sleep(0.01)
+        time.sleep(moments.random() * 0.1)
+        process.kill()
+        process.wait()
+    assert 0 < last_step(run) < 400
+    subprocess.run(command(path), env=ENVIRONMENT, check=True)
+    assert_same_end(tmp_path / "whole", run)
+
+
+def last_step(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_says_how_to_go_on(
+    recipe: MAKES, tmp_path: Path, number: signal.Signals
+) -> None:
+    config = recipe(**{"train.steps": 100_000, "checkpoint.every": 100_000})
+    path = write_recipe(config, tmp_path / "long.yaml")
+    process = subprocess.Popen(command(path), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    run = Path(config.run.dir)
+    while last_step(run) < 2 and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    steps = last_step(run)
+    assert f"stopped after step {steps}; to go on: poweropd train {path}" in errors
+    assert (run / "checkpoints" / f"step-{steps}").is_dir()
+
+
+def test_two_processes_give_the_losses_of_one(recipe: MAKES, tmp_path: Path) -> None:
+    overrides = {"train.steps": 5, "train.prompts_per_step": 5, "rollout.max_new_tokens": 16}
+    for reward in ("power", "zscore"):
+        one = recipe(**overrides, **{"run.dir": str(tmp_path / reward), "reward.name": reward})
+        Trainer(one, progress=False).train()
+        path = write_recipe(
+            one.model_copy(update={"run": one.run.model_copy(update={"dir": str(tmp_path / "two")})}),
+            tmp_path / "two.yaml",
+        )
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+        subprocess.run(
+            [*launch, "-m", "poweropd", "train", str(path), f"run.dir={tmp_path / reward}-two"],
+            env=ENVIRONMENT,
+            check=True,
+            capture_output=True,
+        )
+        single, double = metrics(tmp_path / reward), metrics(tmp_path / f"{reward}-two")
+        assert len(single) == len(double) == 5
+        for mine, theirs in zip(single, double, strict=True):
+            assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+            assert mine["num_tokens"] == theirs["num_tokens"]
+            assert mine["reward/p95"] == pytest.approx(theirs["reward/p95"], abs=1e-5)
+
+
+def test_lora_trains_the_adapter_alone_and_can_be_merged(
+    recipe: MAKES, student_dir: Path, tmp_path: Path
+) -> None:
+    base = load_file(student_dir / "model.safetensors")
+    for merge in (False, True):
+        config = recipe(
+            **{"run.dir": str(tmp_path / str(merge)), "model.lora": {"r": 2, "merge": merge}}
+        )
+        final = Trainer(config, progress=False).train().final
+        assert final is not None
+        if merge:
+            merged = weights(tmp_path / "True")
+            changed = {name for name in base if not torch.equal(base[name], merged[name])}
+            assert changed
+            assert all("proj" in name for name in changed)
+        else:
+            assert (final / "adapter_model.safetensors").exists()
+
+
+def test_a_bfloat16_run_keeps_float32_weights_while_it_trains(recipe: MAKES) -> None:
+    trainer = Trainer(recipe(**{"model.dtype": "bfloat16"}), progress=False)
+    assert {p.dtype for p in trainer.student.trained_weights().values()} == {torch.float32}
+    assert trainer.engine.model.dtype == torch.bfloat16
+    final = trainer.train().final
+    assert AutoModelForCausalLM.from_pretrained(final).dtype == torch.bfloat16
+
+
+def test_another_configuration_is_refused_and_nothing_is_written_over(recipe: MAKES) -> None:
+    Trainer(recipe(), progress=False).train()
+    run = Path(recipe().run.dir)
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    with pytest.raises(UsageError, match=r"holds another configuration \(train.seed: 1 != 42\)"):
+        Trainer(recipe(**{"train.seed": 1}), progress=False)
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+    assert Trainer(recipe(), progress=False).train().steps == 3  # complete: nothing to do
+
+
+def test_a_directory_with_other_things_in_it_is_refused(recipe: MAKES, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("precious")
+    with pytest.raises(UsageError, match="exists and is not a run directory"):
+        Trainer(recipe(), progress=False)
+
+
+def test_models_that_do_not_fit_are_refused(
+    recipe: MAKES, student_rows: Callable[[int], str], tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=r"no such model directory"):
+        Trainer(recipe(**{"model.student": str(tmp_path / "nowhere")}))
+    with pytest.raises(UsageError, match=r"teacher's context of 256 tokens"):
+        Trainer(recipe(**{"rollout.max_new_tokens": 1000}))
+    # The same tokenizer with padded embeddings is fine, and padding is never sampled or scored.
+    trainer = Trainer(recipe(**{"model.student": student_rows(128)}), progress=False)
+    assert trainer.student.head().weight.shape[0] == trainer.engine.vocab_size == 103
+    assert trainer.train().steps == 3
+
+
+def test_different_vocabularies_are_refused_with_both_sizes_and_the_ids(
+    recipe: MAKES, teacher_dir: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
+    tokenizer.add_tokens(["<new>"])
+    AutoModelForCausalLM.from_pretrained(teacher_dir).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    message = r"the student has 103 tokens, the teacher 104; 1 ids differ: 103 \(None / '<new>'\)"
+    with pytest.raises(UsageError, match=message):
+        Trainer(recipe(**{"teacher.model": str(other)}))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["reward.alpha=0"], "error: override reward.alpha: expected a number > 0, got 0"),
+        (["train.steps=0"], "error: override train.steps: expected greater than or equal to 1"),
+        (["data.prompts=none.jsonl"], "error: none.jsonl: no such prompt file"),
+        (["data.column=question"], "expected text in column 'question'"),
+        (["model.student=./nowhere"], "error: ./nowhere: no such model directory"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(
+    recipe: MAKES, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    path = write_recipe(recipe(), tmp_path / "recipe.yaml")
+    result = subprocess.run(
+        command(path, *overrides), env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
