@@ -74,9 +74,7 @@ def test_differences_name_keys_and_both_values(tmp_path: Path) -> None:
         (RECIPE, "- a", "expected a mapping of sections"),
     ],
 )
-def test_mistakes_name_file_line_and_key(
-    tmp_path: Path, old: str, new: str, message: str
-) -> None:
+def test_mistakes_name_file_line_and_key(tmp_path: Path, old: str, new: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Config.load(write(tmp_path, RECIPE.replace(old, new)))
 

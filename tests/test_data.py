@@ -92,7 +92,9 @@ def test_the_teacher_may_see_another_prompt(
 def test_a_prompt_that_leaves_no_room_is_named() -> None:
     prompts = [data.Prompt(0, [1] * 5, [1] * 5), data.Prompt(1, [1] * 9, [1] * 12)]
     data.check_lengths(prompts, 20, 20, max_new_tokens=8)
-    with pytest.raises(UsageError, match=r"row 1: a prompt of 12 tokens .* teacher's context of 18"):
+    with pytest.raises(
+        UsageError, match=r"row 1: a prompt of 12 tokens .* teacher's context of 18"
+    ):
         data.check_lengths(prompts, 18, 18, max_new_tokens=8)
 
 

@@ -18,8 +18,8 @@ TOWER = r"\boxed{10^{10^{10^{10}}}}"
 
 @pytest.mark.parametrize(
     "completion",
-    [TOWER, r"\boxed{" + "{" * 50_000 + "}" * 50_000 + "}", r"\boxed{(10^8)!}"],
-    ids=["tower", "braces", "factorial"],
+    [TOWER, r"\boxed{" + "{" * 50_000 + "}" * 50_000 + "}", r"\boxed{\sum_{n=1}^{10^9} \sin(n!)}"],
+    ids=["tower", "braces", "sum"],
 )
 def test_endless_answers_cost_the_time_limit_at_most(completion: str) -> None:
     with Grader(workers=1, timeout=0.5) as grader:
@@ -107,7 +107,11 @@ def test_workers_load_neither_torch_nor_the_script(tmp_path: Path) -> None:
         """)
     )
     run = subprocess.run(
-        [sys.executable, "-W", "error", script], capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "error", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert run.stderr == ""
     assert run.stdout.split("\n")[:3] == ["script runs", "['sympy']", "True"]

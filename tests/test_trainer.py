@@ -4,10 +4,13 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerProcess as Process
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from poweropd import Config, Trainer
+from poweropd import Config, Trainer, cli
 from poweropd.errors import UsageError
 
 MAKES = Callable[..., Config]
+SERVER = get_context("forkserver")
+SERVER.set_forkserver_preload(["poweropd.trainer", "poweropd.cli"])
 TIMES = ("seconds/", "tokens_per_second", "memory/")
 
 
@@ -43,13 +48,6 @@ def assert_same_end(run: Path, other: Path) -> None:
 def write_recipe(config: Config, path: Path) -> Path:
     path.write_text(config.to_yaml())
     return path
-
-
-def command(recipe: Path, *overrides: str) -> list[str]:
-    return [sys.executable, "-m", "poweropd", "train", str(recipe), *overrides]
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def test_a_run_leaves_a_student_that_anyone_can_load(recipe: MAKES, teacher_dir: Path) -> None:
@@ -77,9 +75,7 @@ def test_training_brings_the_student_nearer_to_the_teacher(recipe: MAKES) -> Non
 
 
 @pytest.mark.parametrize("kind", ["sampled", "full_vocab"])
-def test_a_resumed_run_ends_as_an_undisturbed_one(
-    recipe: MAKES, tmp_path: Path, kind: str
-) -> None:
+def test_a_resumed_run_ends_as_an_undisturbed_one(recipe: MAKES, tmp_path: Path, kind: str) -> None:
     overrides = {"train.steps": 6, "objective.kind": kind, "train.schedule": "cosine"}
     whole = recipe(**overrides)
     Trainer(whole, progress=False).train()
@@ -106,29 +102,44 @@ def test_steps_after_the_last_checkpoint_are_done_again(recipe: MAKES, tmp_path:
     assert_same_end(Path(whole.run.dir), Path(crashed.run.dir))
 
 
-@pytest.mark.parametrize("rounds", [20])
-def test_kills_at_random_moments_change_nothing(
-    recipe: MAKES, tmp_path: Path, rounds: int
-) -> None:
-    overrides = {"train.steps": 400, "rollout.max_new_tokens": 4, "train.prompts_per_step": 2}
-    ours = recipe(**overrides, **{"run.dir": str(tmp_path / "whole")})
-    subprocess.run(
-        command(write_recipe(ours, tmp_path / "whole.yaml")), env=ENVIRONMENT, check=True
-    )
+def start(recipe: Path, errors: Path | None = None, **environment: str) -> "Process":
+    """`poweropd train` in a process of its own, forked from a warm server: it starts at once."""
+    process = SERVER.Process(target=run_command, args=(recipe, errors, environment))
+    process.start()
+    return process
+
+
+def run_command(recipe: Path, errors: Path | None, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = ["poweropd", "train", str(recipe)]
+    with open(os.devnull, "w") as nowhere, open(errors or os.devnull, "w", buffering=1) as file:
+        sys.stdout, sys.stderr = nowhere, file
+        cli.main()
+
+
+def test_kills_at_random_moments_change_nothing(recipe: MAKES, tmp_path: Path) -> None:
+    overrides = {"train.steps": 150, "rollout.max_new_tokens": 4, "train.prompts_per_step": 2}
+    whole = recipe(**overrides, **{"run.dir": str(tmp_path / "whole")})
+    undisturbed = start(write_recipe(whole, tmp_path / "whole.yaml"))
     run = tmp_path / "killed"
     path = write_recipe(recipe(**overrides, **{"run.dir": str(run)}), tmp_path / "killed.yaml")
     moments = random.Random(0)
-    for _ in range(rounds):
+    for _ in range(20):
         before = last_step(run)
-        process = subprocess.Popen(command(path), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        process = start(path)
         # Wait until it works again, then a random moment more: in a step, a write, a rename.
-        while process.poll() is None and last_step(run) <= before:
-            time.sleep(0.01)
+        while process.is_alive() and last_step(run) <= before:
+            time.sleep(0.002)
         time.sleep(moments.random() * 0.1)
         process.kill()
-        process.wait()
-    assert 0 < last_step(run) < 400
-    subprocess.run(command(path), env=ENVIRONMENT, check=True)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    assert 0 < last_step(run) < 150
+    last = start(path)
+    for process in (undisturbed, last):
+        process.join()
+        assert process.exitcode == 0
     assert_same_end(tmp_path / "whole", run)
 
 
@@ -142,41 +153,61 @@ def test_a_signal_finishes_the_step_and_says_how_to_go_on(
     recipe: MAKES, tmp_path: Path, number: signal.Signals
 ) -> None:
     config = recipe(**{"train.steps": 100_000, "checkpoint.every": 100_000})
-    path = write_recipe(config, tmp_path / "long.yaml")
-    process = subprocess.Popen(command(path), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    path, errors = write_recipe(config, tmp_path / "long.yaml"), tmp_path / "errors"
+    process = start(path, errors)
     run = Path(config.run.dir)
-    while last_step(run) < 2 and process.poll() is None:
+    while last_step(run) < 2 and process.is_alive():
         time.sleep(0.02)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 128 + number
     steps = last_step(run)
-    assert f"stopped after step {steps}; to go on: poweropd train {path}" in errors
+    assert f"stopped after step {steps}; to go on: poweropd train {path}" in errors.read_text()
     assert (run / "checkpoints" / f"step-{steps}").is_dir()
 
 
-def test_two_processes_give_the_losses_of_one(recipe: MAKES, tmp_path: Path) -> None:
-    overrides = {"train.steps": 5, "train.prompts_per_step": 5, "rollout.max_new_tokens": 16}
-    for reward in ("power", "zscore"):
-        one = recipe(**overrides, **{"run.dir": str(tmp_path / reward), "reward.name": reward})
-        Trainer(one, progress=False).train()
-        path = write_recipe(
-            one.model_copy(update={"run": one.run.model_copy(update={"dir": str(tmp_path / "two")})}),
-            tmp_path / "two.yaml",
-        )
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
-        subprocess.run(
-            [*launch, "-m", "poweropd", "train", str(path), f"run.dir={tmp_path / reward}-two"],
-            env=ENVIRONMENT,
-            check=True,
-            capture_output=True,
-        )
-        single, double = metrics(tmp_path / reward), metrics(tmp_path / f"{reward}-two")
-        assert len(single) == len(double) == 5
-        for mine, theirs in zip(single, double, strict=True):
-            assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
-            assert mine["num_tokens"] == theirs["num_tokens"]
-            assert mine["reward/p95"] == pytest.approx(theirs["reward/p95"], abs=1e-5)
+TWO = {"train.steps": 5, "train.prompts_per_step": 5, "rollout.max_new_tokens": 16}
+
+
+def test_two_launched_processes_give_the_losses_of_one(recipe: MAKES, tmp_path: Path) -> None:
+    path = write_recipe(recipe(**TWO, **{"run.dir": str(tmp_path / "two")}), tmp_path / "two.yaml")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    subprocess.run(
+        [*launch, "-m", "poweropd", "train", str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+    )
+    Trainer(recipe(**TWO), progress=False).train()
+    assert_same_losses(tmp_path / "run", tmp_path / "two")
+
+
+def test_statistics_of_a_step_are_taken_over_all_processes(recipe: MAKES, tmp_path: Path) -> None:
+    two = recipe(**TWO, **{"run.dir": str(tmp_path / "two"), "reward.name": "zscore"})
+    path = write_recipe(two, tmp_path / "two.yaml")
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common |= {"LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    ranks = [start(path, **common, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 0
+    Trainer(recipe(**TWO, **{"reward.name": "zscore"}), progress=False).train()
+    assert_same_losses(tmp_path / "run", tmp_path / "two")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def assert_same_losses(one: Path, two: Path) -> None:
+    single, double = metrics(one), metrics(two)
+    assert len(single) == len(double) == 5
+    for mine, theirs in zip(single, double, strict=True):
+        assert mine["num_tokens"] == theirs["num_tokens"]
+        for key in ("loss", "reward/p95", "entropy", "completions/mean_length"):
+            assert mine[key] == pytest.approx(theirs[key], abs=1e-5)
 
 
 def test_lora_trains_the_adapter_alone_and_can_be_merged(
@@ -228,7 +259,7 @@ def test_models_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=r"no such model directory"):
         Trainer(recipe(**{"model.student": str(tmp_path / "nowhere")}))
-    with pytest.raises(UsageError, match=r"teacher's context of 256 tokens"):
+    with pytest.raises(UsageError, match=r"student's context of 256 tokens"):
         Trainer(recipe(**{"rollout.max_new_tokens": 1000}))
     # The same tokenizer with padded embeddings is fine, and padding is never sampled or scored.
     trainer = Trainer(recipe(**{"model.student": student_rows(128)}), progress=False)
@@ -260,13 +291,19 @@ def test_different_vocabularies_are_refused_with_both_sizes_and_the_ids(
     ],
 )
 def test_mistakes_are_one_line_and_status_2(
-    recipe: MAKES, tmp_path: Path, overrides: list[str], message: str
+    recipe: MAKES,
+    tmp_path: Path,
+    overrides: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = write_recipe(recipe(), tmp_path / "recipe.yaml")
-    result = subprocess.run(
-        command(path, *overrides), env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1
+    monkeypatch.setattr(sys, "argv", ["poweropd", "train", str(path), *overrides])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert len(errors.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()

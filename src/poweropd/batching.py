@@ -102,8 +102,14 @@ class Batch:
     teacher_hidden: Tensor | None = None  # [N, H], where the objective needs the full vocabulary
 
     def to(self, device: torch.device | str) -> "Batch":
-        moved = {k: None if v is None else v.to(device) for k, v in vars(self).items()}
-        return replace(self, **moved)
+        return Batch(
+            self.student.to(device),
+            self.teacher.to(device),
+            None if self.teacher_log_probs is None else self.teacher_log_probs.to(device),
+            self.positions.to(device),
+            self.rows.to(device),
+            None if self.teacher_hidden is None else self.teacher_hidden.to(device),
+        )
 
 
 def collate(examples: Sequence[Example]) -> Batch:

@@ -6,7 +6,6 @@ parameters, the optimizer and the loop's state; all randomness is a function of 
 """
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -16,6 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from poweropd.records import replaced_directory
+
+WEIGHTS, OPTIMIZER, STATE = "student.safetensors", "optimizer.pt", "state.json"
 NAME = re.compile(r"step-(\d+)")
 
 
@@ -28,23 +30,16 @@ def save(
     keep: int,
 ) -> Path:
     """Writes `folder/step-N` and removes all but the newest `keep` checkpoints."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary, target = folder / f".tmp-step-{step}", folder / f"step-{step}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    save_file(
-        {k: v.detach().contiguous() for k, v in weights.items()}, temporary / "student.safetensors"
-    )
-    torch.save(optimizer, temporary / "optimizer.pt")
-    (temporary / "state.json").write_text(json.dumps({"step": step, **state}))
-    _flush(temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-    _flush(folder)
+    target = folder / f"step-{step}"
+    with replaced_directory(target) as temporary:
+        save_file({k: v.detach().contiguous() for k, v in weights.items()}, temporary / WEIGHTS)
+        torch.save(optimizer, temporary / OPTIMIZER)
+        (temporary / STATE).write_text(json.dumps({"step": step, **state}))
     for old in _complete(folder)[:-keep]:
         # Renamed first: a kill during the removal must not leave half a checkpoint behind.
-        doomed = old.rename(old.with_name(f".tmp-{old.name}"))
-        shutil.rmtree(doomed)
+        old.rename(old.with_name(f".tmp-old-{old.name}"))
+    for leftover in folder.glob(".tmp-*"):
+        shutil.rmtree(leftover)
     return target
 
 
@@ -57,9 +52,9 @@ def latest(folder: Path) -> Path | None:
 def load(path: Path) -> tuple[dict[str, Tensor], Any, dict[str, Any]]:
     """weights, optimizer state and loop state, on the CPU."""
     return (
-        load_file(path / "student.safetensors"),
-        torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
-        json.loads((path / "state.json").read_text()),
+        load_file(path / WEIGHTS),
+        torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True),
+        json.loads((path / STATE).read_text()),
     )
 
 
@@ -68,12 +63,3 @@ def _complete(folder: Path) -> list[Path]:
         return []
     found = [(int(m[1]), p) for p in folder.iterdir() if (m := NAME.fullmatch(p.name))]
     return [path for _, path in sorted(found)]
-
-
-def _flush(folder: Path) -> None:
-    """Makes a directory's files and entries durable."""
-    for path in [*folder.iterdir(), folder]:
-        if path.is_file() or path == folder:
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)

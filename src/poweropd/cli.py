@@ -4,6 +4,7 @@ Exit status: 0 done; 1 the run failed; 2 wrong usage, recipe or input (one line,
 128 + n stopped by signal n, with a checkpoint written.
 """
 
+import errno
 import logging
 import sys
 from pathlib import Path
@@ -77,8 +78,12 @@ def main() -> None:
         sys.exit(_say(error, 2))
     except RunError as error:
         sys.exit(_say(error, 1))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        sys.exit(_say(f"{error.filename or 'a file'}: cannot write: {error.strerror}", 1))
 
 
-def _say(error: Exception, status: int) -> int:
+def _say(error: object, status: int) -> int:
     typer.echo(f"error: {error}", err=True)
     return status

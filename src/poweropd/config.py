@@ -110,9 +110,14 @@ class Train(Section):
 
 class Evaluate(Section):
     every: PositiveInt
-    benchmarks: list[str]
+    benchmarks: Annotated[list[str], Field(min_length=1)]
     n: PositiveInt = 1
     limit: PositiveInt | None = None
+    data_dir: str | None = None  # a folder with NAME.jsonl, instead of the Hub
+    max_new_tokens: PositiveInt = 4096
+    temperature: NonNegativeFloat = 0.6
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    top_k: Annotated[int, Field(ge=0)] = 20
     best: str = "avg_at_k"  # the metric, averaged over the benchmarks, by which best/ is kept
 
 

@@ -17,7 +17,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -30,7 +29,7 @@ from poweropd.data import PromptOrder
 from poweropd.diagnostics import gradient_quality
 from poweropd.evaluation import benchmarks, runner
 from poweropd.evaluation.grading import Grader
-from poweropd.evaluation.metrics import paired_bootstrap
+from poweropd.evaluation.metrics import paired_bootstrap, problem_values
 from poweropd.records import write_atomically
 from poweropd.report import figures
 from poweropd.rollouts.base import Request, completion_seed
@@ -139,11 +138,11 @@ def _solve(subject: runner.Subject, num_problems: int, folder: Path) -> dict[str
     )
     with Grader() as grader:
         evaluation.run(subject, grader, progress=False)
-    solved = {row["id"]: row["correct"] for row in evaluation.rows}
+    solved = problem_values(evaluation.rows)
     return {
         "accuracy": statistics.fmean(solved.values()),
         "mean_length": statistics.fmean(row["tokens"] for row in evaluation.rows),
-        "solved": [solved[id] for id in sorted(solved)],
+        "solved": solved,
     }
 
 
@@ -199,7 +198,9 @@ def fresh_batches(trainer: Trainer) -> list[Batch]:
     """Scored rollouts of the current student on training prompts; no training step sees them."""
     count = GRADIENT_BATCHES * GRADIENT_PROMPTS
     seed = trainer.config.train.seed
-    prompts = [trainer.prompts[row] for row in PromptOrder(len(trainer.prompts), seed).at_step(0, count)]
+    prompts = [
+        trainer.prompts[row] for row in PromptOrder(len(trainer.prompts), seed).at_step(0, count)
+    ]
     requests = [
         Request(i, 0, p.prompt_ids, p.teacher_prompt_ids, completion_seed(seed, -1, i, 0))
         for i, p in enumerate(prompts)
@@ -214,10 +215,10 @@ def summary(
     before: Mapping[str, Any], teacher: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """The numbers of the demo. Differences are paired by problem and averaged over seeds."""
-    solved = {
-        reward: np.mean([run["solved"] for run in runs if run["reward"] == reward], axis=0)
-        for reward in REWARDS
-    }
+    solved = {}
+    for reward in REWARDS:
+        seeds = [run["solved"] for run in runs if run["reward"] == reward]
+        solved[reward] = {id: statistics.fmean(s[id] for s in seeds) for id in seeds[0]}
     differences = []
     for reward, against in [("power", BASELINE), ("clip", BASELINE), ("power", "clip")]:
         estimate = paired_bootstrap(solved[reward], solved[against])
@@ -239,14 +240,24 @@ def table(numbers: Mapping[str, Any]) -> Table:
     """The numbers for a terminal: one row a reward, means over seeds."""
     against = {d["reward"]: d for d in numbers["differences"] if d["against"] == BASELINE}
     result = Table(title=f"Accuracy on {numbers['problems']} problems, temperature 0.6")
-    for column in ("", "accuracy", "by seed", "minus vanilla [95%]", "length", "gradient SNR", "cosine"):
+    for column in (
+        "",
+        "accuracy",
+        "by seed",
+        "minus vanilla [95%]",
+        "length",
+        "gradient SNR",
+        "cosine",
+    ):
         result.add_column(column, justify="left" if not column else "right")
     for name, key in (("student, before", "before"), ("teacher", "teacher")):
         row = numbers[key]
         result.add_row(name, f"{row['accuracy']:.3f}", "", "", f"{row['mean_length']:.1f}", "", "")
     for reward in REWARDS:
         runs = [run for run in numbers["runs"] if run["reward"] == reward]
-        mean = {key: statistics.fmean(run[key] for run in runs) for key in runs[0] if key != "reward"}
+        mean = {
+            key: statistics.fmean(run[key] for run in runs) for key in runs[0] if key != "reward"
+        }
         difference = against.get(reward)
         result.add_row(
             f"{reward}, after",

@@ -1,4 +1,4 @@
-"""How much of a reward's gradient is signal: its signal-to-noise ratio, its cosine to the exact one.
+"""How much of a reward's gradient is signal: signal-to-noise ratio, cosine to the exact one.
 
 Gradient norms of different rewards differ in units and prove little. What an optimizer such as
 AdamW, which ignores scale, feels is the noise relative to the mean.

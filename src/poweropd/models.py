@@ -4,6 +4,8 @@ The head is never called on a whole batch. `LanguageModel.hidden_states` gives t
 that predict trained tokens; objectives run the head over chunks of them.
 """
 
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +71,9 @@ def load_trained(model: configuration.Model) -> Any:
 
 
 def _load(kind: Any, name: str, **options: Any) -> Any:
+    path = resolve(name)
     try:
-        return kind.from_pretrained(resolve(name), **options)
+        return kind.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UsageError(f"{name}: cannot load it as a model: {reason}") from error
@@ -185,6 +188,19 @@ class Student(LanguageModel):
     def trained_weights(self) -> dict[str, Tensor]:
         """Name -> trained parameter, tied ones once."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def save(self, folder: Path, merge: bool = False) -> None:
+        """Saves a Hugging Face model in the compute dtype, or a peft adapter unless merged."""
+        if self.lora and not merge:
+            self.model.save_pretrained(folder)
+            return
+        model = copy.deepcopy(self.model).merge_and_unload() if self.lora else self.model
+        state = {k: v.to(self.compute_dtype) for k, v in model.state_dict().items()}
+        model.save_pretrained(folder, state_dict=state)
+        # transformers writes the dtype of the model, not that of the weights it was given.
+        path = folder / "config.json"
+        config = json.loads(path.read_text()) | {"dtype": str(self.compute_dtype).split(".")[1]}
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
     @torch.no_grad()
     def load_trained_weights(self, weights: dict[str, Tensor]) -> None:

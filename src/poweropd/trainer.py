@@ -3,7 +3,6 @@
 import copy
 import logging
 import math
-import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -23,11 +22,17 @@ from poweropd.batching import Example, Rollout, make_examples
 from poweropd.config import Config
 from poweropd.evaluation.runner import Subject
 from poweropd.progress import TrainingProgress
-from poweropd.records import RunDirectory, completion_metrics, distribution
+from poweropd.records import (
+    RunDirectory,
+    completion_metrics,
+    distribution,
+    replaced_directory,
+)
 from poweropd.rollouts.base import Request, Sampling, completion_seed
 from poweropd.rollouts.transformers import TransformersEngine
 from poweropd.teachers.local import LocalTeacher
 from poweropd.update import Outcome, Updater
+from poweropd.validation import Validation
 
 logger = logging.getLogger("poweropd")
 
@@ -80,6 +85,7 @@ class Trainer:
             while self.steps_done < end:
                 metrics = self.step(self.steps_done)
                 self.steps_done += 1
+                metrics |= self._validate()
                 self._record(metrics)
                 progress.update(self.steps_done, metrics)
                 interrupted = any(gather_object([bool(received)]))
@@ -90,7 +96,7 @@ class Trainer:
                     return Result(self.run.path, self.steps_done, None, number)
             if self.steps_done < steps:
                 return Result(self.run.path, self.steps_done, None)
-            self._save_final()
+            self._export(self.run.final)
         self.accelerator.end_training()
         return Result(self.run.path, self.steps_done, self.run.final)
 
@@ -149,6 +155,16 @@ class Trainer:
         row |= clock.metrics(sum(n for n, _ in ends))
         return row
 
+    def _validate(self) -> dict[str, float]:
+        """Evaluates the current student where the recipe asks for it, and keeps the best one."""
+        last = self.steps_done == self.config.train.steps
+        if self.validation is None or not self.validation.due(self.steps_done, last):
+            return {}
+        metrics = self.validation.evaluate(self.subject(), self.steps_done)
+        if self.validation.is_best(metrics, self.steps_done):
+            self._export(self.run.path / "best")
+        return metrics
+
     def _record(self, metrics: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
             self.run.append_metrics(metrics)
@@ -182,6 +198,10 @@ class Trainer:
         )
         self.teacher_stop_ids = stops.stop_ids(
             teacher_tokenizer, models.load_generation_config(config.teacher.model)
+        )
+        section = config.evaluate
+        self.validation = (
+            section if section is None else Validation(config, section, self.accelerator)
         )
         notice = stops.difference(
             self.student_stop_ids, self.teacher_stop_ids, config.objective.stop, self.tokenizer
@@ -250,17 +270,13 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         return steps
 
-    def _save_final(self) -> None:
-        """Writes final/ aside, then renames it. The student is cast to the recipe's dtype."""
+    def _export(self, folder: Path) -> None:
+        """The student as a plain Hugging Face model directory, whole or not at all."""
         if self.accelerator.is_main_process:
-            temporary = self.run.final.with_name(".tmp-final")
-            shutil.rmtree(temporary, ignore_errors=True)
-            lora = self.config.model.lora
-            model = self.student.model.to(self.student.compute_dtype)
-            model = model.merge_and_unload() if lora is not None and lora.merge else model
-            model.save_pretrained(temporary)
-            self.tokenizer.save_pretrained(temporary)
-            temporary.rename(self.run.final)
+            with replaced_directory(folder) as temporary:
+                lora = self.config.model.lora
+                self.student.save(temporary, merge=lora is not None and lora.merge)
+                self.tokenizer.save_pretrained(temporary)
         self.accelerator.wait_for_everyone()
 
 

@@ -7,7 +7,6 @@ whatever the micro-batches, their order and the processes they run on.
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -161,7 +160,8 @@ def _check_finite(record: TokenRecord, reward: Reward) -> TokenRecord:
         first = {name: values[bad][0].item() for name, values in vars(record).items()}
         raise RunError(
             f"reward {reward} is {first['rewards']} at completion position "
-            f"{first['positions']:.0f} (teacher log-prob {first['teacher_log_probs']:.6g}, student "
-            f"log-prob {first['student_log_probs']:.6g}): use a bounded reward such as power or clip"
+            f"{first['positions']:.0f} (log-prob of the teacher {first['teacher_log_probs']:.6g}, "
+            f"of the student {first['student_log_probs']:.6g}): use a bounded reward such as "
+            "power, or clip"
         )
     return record
