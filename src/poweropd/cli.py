@@ -44,6 +44,80 @@ def train(
     typer.echo(f"run directory: {result.run_dir}\nstudent: {result.final}")
 
 
+@app.command("eval")
+def evaluate(
+    model: Annotated[
+        str | None, typer.Argument(help="A model directory, a Hub model, or embedded:student.")
+    ] = None,
+    benchmark: Annotated[
+        str, typer.Option(help="Names, JSONL files or Hub datasets, separated by commas.")
+    ] = "",
+    n: Annotated[int, typer.Option(min=1, help="Completions of each problem.")] = 8,
+    k: Annotated[
+        int | None, typer.Option(min=1, help="Of Avg@k and Pass@k; n if absent.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first problems.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A folder with NAME.jsonl, instead of the Hub.")
+    ] = None,
+    problem: Annotated[str | None, typer.Option(help="Column of one's own data.")] = None,
+    answer: Annotated[str | None, typer.Option(help="Column of one's own data.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of one's own Hub dataset.")] = None,
+    temperature: Annotated[float, typer.Option(min=0)] = 0.6,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
+    top_k: Annotated[int, typer.Option(min=0, help="0: the whole vocabulary.")] = 20,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 4096,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    thinking: Annotated[bool, typer.Option(help="The chat template's enable_thinking.")] = False,
+    chat_template: Annotated[bool, typer.Option(help="Off: problems as plain text.")] = True,
+    system: Annotated[str | None, typer.Option(help="A system turn.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="Appended to every problem.")] = None,
+    dtype: Annotated[str, typer.Option()] = "bfloat16",
+    trust_remote_code: Annotated[bool, typer.Option()] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Where completions are kept; runs/eval/MODEL if absent.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="Figures of another evaluation, from --json.")
+    ] = None,
+    grade: Annotated[
+        Path | None, typer.Option(help="Grade this file's completions instead of a model's.")
+    ] = None,
+) -> None:
+    """Measure a model on benchmarks: Avg@k, Pass@k, length, with 95% intervals over problems."""
+    from poweropd.evaluation import command
+    from poweropd.evaluation.runner import Settings
+
+    names = [name.strip() for name in benchmark.split(",") if name.strip()]
+    columns = {"problem_column": problem, "answer_column": answer, "split": split}
+    selection = command.Selection(names, limit, data, columns)
+    if grade is not None:
+        report = command.grade_file(grade, selection if names else None, k)
+        command.show(report, json_file, compare)
+        return
+    if model is None:
+        raise UsageError("expected a MODEL to evaluate, or --grade FILE")
+    if k is not None and k > n:
+        raise UsageError(f"--k: expected at most --n={n} completions, got {k}")
+    settings = Settings(
+        n=n,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        chat={"enable_thinking": thinking} if chat_template else None,
+        system=system,
+        instruction=instruction,
+    )
+    folder = out or Path("runs/eval") / model.strip("/").replace("/", "--").replace(":", "-")
+    report = command.measure(model, selection, settings, folder, dtype, trust_remote_code, k)
+    command.show(report, json_file, compare)
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where runs, picture and numbers go.")] = Path(

@@ -28,8 +28,10 @@ class Prompt:
     teacher_prompt_ids: list[int]
 
 
-def read_rows(source: str, columns: Sequence[str], split: str = "train") -> list[dict[str, Any]]:
-    """The rows of `source` as dicts that hold at least `columns`, each a non-empty string.
+def read_rows(
+    source: str, columns: Sequence[str], split: str = "train", allow_empty: bool = False
+) -> list[dict[str, Any]]:
+    """The rows of `source` as dicts that hold at least `columns`, each text and not empty.
 
     Raises UsageError, naming the file and line or row, where something is missing.
     """
@@ -44,7 +46,7 @@ def read_rows(source: str, columns: Sequence[str], split: str = "train") -> list
     for where, row in rows:
         for column in columns:
             value = row.get(column)
-            if not isinstance(value, str) or not value.strip():
+            if not isinstance(value, str) or not (allow_empty or value.strip()):
                 got = f"got {value!r}" if column in row else f"its columns are {', '.join(row)}"
                 raise UsageError(f"{where}: expected text in column {column!r}, {got}")
         checked.append(row)

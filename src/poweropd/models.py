@@ -28,7 +28,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 def resolve(name: str) -> str:
     """The directory of an embedded model; any other name or path as it is."""
     if name.startswith(EMBEDDED_PREFIX):
-        return str(embedded.path(name.removeprefix(EMBEDDED_PREFIX)))
+        try:
+            return str(embedded.path(name.removeprefix(EMBEDDED_PREFIX)))
+        except ValueError as error:
+            raise UsageError(f"{name}: {error}") from None
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise UsageError(f"{name}: no such model directory")
     return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name

@@ -1,0 +1,235 @@
+"""Runs benchmarks: samples completions, grades them as they end, keeps every one.
+
+Completions are appended with their grades to one JSONL file per benchmark, so an interrupted
+evaluation goes on where it stopped. Requests are sampled in fixed groups; a group that was
+interrupted is sampled again whole and only its missing rows are appended. So the rows of a resumed
+evaluation are those of an undisturbed one, to the last bit.
+"""
+
+import json
+import logging
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from poweropd import data, models, records, stops
+from poweropd.batching import Rollout
+from poweropd.errors import RunError, UsageError
+from poweropd.evaluation.benchmarks import Problem
+from poweropd.evaluation.grading import Grade, Grader
+from poweropd.evaluation.metrics import Summary, summarize
+from poweropd.rollouts.base import Request, RolloutEngine, Sampling, completion_seed
+from poweropd.rollouts.transformers import TransformersEngine
+
+logger = logging.getLogger("poweropd")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a benchmark is sampled; the defaults are the paper's (temperature 0.6, n = 8)."""
+
+    n: int = 8
+    max_new_tokens: int = 4096
+    temperature: float = 0.6
+    top_p: float = 0.95
+    top_k: int = 20
+    seed: int = 0
+    chat: Mapping[str, Any] | None = field(default_factory=lambda: {"enable_thinking": False})
+    system: str | None = None
+    instruction: str | None = None  # appended to each problem, after a line break
+    group_size: int = 256  # completions sampled together; part of what makes a run repeatable
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model under evaluation: an engine that samples it, its tokenizer, its stop ids."""
+
+    engine: RolloutEngine
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    context_length: int
+
+
+class Evaluation:
+    """One benchmark on one model, in `folder`/NAME.jsonl, with what was asked in NAME.json."""
+
+    def __init__(
+        self, name: str, problems: Sequence[Problem], settings: Settings, folder: Path
+    ) -> None:
+        self.name, self.problems, self.settings = name, problems, settings
+        self.path = folder / f"{name}.jsonl"
+        self.settings_path = folder / f"{name}.settings.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._claim()
+        self.rows = records.recover_jsonl(self.path)
+
+    def _claim(self) -> None:
+        """Refuses a file that holds completions sampled in another way."""
+        asked = json.loads(json.dumps(asdict(self.settings)))
+        if not self.settings_path.exists():
+            records.write_atomically(self.settings_path, json.dumps(asked, indent=2))
+            return
+        found = json.loads(self.settings_path.read_text(encoding="utf-8"))
+        differing = [
+            f"{k}: {found.get(k)!r} != {v!r}" for k, v in asked.items() if found.get(k) != v
+        ]
+        if differing:
+            raise UsageError(
+                f"{self.path} holds completions sampled with other settings "
+                f"({'; '.join(differing)}): choose another folder, or delete that file"
+            )
+
+    def run(self, subject: Subject, grader: Grader, progress: bool = True) -> Summary:
+        """Samples and grades what is missing; returns the summary of all rows."""
+        prompts = self._prompts(subject)
+        requests = self._requests(prompts)
+        sampling = self._sampling(subject, longest_prompt=max(map(len, prompts)))
+        console = Console(stderr=True)
+        with Progress(console=console, disable=not progress, transient=True) as bar:
+            task = bar.add_task(self.name, total=len(requests), completed=len(self.rows))
+            for group in self._unfinished(requests):
+                rollouts = subject.engine.generate(group, sampling)
+                for _ in self._graded(rollouts, subject.tokenizer, grader):
+                    bar.advance(task)
+        self._check_not_empty()
+        return self.summary()
+
+    def summary(self) -> Summary:
+        return summarize(self.rows, n=self.settings.n)
+
+    def _prompts(self, subject: Subject) -> list[list[int]]:
+        settings = self.settings
+        ending = f"\n{settings.instruction}" if settings.instruction else ""
+        texts = [problem.problem + ending for problem in self.problems]
+        return data.encode_chat(subject.tokenizer, texts, settings.chat, settings.system)
+
+    def _sampling(self, subject: Subject, longest_prompt: int) -> Sampling:
+        settings, room = self.settings, subject.context_length - longest_prompt
+        if room < 1:
+            raise UsageError(
+                f"{self.name}: a prompt of {longest_prompt} tokens leaves no room in the model's "
+                f"context of {subject.context_length} tokens"
+            )
+        if room < settings.max_new_tokens:
+            logger.warning(
+                "%s: at most %d new tokens instead of %d: the model's context has %d tokens",
+                *(self.name, room, settings.max_new_tokens, subject.context_length),
+            )
+        return Sampling(
+            max_new_tokens=min(room, settings.max_new_tokens),
+            stop_ids=subject.stop_ids,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+        )
+
+    def _requests(self, prompts: Sequence[list[int]]) -> list[Request]:
+        return [
+            Request(i, sample, ids, ids, completion_seed(self.settings.seed, 0, i, sample))
+            for i, ids in enumerate(prompts)
+            for sample in range(self.settings.n)
+        ]
+
+    def _unfinished(self, requests: list[Request]) -> Iterator[list[Request]]:
+        """Groups, the same ones whatever is done already, that have something missing."""
+        ordered = sorted(requests, key=lambda r: -len(r.prompt_ids))  # stable
+        done = {(row["id"], row["sample"]) for row in self.rows}
+        for start in range(0, len(ordered), self.settings.group_size):
+            group = ordered[start : start + self.settings.group_size]
+            keys = {(self.problems[r.prompt_index].id, r.sample_index) for r in group}
+            if not keys <= done:
+                yield group
+
+    def _graded(self, rollouts: Iterator[Rollout], tokenizer: Any, grader: Grader) -> Iterator[Row]:
+        """Appends the rows that are missing, in the order in which completions end."""
+        done = {(row["id"], row["sample"]) for row in self.rows}
+        waiting: deque[tuple[Row, Future[Grade]]] = deque()
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                for rollout in rollouts:
+                    problem = self.problems[rollout.prompt_index]
+                    if (problem.id, rollout.sample_index) not in done:
+                        row = _row(problem, rollout, tokenizer)
+                        grade = grader.submit(problem.answer, row["completion"], rule=problem.rule)
+                        waiting.append((row, grade))
+                    while waiting and waiting[0][1].done():
+                        yield self._append(file, *waiting.popleft())
+                while waiting:
+                    yield self._append(file, *waiting.popleft())
+        except OSError as error:
+            raise RunError(
+                f"{self.path}: cannot write a completion ({error.strerror}); {len(self.rows)} are "
+                "kept: free some space and run the same command again"
+            ) from error
+
+    def _append(self, file: Any, row: Row, grade: "Future[Grade]") -> Row:
+        found = grade.result()
+        row |= {"answer": found.answer, "correct": found.correct, "reason": found.reason}
+        if found.detail:
+            row["detail"] = found.detail
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        self.rows.append(row)
+        return row
+
+    def _check_not_empty(self) -> None:
+        if not any(row["completion"].strip() for row in self.rows):
+            raise RunError(
+                f"{self.name}: every completion is empty or only special tokens; check the model, "
+                f"its chat template and its stop tokens (the completions are in {self.path})"
+            )
+
+
+def _row(problem: Problem, rollout: Rollout, tokenizer: Any) -> Row:
+    stop = rollout.completion_ids[-1] if rollout.stopped else None
+    return {
+        "id": problem.id,
+        "sample": rollout.sample_index,
+        "completion": tokenizer.decode(rollout.completion_ids, skip_special_tokens=True),
+        "tokens": len(rollout.completion_ids),
+        "stop": None if stop is None else tokenizer.convert_ids_to_tokens(stop),
+    }
+
+
+def load_subject(model: str, dtype: str, trust_remote_code: bool = False) -> Subject:
+    """A model directory or Hub name, ready to be sampled by the transformers engine."""
+    tokenizer = models.load_tokenizer(model, trust_remote_code)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = models.load_model(model, dtype, trust_remote_code).to(device)
+    engine = TransformersEngine(
+        loaded,
+        vocab_size=loaded.get_output_embeddings().weight.shape[0],
+        batch_size=Settings.group_size,
+    )
+    stop_ids = stops.stop_ids(tokenizer, loaded.generation_config)
+    return Subject(engine, tokenizer, tuple(stop_ids), models.context_length(loaded.config))
+
+
+def evaluate(
+    subject: Subject,
+    problem_sets: Mapping[str, Sequence[Problem]],
+    settings: Settings,
+    folder: Path,
+    progress: bool = True,
+) -> dict[str, Evaluation]:
+    """Runs every benchmark of `problem_sets`, name -> problems, one after another.
+
+    Rows and settings are kept in `folder`; run again on it, an evaluation goes on where it was
+    stopped. Raises UsageError where the folder holds completions of other settings, RunError where
+    nothing can be written any more or a model says nothing.
+    """
+    done = {}
+    with Grader() as grader:
+        for name, problems in problem_sets.items():
+            done[name] = Evaluation(name, problems, settings, folder)
+            done[name].run(subject, grader, progress)
+    return done
