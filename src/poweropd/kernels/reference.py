@@ -1,0 +1,86 @@
+"""The oracle: what the kernels compute, in plain differentiable torch over whole tensors.
+
+Everything is in the dtype given (tests use float64); gradients come from autograd.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from poweropd.kernels.head import Head
+
+
+def logits(hidden: Tensor, head: Head) -> Tensor:
+    """[N, V]."""
+    x = hidden @ head.weight.T
+    if head.bias is not None:
+        x = x + head.bias
+    x = head.scale * x
+    if head.softcap is not None:
+        x = head.softcap * torch.tanh(x / head.softcap)
+    return x / head.temperature
+
+
+def log_softmax(hidden: Tensor, head: Head, merged_ids: Tensor | None = None) -> Tensor:
+    """[N, A] log-probs of actions: the V ids, or, with `merged_ids`, the others and then these."""
+    log_probs = logits(hidden, head).log_softmax(-1)
+    if merged_ids is None:
+        return log_probs
+    others = torch.ones(log_probs.shape[1], dtype=torch.bool)
+    others[merged_ids] = False
+    merged = log_probs[:, ~others].logsumexp(-1, keepdim=True)
+    return torch.cat([log_probs[:, others], merged], dim=-1)
+
+
+def log_prob(
+    hidden: Tensor, head: Head, targets: Tensor, merged_ids: Tensor | None = None
+) -> Tensor:
+    """[N] ln p of the targets; of any of the merged ids, where the target is one of them."""
+    log_probs = logits(hidden, head).log_softmax(-1)
+    own = log_probs.gather(1, targets[:, None]).squeeze(1)
+    if merged_ids is None:
+        return own
+    merged = log_probs[:, merged_ids.unique()].logsumexp(-1)
+    return torch.where(torch.isin(targets, merged_ids), merged, own)
+
+
+def policy_gradient(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    coefficient: Callable[[Tensor], Tensor],
+    merged_ids: Tensor | None = None,
+) -> Tensor:
+    """-sum_i sg[c_i] ln p_i (PowerOPD, arXiv:2606.17199)."""
+    student_log_probs = log_prob(hidden, head, targets, merged_ids)
+    return -(coefficient(student_log_probs.detach()).detach() * student_log_probs).sum()
+
+
+def values(teacher: Tensor, student: Tensor, reward: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """[N] V(c) = sum_v p_v r(t_v, p_v), from log-probs [N, V]."""
+    return (student.exp() * reward(teacher, student)).sum(-1)
+
+
+def full_vocab(
+    student: Tensor,
+    teacher: Tensor,
+    reward: Callable[[Tensor, Tensor], Tensor],
+    token_weight: Tensor,
+    top_k: int | None = None,
+) -> Tensor:
+    """-sum_i w_i sum_{v in S_i} sg[p_v r(t_v, p_v)] ln p_v, from log-probs [N, V].
+
+    S_i is the vocabulary, or the student's `top_k` most probable ids. Only the gradient is that
+    of `linear_full_vocab`; the value reported there is another.
+    """
+    if top_k is not None:
+        support = student.topk(top_k, dim=-1).indices
+        student, teacher = student.gather(-1, support), teacher.gather(-1, support)
+    p = student.detach()
+    return -(token_weight[:, None] * p.exp() * reward(teacher, p) * student).sum()
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """[N] -sum_v p_v ln p_v."""
+    return -torch.xlogy(log_probs.exp(), log_probs.exp()).sum(-1)
