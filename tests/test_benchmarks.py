@@ -92,6 +92,13 @@ def test_local_files_replace_the_hub(tmp_path: Path) -> None:
     assert loaded == [Problem("q0", "0 + 1?", "1", rule), Problem("q1", "1 + 1?", "2", rule)]
 
 
+def test_stated_tolerances_are_found_under_either_id(tmp_path: Path) -> None:
+    row = {"id": "olympiadbench-2592", "problem": "Which?", "answer": "3"}
+    write_rows(tmp_path / "olympiadbench.jsonl", row, row | {"id": "olympiadbench-2593"})
+    first, second = benchmarks.load("olympiadbench", data_dir=tmp_path)
+    assert (first.rule.absolute_tolerance, second.rule.absolute_tolerance) == (0.1, 0.0)
+
+
 def test_one_of_your_own_in_the_data_folder(tmp_path: Path) -> None:
     write_rows(tmp_path / "mine.jsonl", {"id": 1, "problem": "1 + 1?", "answer": 2})
     assert benchmarks.load("mine", data_dir=tmp_path) == [Problem("1", "1 + 1?", "2")]

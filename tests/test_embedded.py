@@ -11,6 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 from poweropd import embedded
 from poweropd.embedded import task
 
+EVALUATION_START = ["6+8+7+9+7+3+3", "9+9+9+5+4+3+3"]
+WORKED = "3+8=11+9=20\n\\boxed{20}"
+
 SPLITS: tuple[task.Split, ...] = ("train", "development", "evaluation")
 
 
@@ -48,7 +51,7 @@ def test_unknown_split_is_refused():
         task.problems("test", 1)
 
 
-def test_worked_solution_is_correct_and_every_line_of_it_true():
+def test_worked_solution_is_correct():
     problem = task.Problem("x", "3+8+9", "20")
     assert task.worked_solution(problem) == WORKED
     for problem in task.problems("train", 200):

@@ -41,6 +41,11 @@ FOUND = [
     ("The answers are 2 and 9.", "2 and 9"),
     ("So the answer is Rosalind.", "Rosalind"),
     ("Final answer: there are 14 seats left.", "14"),
+    ("#### Step 2: add\n2 + 3 = 5\n\nHe has 5.\n#### Result\n", "5"),
+    ("#### 1. Count\nThere are 8 and 9, so 17.", "17"),
+    ("A: First he buys 4.\nThen he has 4 + 5 = 9 pens.", "9"),
+    ("Answer: Let us count the pens. There are 4.\nWith 5 more that makes 9.", "9"),
+    ("A: 9", "9"),
     ("The answer is 8.\n<|im_end|>\nThe answer is 9.", "8"),
     # the last number
     ("So he walks 2 km and then 3.5 km.", "3.5"),

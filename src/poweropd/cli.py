@@ -53,9 +53,7 @@ def evaluate(
         str, typer.Option(help="Names, JSONL files or Hub datasets, separated by commas.")
     ] = "",
     n: Annotated[int, typer.Option(min=1, help="Completions of each problem.")] = 8,
-    k: Annotated[
-        int | None, typer.Option(min=1, help="Of Avg@k and Pass@k; n if absent.")
-    ] = None,
+    k: Annotated[int | None, typer.Option(min=1, help="Of Avg@k and Pass@k; n if absent.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first problems.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="A folder with NAME.jsonl, instead of the Hub.")

@@ -26,7 +26,12 @@ from poweropd import records
 from poweropd.batching import Batch, collate
 from poweropd.config import Config
 from poweropd.data import PromptOrder
-from poweropd.diagnostics import gradient_quality
+from poweropd.diagnostics import (
+    exact_gradient,
+    mean_cosine,
+    sampled_gradients,
+    signal_to_noise,
+)
 from poweropd.evaluation import benchmarks, runner
 from poweropd.evaluation.grading import Grader
 from poweropd.evaluation.metrics import paired_bootstrap, problem_values
@@ -45,8 +50,8 @@ BASELINE = "log_ratio"
 SEEDS = (0, 1)
 PROCESSES = 2
 
-STEPS = 60
-PROMPTS_PER_STEP = 16
+STEPS = 100
+PROMPTS_PER_STEP = 8
 LEARNING_RATE = 2e-4
 MAX_NEW_TOKENS = 64
 SETTINGS = runner.Settings(n=1, max_new_tokens=MAX_NEW_TOKENS, top_p=1.0, top_k=0)
@@ -181,17 +186,21 @@ def measure(trainer: Trainer, job: Job) -> dict[str, Any]:
     step = trainer.steps_done
     folder = trainer.run.evaluations / f"step-{step}"
     solving = _solve(trainer.subject(), min(CURVE_PROBLEMS, job.num_problems), folder)
-    quality = gradient_quality(
-        trainer.student, trainer.teacher.teacher.head(), fresh_batches(trainer), trainer.reward
-    )
-    return {
+    batches = fresh_batches(trainer)
+    gradients = sampled_gradients(trainer.student, batches, trainer.reward)
+    point = {
         "reward": job.reward,
         "seed": job.seed,
         "step": step,
         "accuracy": solving["accuracy"],
-        "gradient_snr": quality.snr,
-        "gradient_cosine": quality.cosine,
+        "gradient_snr": signal_to_noise(gradients),
     }
+    if step == 0:  # where all runs are the same model
+        teacher = trainer.teacher.teacher
+        read = [with_teacher(batch, teacher) for batch in batches]
+        exact = exact_gradient(trainer.student, teacher.head(), read, trainer.reward)
+        point["gradient_cosine"] = mean_cosine(gradients, exact)
+    return point
 
 
 def fresh_batches(trainer: Trainer) -> list[Batch]:
@@ -208,7 +217,7 @@ def fresh_batches(trainer: Trainer) -> list[Batch]:
     examples = trainer.make_examples(list(trainer.engine.generate(requests, trainer.sampling)))
     examples = trainer.teacher.score(examples)
     groups = [examples[i::GRADIENT_BATCHES] for i in range(GRADIENT_BATCHES)]
-    return [with_teacher(collate(group), trainer.teacher.teacher) for group in groups]
+    return [collate(group) for group in groups]
 
 
 def summary(

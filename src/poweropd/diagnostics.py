@@ -5,7 +5,6 @@ AdamW, which ignores scale, feels is the noise relative to the mean.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,28 +16,27 @@ from poweropd.objectives import FullVocab, Objective, Sampled
 from poweropd.rewards import Reward
 
 
-@dataclass(frozen=True)
-class GradientQuality:
-    """`snr`: |mean|^2 / total variance of a batch's gradient, both unbiased. `cosine`: mean cosine
-    of a batch's sampled gradient to the exact full-vocabulary gradient of the same reward."""
-
-    snr: float
-    cosine: float
+def sampled_gradients(student: Student, batches: Sequence[Batch], reward: Reward) -> Tensor:
+    """[K, P] gradient of each of K scored batches; for small models, since all are kept."""
+    gradients = (flat_gradient(student, b, Sampled(reward, 1 / len(b.positions))) for b in batches)
+    return torch.stack(list(gradients))
 
 
-def gradient_quality(
+def exact_gradient(
     student: Student, teacher_head: Head, batches: Sequence[Batch], reward: Reward
-) -> GradientQuality:
-    """Measured over K >= 2 batches of fresh rollouts, which hold teacher log-probs and hidden
-    states. Keeps 2 K gradients in memory: for small models."""
-    sampled, exact = [], []
-    for batch in batches:
-        weight = 1 / len(batch.positions)
-        sampled.append(flat_gradient(student, batch, Sampled(reward, weight)))
-        exact.append(flat_gradient(student, batch, FullVocab(reward, weight, teacher_head)))
-    mean_exact = torch.stack(exact).mean(0, keepdim=True)
-    cosines = torch.cosine_similarity(torch.stack(sampled), mean_exact)
-    return GradientQuality(signal_to_noise(torch.stack(sampled)), cosines.mean().item())
+) -> Tensor:
+    """[P] mean gradient over batches that hold the teacher's hidden states, exact in the next
+    token: what is left of the noise is that of contexts."""
+    gradients = (
+        flat_gradient(student, b, FullVocab(reward, 1 / len(b.positions), teacher_head))
+        for b in batches
+    )
+    return torch.stack(list(gradients)).mean(0)
+
+
+def mean_cosine(gradients: Tensor, direction: Tensor) -> float:
+    """Mean cosine of [K, P] gradients to a [P] direction."""
+    return torch.cosine_similarity(gradients, direction[None]).mean().item()
 
 
 def signal_to_noise(gradients: Tensor) -> float:

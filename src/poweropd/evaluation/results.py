@@ -23,15 +23,13 @@ def table(results: Mapping[str, Result], title: str) -> Table:
     """One row a benchmark and, of several, their plain mean."""
     shown = Table(title=title)
     k = next(iter(results.values()))["k"]
-    columns = ("benchmark", "problems", f"Avg@{k}", f"Pass@{k}", f"Maj@{k}", "Len", "truncated")
-    for column in (*columns, "no answer"):
-        shown.add_column(column, justify="left" if column == "benchmark" else "right")
+    for column in ("", f"Avg@{k}", f"Pass@{k}", "Len", "truncated", "no answer"):
+        shown.add_column(column, justify="right" if column else "left")
     for name, one in results.items():
-        fractions = (_percent(one[key]) for key in ("avg_at_k", "pass_at_k", "maj_at_k"))
         shown.add_row(
-            name,
-            str(one["problems"]),
-            *fractions,
+            f"{name}\n{one['problems']} problems",
+            _percent(one["avg_at_k"]),
+            _percent(one["pass_at_k"]),
             _interval(one["mean_length"], 1.0, 0),
             _percent(one["truncated_fraction"]),
             _percent(one["no_answer_fraction"]),
@@ -39,9 +37,9 @@ def table(results: Mapping[str, Result], title: str) -> Table:
     if len(results) > 1:
         means = [
             f"{100 * sum(one[key]['mean'] for one in results.values()) / len(results):.2f}"
-            for key in ("avg_at_k", "pass_at_k", "maj_at_k")
+            for key in ("avg_at_k", "pass_at_k")
         ]
-        shown.add_row("mean", "", *means, "", "", "")
+        shown.add_row("mean", *means, "", "", "")
     return shown
 
 

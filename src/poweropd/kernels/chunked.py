@@ -168,7 +168,7 @@ class _Forward:
     def __call__(self, tokens: slice, slope: Tensor | None = None) -> _Chunk:
         logits = self.head.logits(self.hidden[tokens], self.buffer.of(tokens), slope)
         actions, summary = self._softmax_(logits, tokens)
-        log_probs = (actions.log_weights - summary.log_sum).float()
+        log_probs = summary.log_probs(actions.log_weights).float()
         if self.statistics is not None:
             self.statistics.record(tokens, log_probs, actions, summary)
             if self.baseline is not None:

@@ -106,9 +106,14 @@ def tiles(logits: Tensor) -> Iterator[Tensor]:
 class Summary(NamedTuple):
     """Of each row of logits, [n] each."""
 
-    log_sum: Tensor  # log-sum-exp
     largest: Tensor
+    log_top: Tensor  # log-probability of the largest
     entropy: Tensor  # 0 where it was not asked for
+
+    def log_probs(self, log_weights: Tensor) -> Tensor:
+        """Of logits. Taken from the largest, a certain token's is exactly 0: log-sum-exp of large
+        logits is rounded by more than ln p, and a power of 500 would show it."""
+        return (log_weights - self.largest) + self.log_top
 
 
 def softmax_(logits: Tensor, entropy: bool) -> Summary:
@@ -117,10 +122,10 @@ def softmax_(logits: Tensor, entropy: bool) -> Summary:
     for tile in tiles(logits):
         probs, largest = tile.softmax(1), tile.amax(1)
         # The largest probability is exp(0) / sum, at least 1 / V: its logarithm loses nothing.
-        log_sum = largest - probs.amax(1).log()
-        mean = tile.mul_(probs).sum(1) if entropy else log_sum
+        log_top = probs.amax(1).log()
+        mean = tile.mul_(probs).sum(1) if entropy else largest - log_top
         tile.copy_(probs)
-        parts.append((log_sum, largest, log_sum - mean))
+        parts.append((largest, log_top, largest - mean - log_top))
     return Summary(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -131,10 +136,10 @@ def log_softmax_(logits: Tensor) -> None:
 
 
 def summary_of(log_probs: Tensor) -> Summary:
-    """Of log-probabilities [n, V], whose log-sum-exp is 0."""
+    """Of log-probabilities [n, V]."""
     entropy = [-tile.exp().mul_(tile).sum(1) for tile in tiles(log_probs)]
     largest = log_probs.amax(1)
-    return Summary(torch.zeros_like(largest), largest, torch.cat(entropy))
+    return Summary(largest, largest, torch.cat(entropy))
 
 
 def merge_(log_probs: Tensor, merged_ids: Tensor | None) -> Tensor | None:
