@@ -47,7 +47,7 @@ MAY_IMPORT = {
     },
     "demo": {
         *("batching", "config", "data", "diagnostics", "evaluation", "records", "report"),
-        *("rollouts", "trainer", "update"),
+        *("embedded", "rollouts", "trainer", "update"),
     },
 }
 SEES_EVERYTHING = {"cli", "__main__", "__init__"}

@@ -32,7 +32,9 @@ from poweropd.diagnostics import (
     sampled_gradients,
     signal_to_noise,
 )
-from poweropd.evaluation import benchmarks, runner
+from poweropd.embedded import task
+from poweropd.evaluation import runner
+from poweropd.evaluation.benchmarks import Problem
 from poweropd.evaluation.grading import Grader
 from poweropd.evaluation.metrics import paired_bootstrap, problem_values
 from poweropd.records import write_atomically
@@ -71,6 +73,7 @@ class Job:
     steps: int
     num_problems: int
     out: Path
+    learning_rate: float = LEARNING_RATE
 
     def config(self) -> Config:
         return Config.from_dict(
@@ -84,7 +87,7 @@ class Job:
                 "train": {
                     "steps": self.steps,
                     "prompts_per_step": PROMPTS_PER_STEP,
-                    "learning_rate": LEARNING_RATE,
+                    "learning_rate": self.learning_rate,
                     "seed": self.seed,
                 },
             }
@@ -95,7 +98,7 @@ def run(out: Path, steps: int | None, num_problems: int, json_file: Path | None)
     """Runs the demo, prints its table, writes its picture and numbers."""
     console, started = Console(), time.perf_counter()
     jobs = [Job(r, seed, steps or STEPS, num_problems, out) for seed in SEEDS for r in REWARDS]
-    pool = ProcessPoolExecutor(PROCESSES, get_context("spawn"), initializer=_start_process)
+    pool = ProcessPoolExecutor(PROCESSES, get_context("spawn"), initializer=start_process)
     with pool, Progress(console=console, transient=True) as progress:
         fixed = [pool.submit(solve, name, num_problems, out) for name in ("student", "teacher")]
         trainings = [pool.submit(train, job) for job in jobs]
@@ -123,7 +126,7 @@ def run(out: Path, steps: int | None, num_problems: int, json_file: Path | None)
     )
 
 
-def _start_process() -> None:
+def start_process() -> None:
     """One thread a process: these models are too small for two."""
     torch.set_num_threads(1)
     logging.getLogger("poweropd").setLevel(logging.ERROR)
@@ -133,14 +136,21 @@ def solve(name: str, num_problems: int, out: Path) -> dict[str, Any]:
     """Accuracy of an embedded model as it is shipped."""
     started = time.perf_counter()
     subject = runner.load_subject(f"embedded:{name}", "float32")
-    return {**_solve(subject, num_problems, out / "eval" / name), "seconds": _since(started)}
+    return {
+        **measure_accuracy(subject, num_problems, out / "eval" / name),
+        "seconds": _since(started),
+    }
 
 
-def _solve(subject: runner.Subject, num_problems: int, folder: Path) -> dict[str, Any]:
-    """How many evaluation problems a model solves, and which."""
-    evaluation = runner.Evaluation(
-        "embedded", benchmarks.load("embedded", limit=num_problems), SETTINGS, folder
-    )
+def measure_accuracy(
+    subject: runner.Subject,
+    num_problems: int,
+    folder: Path,
+    split: task.Split = "evaluation",
+) -> dict[str, Any]:
+    """How many of a split's problems a model solves, and which."""
+    problems = [Problem(p.id, p.problem, p.answer) for p in task.problems(split, num_problems)]
+    evaluation = runner.Evaluation(split, problems, SETTINGS, folder)
     with Grader() as grader:
         evaluation.run(subject, grader, progress=False)
     solved = problem_values(evaluation.rows)
@@ -168,7 +178,7 @@ def train(job: Job) -> dict[str, Any]:
     return {
         "reward": job.reward,
         "seed": job.seed,
-        **_solve(trainer.subject(), job.num_problems, trainer.run.evaluations / "final"),
+        **measure_accuracy(trainer.subject(), job.num_problems, trainer.run.evaluations / "final"),
         "median_grad_norm": statistics.median(row["grad_norm"] for row in rows),
         "gradient_snr": points[0]["gradient_snr"],
         "gradient_cosine": points[0]["gradient_cosine"],
@@ -185,7 +195,7 @@ def measure(trainer: Trainer, job: Job) -> dict[str, Any]:
     """A run at one of its steps: accuracy on a few problems, quality of its reward's gradient."""
     step = trainer.steps_done
     folder = trainer.run.evaluations / f"step-{step}"
-    solving = _solve(trainer.subject(), min(CURVE_PROBLEMS, job.num_problems), folder)
+    solving = measure_accuracy(trainer.subject(), min(CURVE_PROBLEMS, job.num_problems), folder)
     batches = fresh_batches(trainer)
     gradients = sampled_gradients(trainer.student, batches, trainer.reward)
     point = {
@@ -246,37 +256,34 @@ def summary(
 
 
 def table(numbers: Mapping[str, Any]) -> Table:
-    """The numbers for a terminal: one row a reward, means over seeds."""
+    """The numbers for a terminal: one row a reward, means over seeds; 80 columns wide."""
     against = {d["reward"]: d for d in numbers["differences"] if d["against"] == BASELINE}
     result = Table(title=f"Accuracy on {numbers['problems']} problems, temperature 0.6")
-    for column in (
-        "",
-        "accuracy",
-        "by seed",
-        "minus vanilla [95%]",
-        "length",
-        "gradient SNR",
-        "cosine",
-    ):
-        result.add_column(column, justify="left" if not column else "right")
-    for name, key in (("student, before", "before"), ("teacher", "teacher")):
+    result.add_column("")
+    for column in ("accuracy\n(seeds)", "minus vanilla\n[95%]", "length", "SNR", "cosine"):
+        result.add_column(column, justify="right", no_wrap=True)
+    for name, key in (("student before", "before"), ("teacher", "teacher")):
         row = numbers[key]
-        result.add_row(name, f"{row['accuracy']:.3f}", "", "", f"{row['mean_length']:.1f}", "", "")
+        result.add_row(name, f"{row['accuracy']:.3f}", "", f"{row['mean_length']:.1f}", "", "")
     for reward in REWARDS:
         runs = [run for run in numbers["runs"] if run["reward"] == reward]
-        mean = {
-            key: statistics.fmean(run[key] for run in runs) for key in runs[0] if key != "reward"
+        means = {
+            key: statistics.fmean(run[key] for run in runs) for key in runs[0].keys() - {"reward"}
         }
-        difference = against.get(reward)
+        seeds = ", ".join(f"{run['accuracy']:.3f}" for run in runs)
+        difference = "{mean:+.3f}\n[{low:+.3f}, {high:+.3f}]"
         result.add_row(
-            f"{reward}, after",
-            f"{mean['accuracy']:.3f}",
-            " ".join(f"{run['accuracy']:.3f}" for run in runs),
-            "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference) if difference else "",
-            f"{mean['mean_length']:.1f}",
-            f"{mean['gradient_snr']:.3f}",
-            f"{mean['gradient_cosine']:.3f}",
+            f"after {reward}",
+            f"{means['accuracy']:.3f}\n({seeds})",
+            difference.format(**against[reward]) if reward in against else "",
+            f"{means['mean_length']:.1f}",
+            f"{means['gradient_snr']:.2f}",
+            f"{means['gradient_cosine']:.2f}",
         )
+    result.caption = (
+        "SNR: signal-to-noise ratio of the reward's gradient at the start.\n"
+        "Cosine: of a batch's gradient to the exact, full-vocabulary one."
+    )
     return result
 
 

@@ -37,7 +37,11 @@ def _over_steps(
     base = altair.Chart(altair.Data(values=list(rows))).encode(
         x=altair.X("step:Q", title="optimizer step"),
         color=altair.Color(
-            "reward:N", title="reward", sort=names, scale=altair.Scale(domain=names, range=COLOURS)
+            "reward:N",
+            title="reward",
+            sort=names,
+            scale=altair.Scale(domain=names, range=COLOURS),
+            legend=altair.Legend(symbolOpacity=1, symbolStrokeWidth=3),
         ),
     )
     seeds = base.mark_line(opacity=0.35, strokeWidth=1).encode(
