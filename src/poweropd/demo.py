@@ -46,21 +46,22 @@ from poweropd.update import with_teacher
 REWARDS: dict[str, dict[str, Any]] = {
     "log_ratio": {"name": "log_ratio"},
     "clip": {"name": "clip"},
-    "power": {"name": "power", "alpha": 5.0},
+    "power": {"name": "power", "alpha": 500.0},  # the best of the paper
 }
 BASELINE = "log_ratio"
 SEEDS = (0, 1)
 PROCESSES = 2
 
-STEPS = 100
-PROMPTS_PER_STEP = 8
-LEARNING_RATE = 2e-4
+STEPS = 200
+PROMPTS_PER_STEP = 4
+LEARNING_RATE = 2e-5
 MAX_NEW_TOKENS = 64
 SETTINGS = runner.Settings(n=1, max_new_tokens=MAX_NEW_TOKENS, top_p=1.0, top_k=0)
 
 CURVE_POINTS = 3  # after the start, at which a run's accuracy and gradients are measured
 CURVE_PROBLEMS = 128
-GRADIENT_BATCHES = 16
+START_BATCHES = 32  # of fresh rollouts, for gradient quality at the start
+CURVE_BATCHES = 16  # and later
 GRADIENT_PROMPTS = 32
 
 
@@ -196,7 +197,7 @@ def measure(trainer: Trainer, job: Job) -> dict[str, Any]:
     step = trainer.steps_done
     folder = trainer.run.evaluations / f"step-{step}"
     solving = measure_accuracy(trainer.subject(), min(CURVE_PROBLEMS, job.num_problems), folder)
-    batches = fresh_batches(trainer)
+    batches = fresh_batches(trainer, START_BATCHES if step == 0 else CURVE_BATCHES)
     gradients = sampled_gradients(trainer.student, batches, trainer.reward)
     point = {
         "reward": job.reward,
@@ -213,9 +214,9 @@ def measure(trainer: Trainer, job: Job) -> dict[str, Any]:
     return point
 
 
-def fresh_batches(trainer: Trainer) -> list[Batch]:
+def fresh_batches(trainer: Trainer, batches: int) -> list[Batch]:
     """Scored rollouts of the current student on training prompts; no training step sees them."""
-    count = GRADIENT_BATCHES * GRADIENT_PROMPTS
+    count = batches * GRADIENT_PROMPTS
     seed = trainer.config.train.seed
     prompts = [
         trainer.prompts[row] for row in PromptOrder(len(trainer.prompts), seed).at_step(0, count)
@@ -226,7 +227,7 @@ def fresh_batches(trainer: Trainer) -> list[Batch]:
     ]
     examples = trainer.make_examples(list(trainer.engine.generate(requests, trainer.sampling)))
     examples = trainer.teacher.score(examples)
-    groups = [examples[i::GRADIENT_BATCHES] for i in range(GRADIENT_BATCHES)]
+    groups = [examples[i::batches] for i in range(batches)]
     return [collate(group) for group in groups]
 
 

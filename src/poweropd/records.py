@@ -74,18 +74,20 @@ class RunDirectory:
     def open(cls, config: Config) -> "RunDirectory":
         """Creates the directory, or takes up one that holds the same configuration.
 
-        Raises UsageError where it holds another configuration or something else.
+        One in which no step was done may be claimed by another configuration. Raises UsageError
+        where it holds steps of another configuration, or something that is not a run.
         """
         run = cls(config.run.dir)
         if run.config_path.exists():
             differences = config.differences(Config.load(run.config_path))
-            if differences:
+            if differences and run.metrics():
                 raise UsageError(
                     f"run.dir: {run.path} holds another configuration ({'; '.join(differences)}); "
                     "choose another run.dir, or delete that directory"
                 )
-            return run
-        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+            if not differences:
+                return run
+        elif run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
             raise UsageError(f"run.dir: {run.path} exists and is not a run directory")
         run.path.mkdir(parents=True, exist_ok=True)
         write_atomically(run.path / "environment.json", json.dumps(environment(), indent=2))

@@ -175,34 +175,25 @@ class Trainer:
 
     def _load_inputs(self) -> None:
         config = self.config
-        names = (
-            (config.model.student, config.model.trust_remote_code),
-            (
-                config.teacher.model,
-                config.teacher.trust_remote_code,
-            ),
-        )
-        self.tokenizer, teacher_tokenizer = (models.load_tokenizer(*name) for name in names)
-        student_config, teacher_config = (models.load_config(*name) for name in names)
+        student = (config.model.student, config.model.trust_remote_code)
+        teacher = (config.teacher.model, config.teacher.trust_remote_code)
+        self.tokenizer, teacher_tokenizer = (models.load_tokenizer(*m) for m in (student, teacher))
         models.check_vocabularies(self.tokenizer, teacher_tokenizer)
         self.prompts = data.load_prompts(config.data, self.tokenizer, teacher_tokenizer)
         data.check_lengths(
             self.prompts,
-            models.context_length(student_config),
-            models.context_length(teacher_config),
+            models.context_length(models.load_config(*student)),
+            models.context_length(models.load_config(*teacher)),
             config.rollout.max_new_tokens,
         )
         self.order = data.PromptOrder(len(self.prompts), config.train.seed, config.data.shuffle)
-        self.student_stop_ids = stops.stop_ids(
-            self.tokenizer, models.load_generation_config(config.model.student)
+        self.student_stop_ids, self.teacher_stop_ids = (
+            stops.stop_ids(tokenizer, models.load_generation_config(name))
+            for tokenizer, (name, _) in ((self.tokenizer, student), (teacher_tokenizer, teacher))
         )
-        self.teacher_stop_ids = stops.stop_ids(
-            teacher_tokenizer, models.load_generation_config(config.teacher.model)
-        )
-        section = config.evaluate
-        self.validation = (
-            section if section is None else Validation(config, section, self.accelerator)
-        )
+        self.validation = None
+        if config.evaluate is not None:
+            self.validation = Validation(config, config.evaluate, self.accelerator)
         notice = stops.difference(
             self.student_stop_ids, self.teacher_stop_ids, config.objective.stop, self.tokenizer
         )
