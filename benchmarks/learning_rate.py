@@ -1,6 +1,6 @@
 """How the demo's learning rate was chosen: accuracy on the development split, by rate and reward.
 
-    python benchmarks/learning_rate.py [--rates 2e-5,5e-5,1e-4,2e-4] [--problems 512]
+    python benchmarks/learning_rate.py [--rates 1e-5,2e-5,5e-5,1e-4] [--problems 512]
 
 Prints one row a rate. Two processes, one thread each.
 """
@@ -26,7 +26,7 @@ def accuracy(job: Job) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rates", default="2e-5,5e-5,1e-4,2e-4")
+    parser.add_argument("--rates", default="1e-5,2e-5,5e-5,1e-4")
     parser.add_argument("--problems", type=int, default=512)
     parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()
