@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from poweropd.errors import UsageError
 from poweropd.evaluation import benchmarks
-from poweropd.evaluation.benchmarks import BENCHMARKS, BenchmarkError, Problem
+from poweropd.evaluation.benchmarks import BENCHMARKS, Problem
 from poweropd.evaluation.rules import Rule
 
 HUB_ROWS: dict[str, tuple[dict[str, Any], Problem]] = {
@@ -136,14 +137,14 @@ GOOD = '{"id": "a", "problem": "1?", "answer": "1"}'
         ('{"id": "b", "problem": "", "answer": "2"}', ":2: expected text in 'problem'"),
         ('{"id": "b", "problem": "2?", "answer": null}', ":2: expected text in 'answer'"),
         (GOOD, ":2: expected ids that differ, got 'a' again"),
-        ('{"id": "b", "problem', ":2: expected one JSON object on the line, got broken JSON"),
+        ('{"id": "b", "problem', ":2: expected one JSON object per line"),
         ("[1, 2]", ":2: expected a JSON object, got list"),
     ],
 )
 def test_broken_files_name_the_line(second: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "gsm8k.jsonl"
     path.write_text(f"{GOOD}\n{second}\n")
-    with pytest.raises(BenchmarkError, match=r"gsm8k\.jsonl") as caught:
+    with pytest.raises(UsageError, match=r"gsm8k\.jsonl") as caught:
         benchmarks.load("gsm8k", data_dir=tmp_path)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -154,8 +155,8 @@ def test_broken_files_name_the_line(second: str, message: str, tmp_path: Path) -
     [
         ({"name": "gsm8"}, "unknown benchmark 'gsm8': expected one of gsm8k, math500, "),
         ({"name": "gsm8k", "limit": 0}, "a limit of at least 1 problem, got 0"),
-        ({"name": "gsm8k", "data_dir": "nowhere"}, "cannot read nowhere"),
-        ({"name": "none.jsonl"}, "cannot read none.jsonl"),
+        ({"name": "gsm8k", "data_dir": "nowhere"}, "nowhere/gsm8k.jsonl: cannot read it"),
+        ({"name": "none.jsonl"}, "none.jsonl: cannot read it"),
         ({"name": "empty.jsonl"}, "empty.jsonl: expected at least one problem, got none"),
     ],
 )
@@ -164,7 +165,7 @@ def test_what_cannot_be_loaded(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(BenchmarkError) as caught:
+    with pytest.raises(UsageError) as caught:
         benchmarks.load(**arguments)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)

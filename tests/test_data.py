@@ -48,7 +48,7 @@ def test_a_bad_line_is_named(jsonl: Path, line: str, message: str) -> None:
 
 
 def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"none\.jsonl: no such prompt file"):
+    with pytest.raises(UsageError, match=r"none\.jsonl: cannot read it \(No such file"):
         data.read_rows(str(tmp_path / "none.jsonl"), ["problem"])
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n")
@@ -56,7 +56,7 @@ def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
         data.read_rows(str(empty), ["problem"])
     broken = tmp_path / "broken.parquet"
     broken.write_text("no parquet")
-    with pytest.raises(UsageError, match="not a Parquet file"):
+    with pytest.raises(UsageError, match="cannot read it as a Parquet file"):
         data.read_rows(str(broken), ["problem"])
 
 

@@ -189,7 +189,7 @@ def test_completions_from_elsewhere_are_graded_and_compared(
         (["embedded:student", "--benchmark", "mmlu"], "unknown benchmark 'mmlu': expected one of"),
         (["embedded:student", "--benchmark", "embedded", "--n", "2", "--k", "3"], "at most --n=2"),
         (["embedded:pupil", "--benchmark", "embedded"], "the embedded models are"),
-        (["--grade", "none.jsonl"], "none.jsonl: no such prompt file"),
+        (["--grade", "none.jsonl"], "none.jsonl: cannot read it (No such file"),
     ],
 )
 def test_mistakes_on_the_command_line(

@@ -68,22 +68,30 @@ def _embedded(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    if not path.is_file():
-        raise UsageError(f"{path}: no such prompt file")
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except pyarrow.ArrowInvalid as error:
-            raise UsageError(f"{path}: not a Parquet file: {error}") from None
-        yield from ((f"{path}: row {i}", row) for i, row in enumerate(table.to_pylist()))
+    if path.suffix != ".parquet":
+        yield from json_lines(path)
         return
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield f"{path}:{number}", _parse_line(f"{path}:{number}", line)
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (OSError, pyarrow.ArrowInvalid) as error:
+        raise UsageError(f"{path}: cannot read it as a Parquet file: {error}") from None
+    yield from ((f"{path}: row {i}", row) for i, row in enumerate(table.to_pylist()))
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:line", object) of each line that is not blank; UsageError for anything else."""
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", _parse_line(f"{path}:{number}", line)
+    except OSError as error:
+        raise UsageError(
+            f"{path}: cannot read it ({error.strerror}); expected JSON lines"
+        ) from None
 
 
 def _parse_line(where: str, line: bytes) -> dict[str, Any]:

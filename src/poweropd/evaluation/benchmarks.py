@@ -1,21 +1,17 @@
 """The benchmarks, in one table, and how problems are loaded from the Hub or from files."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from poweropd.data import json_lines
 from poweropd.errors import UsageError
 from poweropd.evaluation import answers
 from poweropd.evaluation.rules import Rule
 
 Row = Mapping[str, Any]
-
-
-class BenchmarkError(UsageError):
-    """A benchmark cannot be loaded as asked; the message is one line that says what to do."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +113,10 @@ def load(
     data_dir: a folder with NAME.jsonl (id, problem, answer), read instead of the Hub.
     problem_column, answer_column, config, split: for a file or dataset of one's own.
 
-    Raises BenchmarkError for an unknown name, a file that cannot be used, or no problems at all.
+    Raises UsageError for an unknown name, a file that cannot be used, or no problems at all.
     """
     if limit is not None and limit < 1:
-        raise BenchmarkError(f"expected a limit of at least 1 problem, got {limit}")
+        raise UsageError(f"expected a limit of at least 1 problem, got {limit}")
     name = str(name)
     benchmark = BENCHMARKS.get(name) or _own(name, data_dir)
     benchmark = replace(
@@ -132,7 +128,7 @@ def load(
     )
     problems = list(islice(_problems(name, benchmark, data_dir, limit), limit))
     if not problems:
-        raise BenchmarkError(f"{name}: expected at least one problem, got none; check its content")
+        raise UsageError(f"{name}: expected at least one problem, got none; check its content")
     return problems
 
 
@@ -144,7 +140,7 @@ def _own(name: str, data_dir: str | Path | None) -> Benchmark:
         return Benchmark(None, id="id", read_answer=_own_answer)
     if name.count("/") == 1 and not name.startswith((".", "/")):
         return Benchmark(name, id="id", read_answer=_own_answer)
-    raise BenchmarkError(
+    raise UsageError(
         f"unknown benchmark {name!r}: expected one of {', '.join(BENCHMARKS)}, a JSONL file, "
         "or a Hub dataset (owner/name)"
     )
@@ -162,11 +158,11 @@ def _problems(
     path = Path(data_dir or ".") / f"{name}.jsonl"
     if data_dir is not None and (name in BENCHMARKS or path.is_file()):
         local = replace(benchmark, problem="problem", answer="answer", id="id")
-        return _from_rows(_file_rows(path), replace(local, read_answer=_as_written))
+        return _from_rows(json_lines(path), replace(local, read_answer=_as_written))
     if name == "embedded":
         return _embedded(limit or EMBEDDED_PROBLEMS)
     if benchmark.dataset is None:
-        return _from_rows(_file_rows(Path(name)), benchmark)
+        return _from_rows(json_lines(Path(name)), benchmark)
     return _from_rows(_hub_rows(benchmark), benchmark)
 
 
@@ -177,33 +173,6 @@ def _embedded(count: int) -> Iterator[Problem]:
         yield Problem(problem.id, problem.problem, problem.answer)
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    """(place, row) of each line; the place names file and line in messages."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BenchmarkError(
-            f"cannot read {path} ({error.strerror}): expected a file with one JSON object per line"
-        ) from None
-    except UnicodeDecodeError:
-        raise BenchmarkError(f"{path}: expected UTF-8 text; save the file as UTF-8") from None
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BenchmarkError(
-                f"{place}: expected one JSON object on the line, got broken JSON ({error.msg})"
-            ) from None
-        if not isinstance(row, dict):
-            raise BenchmarkError(
-                f"{place}: expected a JSON object, got {type(row).__name__}; see the other lines"
-            )
-        yield place, row
-
-
 def _hub_rows(benchmark: Benchmark) -> Iterator[tuple[str, Row]]:
     import datasets
 
@@ -212,7 +181,7 @@ def _hub_rows(benchmark: Benchmark) -> Iterator[tuple[str, Row]]:
         rows = datasets.load_dataset(benchmark.dataset, benchmark.config, split=benchmark.split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         first_line = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
-        raise BenchmarkError(
+        raise UsageError(
             f"cannot load {benchmark.dataset} from the Hub ({first_line[:200]}); check its name, "
             "config and split, or read local files with a data folder"
         ) from error
@@ -228,13 +197,13 @@ def _from_rows(rows: Iterable[tuple[str, Row]], benchmark: Benchmark) -> Iterato
         answer = benchmark.read_answer(_value(row, benchmark.answer, place))
         for column, text in ((benchmark.problem, problem), (benchmark.answer, answer)):
             if not text:
-                raise BenchmarkError(
+                raise UsageError(
                     f"{place}: expected text in {column!r}, got nothing; fill it or drop the line"
                 )
         given = row.get(benchmark.id) if benchmark.id is not None else None
         identifier = str(number if given is None else given)
         if identifier in places:
-            raise BenchmarkError(
+            raise UsageError(
                 f"{place}: expected ids that differ, got {identifier!r} again "
                 f"(first at {places[identifier]}); make them differ"
             )
@@ -244,7 +213,7 @@ def _from_rows(rows: Iterable[tuple[str, Row]], benchmark: Benchmark) -> Iterato
 
 def _value(row: Row, column: str, place: str) -> Any:
     if column not in row:
-        raise BenchmarkError(
+        raise UsageError(
             f"{place}: expected a field {column!r}, got {', '.join(map(repr, row)) or 'none'}; "
             "name the right columns"
         )
