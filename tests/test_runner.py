@@ -49,7 +49,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 def test_every_completion_is_kept_with_its_grade(
     subject: Subject, grader: Grader, tmp_path: Path
 ) -> None:
-    evaluation = Evaluation("sums", problems(20), SETTINGS, tmp_path)
+    evaluation = Evaluation("sums", problems(20), SETTINGS, tmp_path, "model")
     summary = evaluation.run(subject, grader, progress=False)
     found = rows(tmp_path / "sums.jsonl")
     assert len(found) == 40
@@ -61,14 +61,16 @@ def test_every_completion_is_kept_with_its_grade(
 def test_an_interrupted_evaluation_repeats_no_completion(
     subject: Subject, grader: Grader, tmp_path: Path
 ) -> None:
-    whole = Evaluation("sums", problems(20), SETTINGS, tmp_path / "whole")
+    whole = Evaluation("sums", problems(20), SETTINGS, tmp_path / "whole", "model")
     whole.run(subject, grader, progress=False)
     lines = (tmp_path / "whole" / "sums.jsonl").read_bytes().splitlines(keepends=True)
     for kept in (0, 5, 23):
         folder = tmp_path / str(kept)
-        Evaluation("sums", problems(20), SETTINGS, folder)
+        Evaluation("sums", problems(20), SETTINGS, folder, "model")
         (folder / "sums.jsonl").write_bytes(b"".join(lines[:kept]) + lines[kept][:30])
-        Evaluation("sums", problems(20), SETTINGS, folder).run(subject, grader, progress=False)
+        Evaluation("sums", problems(20), SETTINGS, folder, "model").run(
+            subject, grader, progress=False
+        )
         assert (folder / "sums.jsonl").read_bytes().startswith(b"".join(lines[:kept]))
         assert rows(folder / "sums.jsonl") == rows(tmp_path / "whole" / "sums.jsonl")
 
@@ -78,13 +80,35 @@ def test_the_seed_decides_and_other_settings_are_refused(
 ) -> None:
     def texts(seed: int, folder: str) -> list[str]:
         settings = Settings(n=2, max_new_tokens=12, seed=seed)
-        evaluation = Evaluation("sums", problems(4), settings, tmp_path / folder)
+        evaluation = Evaluation("sums", problems(4), settings, tmp_path / folder, "model")
         evaluation.run(subject, grader, progress=False)
         return [row["completion"] for row in rows(evaluation.path)]
 
     assert texts(1, "a") == texts(1, "b") != texts(2, "c")
-    with pytest.raises(UsageError, match=r"other settings \(seed: 1 != 3\)"):
-        Evaluation("sums", problems(4), Settings(n=2, max_new_tokens=12, seed=3), tmp_path / "a")
+    asked = {"settings": Settings(n=2, max_new_tokens=12, seed=1), "model": "model"}
+    for key, value, message in (
+        ("settings", Settings(n=2, max_new_tokens=12, seed=3), "seed: 1 != 3"),
+        ("model", "another", "model: 'model' != 'another'"),
+        ("problems", problems(3), "problems: .*; count: 4 != 3"),
+    ):
+        other = {"problems": problems(4), **asked, key: value}
+        with pytest.raises(UsageError, match=f"of another evaluation \\({message}\\)"):
+            Evaluation("sums", folder=tmp_path / "a", **other)
+
+
+def test_processes_share_the_work_and_sample_what_one_would(
+    subject: Subject, grader: Grader, tmp_path: Path
+) -> None:
+    def run(share: tuple[int, int]) -> list[dict[str, Any]]:
+        folder = tmp_path / str(share)
+        evaluation = Evaluation("sums", problems(5), SETTINGS, folder, "model", share)
+        evaluation.run(subject, grader, progress=False)
+        return evaluation.rows
+
+    shared = [row for first in range(3) for row in run((first, 3))]
+    shared.sort(key=lambda row: (row["id"], row["sample"]))
+    run((0, 1))
+    assert shared == rows(tmp_path / str((0, 1)) / "sums.jsonl")
 
 
 def run_command(arguments: list[str]) -> None:
@@ -131,8 +155,10 @@ def test_a_model_that_says_nothing_is_an_error(
     subject: Subject, grader: Grader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subject.tokenizer, "decode", lambda *_, **__: "")
+    evaluation = Evaluation("sums", problems(2), SETTINGS, tmp_path, "model")
+    evaluation.run(subject, grader, progress=False)
     with pytest.raises(RunError, match="every completion is empty"):
-        Evaluation("sums", problems(2), SETTINGS, tmp_path).run(subject, grader, progress=False)
+        evaluation.check_not_empty()
 
 
 def test_a_full_disk_keeps_what_was_written(
@@ -140,7 +166,7 @@ def test_a_full_disk_keeps_what_was_written(
 ) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full here")
-    evaluation = Evaluation("sums", problems(2), SETTINGS, tmp_path)
+    evaluation = Evaluation("sums", problems(2), SETTINGS, tmp_path, "model")
     evaluation.path.symlink_to("/dev/full")
     with pytest.raises(RunError, match=r"cannot write a completion \(No space left on device\)"):
         evaluation.run(subject, grader, progress=False)
@@ -150,12 +176,12 @@ def test_the_context_bounds_the_completion(
     subject: Subject, grader: Grader, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = Settings(n=1, max_new_tokens=4096)
-    evaluation = Evaluation("sums", problems(2), settings, tmp_path)
+    evaluation = Evaluation("sums", problems(2), settings, tmp_path, "model")
     evaluation.run(subject, grader, progress=False)
     assert "instead of 4096: the model's context has 256 tokens" in caplog.text
     long = [Problem("1", "1+2" * 200, "3")]
     with pytest.raises(UsageError, match="leaves no room"):
-        Evaluation("long", long, settings, tmp_path).run(subject, grader, progress=False)
+        Evaluation("long", long, settings, tmp_path, "model").run(subject, grader, progress=False)
 
 
 def command_output(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:

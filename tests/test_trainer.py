@@ -307,3 +307,60 @@ def test_mistakes_are_one_line_and_status_2(
     assert message in errors
     assert len(errors.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing(
+    recipe: MAKES, tmp_path: Path
+) -> None:
+    calls = {}
+    for on in (False, True):
+        config = recipe(**{"run.dir": str(tmp_path / str(on)), "model.gradient_checkpointing": on})
+        trainer = Trainer(config, progress=False)
+        rollouts = list(trainer.engine.generate(trainer._requests(0), trainer.sampling))
+        examples = trainer.teacher.score(trainer.make_examples(rollouts))
+        forwards: list[int] = []
+        layer = trainer.student.model.model.layers[0].mlp
+        layer.register_forward_hook(lambda *_, forwards=forwards: forwards.append(1))
+        trainer.updater.update(examples, trainer.reward, 0)
+        calls[on] = len(forwards)
+        trainer.train()
+    assert calls[True] == 2 * calls[False]
+    assert_same_end(tmp_path / "False", tmp_path / "True")
+
+
+def test_the_teacher_may_see_another_prompt(recipe: MAKES, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"problem": "1+2+3", "hint": "The sum of 1, 2 and 3, which is 6"}\n')
+    rows = {}
+    for column in (None, "hint"):
+        config = recipe(
+            **{"run.dir": str(tmp_path / str(column)), "data.prompts": str(path)},
+            **{"data.teacher_column": column, "train.steps": 1},
+        )
+        Trainer(config, progress=False).train()
+        (rows[column],) = metrics(tmp_path / str(column))
+    assert rows[None]["entropy"] == rows["hint"]["entropy"]  # the student saw the same
+    assert rows[None]["reverse_kl"] != rows["hint"]["reverse_kl"]
+
+
+def test_trackers_get_the_metrics_and_a_missing_one_is_named(recipe: MAKES, tmp_path: Path) -> None:
+    Trainer(recipe(**{"log.trackers": ["tensorboard"]}), progress=False).train()
+    assert list((tmp_path / "run" / "trackers").rglob("events.out.tfevents*"))
+    with pytest.raises(UsageError, match=r"log.trackers: swanlab not installed: pip install"):
+        Trainer(recipe(**{"log.trackers": ["swanlab"]}), progress=False)
+
+
+def test_final_stops_where_the_student_was_trained_to(recipe: MAKES) -> None:
+    trainer = Trainer(recipe(), progress=False)
+    final = trainer.train().final
+    model = AutoModelForCausalLM.from_pretrained(final)
+    assert model.generation_config.eos_token_id == list(trainer.sampling.stop_ids)
+
+
+def test_a_directory_left_by_a_kill_before_the_first_step_can_be_used(
+    recipe: MAKES, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.yaml.tmp").write_text("run:")
+    Trainer(recipe(**{"train.seed": 1}), progress=False)
+    assert Trainer(recipe(), progress=False).train().steps == 3  # nothing had been trained

@@ -71,6 +71,7 @@ def evaluate(
     system: Annotated[str | None, typer.Option(help="A system turn.")] = None,
     instruction: Annotated[str | None, typer.Option(help="Appended to every problem.")] = None,
     dtype: Annotated[str, typer.Option()] = "bfloat16",
+    batch_size: Annotated[int, typer.Option(min=1, help="Completions sampled at once.")] = 64,
     trust_remote_code: Annotated[bool, typer.Option()] = False,
     out: Annotated[
         Path | None, typer.Option(help="Where completions are kept; runs/eval/MODEL if absent.")
@@ -92,6 +93,8 @@ def evaluate(
     names = [name.strip() for name in benchmark.split(",") if name.strip()]
     columns = {"problem_column": problem, "answer_column": answer, "split": split}
     selection = command.Selection(names, limit, data, columns)
+    if grade is not None and model is not None:
+        raise UsageError(f"expected a MODEL or --grade FILE, got both: {model} and {grade}")
     if grade is not None:
         report = command.grade_file(grade, selection if names else None, k)
         command.show(report, json_file, compare)
@@ -112,7 +115,9 @@ def evaluate(
         instruction=instruction,
     )
     folder = out or Path("runs/eval") / model.strip("/").replace("/", "--").replace(":", "-")
-    report = command.measure(model, selection, settings, folder, dtype, trust_remote_code, k)
+    report = command.measure(
+        model, selection, settings, folder, dtype, trust_remote_code, k, batch_size
+    )
     command.show(report, json_file, compare)
 
 

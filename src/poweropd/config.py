@@ -19,6 +19,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from poweropd import rewards
 from poweropd.errors import UsageError
 
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"]
 Dtype = Literal["bfloat16", "float16", "float32"]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -127,7 +128,7 @@ class Checkpoint(Section):
 
 
 class Log(Section):
-    trackers: list[str] = Field(default_factory=list)
+    trackers: list[Tracker] = Field(default_factory=list)
 
 
 class Config(Section):
@@ -188,6 +189,13 @@ class Config(Section):
         """Every value under its dotted key."""
         return _flatten(self.model_dump())
 
+    def flat_text(self) -> dict[str, Any]:
+        """As `flat`, with text for whatever trackers cannot hold."""
+        return {
+            key: value if isinstance(value, int | float | str | bool) else str(value)
+            for key, value in self.flat().items()
+        }
+
     def differences(self, other: "Config") -> list[str]:
         """The keys whose values differ, as "key: this != other"; run.dir is not compared."""
         mine, theirs = (_flatten(c.model_dump(exclude={"run"})) for c in (self, other))
@@ -208,6 +216,8 @@ def _parameters(reward: rewards.Reward) -> dict[str, Any]:
     for key, value in values.items():
         if isinstance(value, rewards.Reward):
             values[key] = _parameters(value)
+            if not values[key]:  # a user's own: stays as it was written
+                return {}
         elif isinstance(value, rewards.Schedule):
             values[key] = dataclasses.asdict(value)
     return {"name": names[type(reward)], **values}

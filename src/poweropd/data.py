@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 
 from poweropd.errors import UsageError
@@ -112,7 +113,7 @@ def _hub(name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     except (OSError, ValueError) as error:
         raise UsageError(
             f"{name}: neither a file ({', '.join(FILE_ENDINGS)}) nor a dataset that can be loaded "
-            f"(split {split!r}): {str(error).splitlines()[0]}"
+            f"(split {split!r}): {str(error).partition(chr(10))[0]}"
         ) from None
     yield from ((f"{name}[{split}] row {i}", dict(row)) for i, row in enumerate(dataset))
 
@@ -125,21 +126,24 @@ def encode_chat(
     `chat` holds the chat template's own arguments, such as enable_thinking; None means the plain
     text without any template.
     """
+    if chat is None and system:
+        raise UsageError("a system turn needs the chat template: drop one of the two settings")
     if chat is None:
         return [list(ids) for ids in tokenizer(list(texts))["input_ids"]]
     if not tokenizer.chat_template:
         raise UsageError(
-            f"{tokenizer.name_or_path}: its tokenizer has no chat template; set data.chat=null "
-            "to give the model plain text"
+            f"{tokenizer.name_or_path}: its tokenizer has no chat template; to give it plain text "
+            "set data.chat=null in a recipe, --no-chat-template in poweropd eval"
         )
     before = [{"role": "system", "content": system}] if system else []
     turns = [[*before, {"role": "user", "content": text}] for text in texts]
-    return [
-        list(ids)
-        for ids in tokenizer.apply_chat_template(
+    try:
+        encoded = tokenizer.apply_chat_template(
             turns, add_generation_prompt=True, tokenize=True, return_dict=False, **chat
         )
-    ]
+    except (TypeError, jinja2.TemplateError) as error:
+        raise UsageError(f"{tokenizer.name_or_path}: its chat template fails: {error}") from None
+    return [list(ids) for ids in encoded]
 
 
 def load_prompts(data: Any, tokenizer: Any, teacher_tokenizer: Any) -> list[Prompt]:

@@ -11,7 +11,7 @@ import logging
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,6 +33,7 @@ from poweropd.diagnostics import (
     signal_to_noise,
 )
 from poweropd.embedded import task
+from poweropd.errors import RunError, UsageError
 from poweropd.evaluation import runner
 from poweropd.evaluation.benchmarks import Problem
 from poweropd.evaluation.grading import Grader
@@ -105,7 +106,7 @@ def run(out: Path, steps: int | None, num_problems: int, json_file: Path | None)
         trainings = [pool.submit(train, job) for job in jobs]
         bar = progress.add_task("training and evaluating", total=len(jobs))
         for training in as_completed(trainings):
-            done = training.result()
+            done = _result(training, pool)
             console.print(
                 f"{done['reward']}, seed {done['seed']}: {done['accuracy']:.3f} right after "
                 f"{jobs[0].steps} steps, {done['seconds']:.0f} s"
@@ -125,6 +126,18 @@ def run(out: Path, steps: int | None, num_problems: int, json_file: Path | None)
         f"picture: {picture}\nnumbers: {json_file or out / 'demo.json'}",
         soft_wrap=True,
     )
+
+
+def _result(training: "Future[dict[str, Any]]", pool: ProcessPoolExecutor) -> dict[str, Any]:
+    """A training's result; if it failed, the others that have not begun are dropped."""
+    try:
+        return training.result()
+    except UsageError as error:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise UsageError(f"{error} (of poweropd demo: --out chooses another folder)") from None
+    except (RunError, KeyboardInterrupt):
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 def start_process() -> None:
@@ -151,7 +164,7 @@ def measure_accuracy(
 ) -> dict[str, Any]:
     """How many of a split's problems a model solves, and which."""
     problems = [Problem(p.id, p.problem, p.answer) for p in task.problems(split, num_problems)]
-    evaluation = runner.Evaluation(split, problems, SETTINGS, folder)
+    evaluation = runner.Evaluation(split, problems, SETTINGS, folder, subject.identity)
     with Grader() as grader:
         evaluation.run(subject, grader, progress=False)
     solved = problem_values(evaluation.rows)
@@ -170,7 +183,8 @@ def train(job: Job) -> dict[str, Any]:
     measured = {point["step"] for point in records.recover_jsonl(path)}
     for part in range(CURVE_POINTS + 1):
         step = job.steps * part // CURVE_POINTS
-        trainer.train(until=step)
+        if trainer.train(until=step).interrupted_by is not None:
+            raise RunError("interrupted; the same command goes on from here")
         if step not in measured:
             with path.open("a") as file:
                 file.write(json.dumps(measure(trainer, job)) + "\n")

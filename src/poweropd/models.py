@@ -5,6 +5,7 @@ that predict trained tokens; objectives run the head over chunks of them.
 """
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from poweropd.kernels import Head, linear_log_prob
 from poweropd.objectives import Objective, TokenRecord
 
 EMBEDDED_PREFIX = "embedded:"
+UNLIMITED = 10**9
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -45,11 +47,21 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
     return _load(AutoConfig, name, trust_remote_code=trust_remote_code)
 
 
-def load_model(name: str, dtype: str, trust_remote_code: bool = False) -> Any:
+def load_model(name: str, dtype: str, trust_remote_code: bool = False, dropout: bool = True) -> Any:
     """A causal LM in eval mode with weights of `dtype`; its head is checked to be a plain one."""
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     transformers_logging.disable_progress_bar()
+    config = load_config(name, trust_remote_code)
+    if not dropout:
+        rates = {k: v for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float)}
+        config.update(dict.fromkeys(rates, 0.0))
     model = _load(
-        AutoModelForCausalLM, name, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
+        AutoModelForCausalLM,
+        name,
+        config=config,
+        dtype=DTYPES[dtype],
+        trust_remote_code=trust_remote_code,
     ).eval()
     _check_head(model, name)
     return model
@@ -64,13 +76,15 @@ def load_generation_config(name: str) -> Any:
 
 
 def load_trained(model: configuration.Model) -> Any:
-    """The student's weights in the master dtype, with a fresh LoRA adapter if asked for."""
-    student = load_model(model.student, model.master_dtype, model.trust_remote_code)
+    """The student's weights in the master dtype, with a fresh LoRA adapter if asked for.
+
+    In train mode, which checkpointing needs, or in eval mode: the same, for there is no dropout.
+    """
+    student = load_model(model.student, model.master_dtype, model.trust_remote_code, dropout=False)
+    student = student.requires_grad_(True) if model.lora is None else add_lora(student, model.lora)
     if model.gradient_checkpointing:
-        student.gradient_checkpointing_enable()
-    if model.lora is None:
-        return student.requires_grad_(True)
-    return add_lora(student, model.lora)
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    return student.train(model.gradient_checkpointing)
 
 
 def _load(kind: Any, name: str, **options: Any) -> Any:
@@ -101,8 +115,19 @@ def check_vocabularies(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
     )
 
 
+def fingerprint(name: str, model: Any) -> str:
+    """A model's name with its Hub commit, or the size and time of a directory's weights."""
+    path = Path(resolve(name))
+    if not path.is_dir():
+        return f"{name}@{model.config.to_dict().get('_commit_hash') or model.config._commit_hash}"
+    files = sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin"))
+    stamp = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return f"{name}#{hashlib.sha256(str(stamp).encode()).hexdigest()[:12]}"
+
+
 def context_length(config: Any) -> int:
-    return int(config.get_text_config().max_position_embeddings)
+    """Tokens of the model's context; unlimited where its config states none."""
+    return int(config.get_text_config().to_dict().get("max_position_embeddings", UNLIMITED))
 
 
 def shared_vocab_size(student: Any, teacher: Any) -> int:
@@ -116,6 +141,8 @@ def add_lora(model: Any, lora: configuration.Lora) -> Any:
         import peft
     except ModuleNotFoundError:
         raise UsageError("model.lora needs peft: pip install 'poweropd[peft]'") from None
+    if {"lm_head", "embed_tokens"} & set(lora.target_modules):
+        raise UsageError("model.lora.target_modules: the head and the embeddings take no adapter")
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -192,13 +219,19 @@ class Student(LanguageModel):
         """Name -> trained parameter, tied ones once."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def save(self, folder: Path, merge: bool = False) -> None:
-        """Saves a Hugging Face model in the compute dtype, or a peft adapter unless merged."""
+    def save(self, folder: Path, stop_ids: list[int], merge: bool = False) -> None:
+        """Saves a Hugging Face model in the compute dtype, or a peft adapter unless merged.
+
+        Its generation config stops where it was trained to.
+        """
+        self.causal_lm.generation_config.eos_token_id = stop_ids
         if self.lora and not merge:
             self.model.save_pretrained(folder)
             return
         model = copy.deepcopy(self.model).merge_and_unload() if self.lora else self.model
-        state = {k: v.to(self.compute_dtype) for k, v in model.state_dict().items()}
+        whole = model.state_dict()
+        cast = {v.data_ptr(): v.to(self.compute_dtype) for v in whole.values()}  # tied ones once
+        state = {k: cast[v.data_ptr()] for k, v in whole.items()}
         model.save_pretrained(folder, state_dict=state)
         # transformers writes the dtype of the model, not that of the weights it was given.
         path = folder / "config.json"

@@ -43,7 +43,7 @@ class TrainingProgress:
         numbers = " ".join(
             f"{label} {metrics[key]:{form}}"
             for key, (label, form) in SHOWN.items()
-            if key in metrics
+            if metrics.get(key) is not None
         )
         self.bar.update(self.task, completed=step, numbers=numbers)
         every = max(1, self.steps // LINES_IN_A_LOG)

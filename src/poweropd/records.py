@@ -87,12 +87,17 @@ class RunDirectory:
                 )
             if not differences:
                 return run
-        elif run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        elif run.path.exists() and not run._is_empty():
             raise UsageError(f"run.dir: {run.path} exists and is not a run directory")
         run.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(run.path / "environment.json", json.dumps(environment(), indent=2))
         write_atomically(run.config_path, config.to_yaml())
+        write_atomically(run.path / "environment.json", json.dumps(environment(), indent=2))
         return run
+
+    def _is_empty(self) -> bool:
+        """Whether nothing is there but what a kill may have left of the first file."""
+        found = self.path.iterdir() if self.path.is_dir() else [self.path]
+        return all(path.name == f".{self.config_path.name}.tmp" for path in found)
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         with self.metrics_path.open("a", encoding="utf-8") as file:

@@ -1,15 +1,13 @@
 """Token rewards of on-policy distillation: pure functions of two log-probabilities.
 
-For a sampled token let t be the teacher's probability and p the student's. A reward r(t, p)
-says how much more likely the token should become; the student's loss is -sum(r * ln p) / N.
-The rewards here take ln t and ln p, of any shape and float dtype, and return float32 without
-a gradient::
+For a sampled token let t be the teacher's probability and p the student's. A reward r(t, p) says
+how much more likely the token should become; the student's loss is -sum(r * ln p) / N. Rewards
+take ln t and ln p, of any shape and float dtype, and return float32 without a gradient::
 
     reward = create("power", alpha=5.0)
     r = reward(teacher_log_probs, student_log_probs)
 
-This module needs torch alone and drops into any training loop. Unless a docstring says
-otherwise, equations are those of PowerOPD (arXiv:2606.17199).
+This module needs torch alone. Equations are those of PowerOPD (arXiv:2606.17199).
 """
 
 import dataclasses
@@ -72,7 +70,7 @@ def _parameter(default: float, condition: Condition) -> Any:
 class Reward(ABC):
     """A token reward. Subclasses state `compute`; calling checks, casts and detaches."""
 
-    # A reward that needs the mean and standard deviation of the whole optimizer step.
+    # Whether it needs the mean and standard deviation of the whole optimizer step.
     needs_statistics: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -90,8 +88,7 @@ class Reward(ABC):
         """Reward per token: float32, no gradient, the inputs' (broadcast) shape.
 
         float64 inputs are computed in float64, all others in float32: a bf16 probability is
-        never raised to a power. A teacher log-probability of -inf is legal; the reward is then
-        finite exactly where it is bounded.
+        never raised to a power. Of a teacher log-prob of -inf a bounded reward is finite.
         """
         for name, value in self.__dict__.items():
             if isinstance(value, Schedule):
@@ -123,8 +120,7 @@ class Reward(ABC):
         [..., V] full log-distributions -> [...]. The default, -sum_v p r(t, p), is the reverse
         KL for the log ratio; for other rewards it is the expected penalty under the student.
         """
-        probs = student_log_probs.exp()
-        reward = self(teacher_log_probs, student_log_probs)
+        probs, reward = student_log_probs.exp(), self(teacher_log_probs, student_log_probs)
         return -torch.where(probs > 0, probs * reward, 0.0).sum(-1)
 
 
@@ -206,10 +202,9 @@ class Power(Reward):
 
 @dataclass(frozen=True)
 class Hellinger(Reward):
-    """2 * (sqrt(t / p) - 1) = 2 expm1(d / 2), at most `cap`.
+    """2 (sqrt(t / p) - 1) = 2 expm1(d / 2), at most `cap`; without it, unbounded above.
 
-    Its uncapped expectation under p descends on the squared Hellinger distance. It is bounded
-    below by -2 but not above, hence the cap.
+    Uncapped, its expectation under p descends on the squared Hellinger distance.
     """
 
     cap: Number = _parameter(10.0, POSITIVE)
@@ -230,17 +225,16 @@ class Gate(Reward):
 
 @dataclass(frozen=True)
 class ZScore(Reward):
-    """(r - mean) / std of a base reward over all trained tokens of the optimizer step.
+    """(r - mean) / std of a base reward over the step's trained tokens, on all processes.
 
-    mean and the population std are taken over all micro-batches and processes, then given by
-    `with_statistics`. May flip signs.
+    `with_statistics` gives the mean and the population std. May flip signs.
     """
 
     needs_statistics: ClassVar[bool] = True
     base: Reward = field(default_factory=LogRatio)
 
     def __post_init__(self) -> None:
-        if isinstance(self.base, Mapping):  # {name: power, alpha: 5} of a recipe
+        if isinstance(self.base, Mapping) and "name" in self.base:  # as a recipe has it
             object.__setattr__(self, "base", create(**self.base))
         if not isinstance(self.base, Reward) or self.base.needs_statistics:
             raise ValueError(f"base: expected a reward other than zscore, got {self.base!r}")
@@ -279,6 +273,11 @@ class Custom(Reward):
     name: str
     function: RewardFunction
     parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def at(self, step: int) -> Self:
+        items = self.parameters.items()
+        resolved = {k: v.at(step) if isinstance(v, Schedule) else v for k, v in items}
+        return dataclasses.replace(self, parameters=resolved)
 
     def compute(self, t: Tensor, p: Tensor) -> Tensor:
         reward = self.function(t, p, **self.parameters)
@@ -328,12 +327,12 @@ def create(name: str, **parameters: Any) -> Reward:
 def _schedule_or_value(key: str, value: Any) -> Any:
     if not isinstance(value, Mapping) or "schedule" not in value:
         return value
+    unknown = value.keys() - {f.name for f in dataclasses.fields(Schedule)}
+    if unknown or "start" not in value:
+        got = ", ".join(value)
+        raise ValueError(f"{key}: a schedule has the keys schedule, start, end, steps, got {got}")
     try:
         return Schedule(**value)
-    except TypeError:
-        raise ValueError(
-            f"{key}: a schedule has the keys schedule, start, end and steps, got {', '.join(value)}"
-        ) from None
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
 
@@ -341,7 +340,10 @@ def _schedule_or_value(key: str, value: Any) -> Any:
 def _custom(name: str, parameters: Mapping[str, Any]) -> Reward:
     target = import_object(name)
     if isinstance(target, type) and issubclass(target, Reward):
-        return target(**parameters)
+        try:
+            return target(**parameters)
+        except TypeError as error:
+            raise ValueError(f"name: {name}: {error}") from None
     if not callable(target):
         raise ValueError(f"name: expected {name} to be a function or a Reward, got {target!r}")
     return Custom(name, target, parameters)
@@ -349,13 +351,13 @@ def _custom(name: str, parameters: Mapping[str, Any]) -> Reward:
 
 def import_object(name: str) -> Any:
     """The object that "package.module:attribute" names; ValueError where there is none."""
-    module_name, _, attribute = name.partition(":")
+    module, _, attribute = name.partition(":")
     try:
-        return vars(importlib.import_module(module_name))[attribute]
+        return vars(importlib.import_module(module))[attribute]
     except ModuleNotFoundError as error:
         raise ValueError(f"name: cannot import {name}: {error}") from error
     except KeyError:
-        raise ValueError(f"name: module {module_name} has no {attribute!r}") from None
+        raise ValueError(f"name: module {module} has no {attribute!r}") from None
 
 
 @dataclass(frozen=True)
@@ -371,10 +373,8 @@ class Check:
 
 def check(reward: RewardFunction) -> Check:
     """Tests a reward for P1, |r| <= M on [0, 1]^2, and P2, sign r = sign(t - p).
-
-    Evaluated in float64 on a grid of log-probabilities from 0 down to -1e4 and -inf. A zero
-    reward off the diagonal counts against P2 only where t or p is 1: elsewhere it may be the
-    underflow of a tiny value. A grid cannot prove a property, only refute it.
+    Evaluated on a grid of log-probabilities from 0 to -1e4 and -inf, which can refute but not
+    prove. A zero counts against P2 only where t or p is 1: elsewhere it may be an underflow.
     """
     depths = torch.cat([torch.zeros(1), torch.logspace(-6, 4, 201, dtype=torch.float64)])
     log_probs = torch.cat([-depths.double(), torch.tensor([-math.inf], dtype=torch.float64)])

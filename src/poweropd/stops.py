@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from poweropd.errors import UsageError
+
 # A chat turn rendered around this text shows which special token the template ends it with.
 _MARKER = "the turn"
 
@@ -95,7 +97,7 @@ def stop_ids(tokenizer: Any, generation_config: Any) -> list[int]:
     found += [tokenizer.eos_token_id, *_template_stops(tokenizer)]
     ids = list(dict.fromkeys(i for i in found if i is not None))
     if not ids:
-        raise ValueError(
+        raise UsageError(
             f"{tokenizer.name_or_path}: no stop token found in the generation config, the "
             "tokenizer or the chat template; set eos_token in its tokenizer_config.json"
         )

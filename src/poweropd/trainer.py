@@ -1,11 +1,12 @@
 """The loop: prompts -> rollout -> score -> update -> sync, one optimizer step at a time."""
 
 import copy
+import importlib.util
 import logging
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from poweropd import checkpoint, data, models, objectives, stops
 from poweropd.accounting import StepClock
 from poweropd.batching import Example, Rollout, make_examples
 from poweropd.config import Config
+from poweropd.errors import UsageError
 from poweropd.evaluation.runner import Subject
 from poweropd.progress import TrainingProgress
 from poweropd.records import (
@@ -57,6 +59,7 @@ class Trainer:
 
     def __init__(self, config: Config, progress: bool = True) -> None:
         self.config = config
+        check_trackers(config.log.trackers)
         self.accelerator = Accelerator(
             log_with=config.log.trackers or None,
             project_config=ProjectConfiguration(config.run.dir, f"{config.run.dir}/trackers"),
@@ -68,7 +71,7 @@ class Trainer:
             self.run = RunDirectory.open(config)
         self._load_models()
         self.steps_done = self._resume()
-        self.accelerator.init_trackers("poweropd", config=self.config.flat())
+        self.accelerator.init_trackers("poweropd", config=self.config.flat_text())
 
     def train(self, until: int | None = None) -> Result:
         """Runs the remaining steps, or those before step `until`.
@@ -137,7 +140,8 @@ class Trainer:
     def subject(self) -> Subject:
         """The current student as something to evaluate."""
         context = models.context_length(self.student.model.config)
-        return Subject(self.engine, self.tokenizer, self.sampling.stop_ids, context)
+        identity = f"{self.config.model.student} after {self.steps_done} steps of {self.run.path}"
+        return Subject(self.engine, self.tokenizer, self.sampling.stop_ids, context, identity)
 
     def make_examples(self, rollouts: list[Rollout]) -> list[Example]:
         """What is trained on, by the recipe's stop policy."""
@@ -193,7 +197,10 @@ class Trainer:
         )
         self.validation = None
         if config.evaluate is not None:
-            self.validation = Validation(config, config.evaluate, self.accelerator)
+            context = models.context_length(models.load_config(*student))
+            self.validation = Validation(
+                config, config.evaluate, self.accelerator, self.tokenizer, context
+            )
         notice = stops.difference(
             self.student_stop_ids, self.teacher_stop_ids, config.objective.stop, self.tokenizer
         )
@@ -266,9 +273,20 @@ class Trainer:
         if self.accelerator.is_main_process:
             with replaced_directory(folder) as temporary:
                 lora = self.config.model.lora
-                self.student.save(temporary, merge=lora is not None and lora.merge)
+                stop_ids = list(self.sampling.stop_ids)
+                self.student.save(temporary, stop_ids, merge=lora is not None and lora.merge)
                 self.tokenizer.save_pretrained(temporary)
         self.accelerator.wait_for_everyone()
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """accelerate leaves a tracker out without a word if its package is missing."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"log.trackers: {', '.join(missing)} not installed: pip install 'poweropd[trackers]' "
+            f"for tensorboard, else pip install {' '.join(missing)}"
+        )
 
 
 def make_engine(student: models.Student, config: Config) -> TransformersEngine:
@@ -276,7 +294,10 @@ def make_engine(student: models.Student, config: Config) -> TransformersEngine:
     model, batch_size = student.model, config.rollout.batch_size
     if model.dtype == student.compute_dtype:
         return TransformersEngine(model, vocab_size=student.vocab_size, batch_size=batch_size)
-    twin = copy.deepcopy(model).to(student.compute_dtype).requires_grad_(False)
+    twin = copy.deepcopy(model).requires_grad_(False)
+    for parameter in twin.parameters():
+        # Not `twin.to(dtype)`: that would round the buffers of rotary embeddings as well.
+        parameter.data = parameter.data.to(student.compute_dtype)
 
     @torch.no_grad()
     def sync() -> None:

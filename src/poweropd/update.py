@@ -4,6 +4,7 @@ The global number of trained tokens N is known before the first forward, so the 
 whatever the micro-batches, their order and the processes they run on.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -83,6 +84,11 @@ class Updater:
         grad_norm = self.accelerator.clip_grad_norm_(
             self.student.parameters(), float("inf") if clip is None else clip
         )
+        if not math.isfinite(grad_norm):
+            raise RunError(
+                f"the gradient of step {step + 1} is not finite (norm {float(grad_norm)}): lower "
+                "train.learning_rate, or compute in another model.dtype"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.optimizer.step()
@@ -127,7 +133,7 @@ class Updater:
         """The reward given the mean and population std of its base over all N tokens."""
         objective = self.make_objective(reward.unstandardized, 0.0)
         records = [self.student(self._prepared(batch), objective)[1] for batch in batches]
-        rewards = TokenRecord.cat(gather_object(records)).rewards.double()
+        rewards = TokenRecord.cat(gather_object([TokenRecord.cat(records)])).rewards.double()
         return reward.with_statistics(rewards.mean().item(), rewards.std(correction=0).item())
 
     def _shrink(self, examples: Sequence[Example], error: torch.OutOfMemoryError) -> None:

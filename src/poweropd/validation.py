@@ -10,7 +10,7 @@ from poweropd.config import Config, Evaluate
 from poweropd.errors import UsageError
 from poweropd.evaluation import benchmarks, results
 from poweropd.evaluation.metrics import summarize
-from poweropd.evaluation.runner import Settings, Subject, evaluate
+from poweropd.evaluation.runner import Settings, Subject, check_room, evaluate, prompt_ids
 from poweropd.records import RunDirectory, write_atomically
 
 REPORTED = ("avg_at_k", "pass_at_k", "maj_at_k", "mean_length", "truncated_fraction")
@@ -19,7 +19,14 @@ REPORTED = ("avg_at_k", "pass_at_k", "maj_at_k", "mean_length", "truncated_fract
 class Validation:
     """The recipe's `evaluate` section. Problems are loaded, and checked, on creation."""
 
-    def __init__(self, config: Config, section: Evaluate, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        config: Config,
+        section: Evaluate,
+        accelerator: Accelerator,
+        tokenizer: Any,
+        context_length: int,
+    ) -> None:
         self.section, self.accelerator = section, accelerator
         self.run = RunDirectory(config.run.dir)
         if self.section.best not in REPORTED:
@@ -41,6 +48,8 @@ class Validation:
             system=config.data.system,
         )
         self.best_path = self.run.path / "best.json"
+        for name, problems in self.problems.items():
+            check_room(name, prompt_ids(problems, self.settings, tokenizer), context_length)
 
     def due(self, steps_done: int, last: bool) -> bool:
         return last or steps_done % self.section.every == 0
@@ -49,18 +58,18 @@ class Validation:
         """Metrics "eval/BENCHMARK/METRIC". Every process takes its share of the problems."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         folder = self.run.evaluations / f"step-{steps_done}"
-        shares = {name: problems[rank::world] for name, problems in self.problems.items()}
         done = evaluate(
             subject,
-            {name: share for name, share in shares.items() if share},
+            self.problems,
             self.settings,
-            folder if world == 1 else folder / f"rank-{rank}",
+            folder if world == 1 else folder / f"rank-{rank}-of-{world}",
             progress=False,
+            share=(rank, world),
         )
         metrics: dict[str, float] = {}
         found: dict[str, Any] = {}
         for name in self.problems:
-            rows = gather_object(done[name].rows if name in done else [])
+            rows = gather_object(done[name].rows)
             found[name] = results.result(summarize(rows, n=self.section.n), rows)
             metrics |= {f"eval/{name}/{key}": found[name][key]["mean"] for key in REPORTED}
         if self.accelerator.is_main_process:

@@ -6,16 +6,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import track
 
 from poweropd.data import read_rows
-from poweropd.errors import UsageError
+from poweropd.errors import RunError, UsageError
 from poweropd.evaluation import benchmarks, results
 from poweropd.evaluation.benchmarks import Problem
 from poweropd.evaluation.grading import Grader
 from poweropd.evaluation.metrics import summarize
-from poweropd.evaluation.runner import Settings, evaluate, load_subject
+from poweropd.evaluation.runner import BATCH_SIZE, Settings, evaluate, load_subject
 from poweropd.records import write_atomically
 
 UNKNOWN_STOP = "unknown"
@@ -34,11 +35,15 @@ class Selection:
         if not self.names:
             known = ", ".join(benchmarks.BENCHMARKS)
             raise UsageError(f"--benchmark: expected one or more of {known}, a file or a dataset")
-        return {
-            Path(name).stem if Path(name).is_file() else name.replace("/", "--"): benchmarks.load(
-                name, self.data_dir, self.limit, **self.columns
-            )
+        shown = {
+            Path(name).stem if Path(name).is_file() else name.replace("/", "--"): name
             for name in self.names
+        }
+        if len(shown) < len(self.names):
+            raise UsageError(f"--benchmark: {', '.join(self.names)} do not have different names")
+        return {
+            short: benchmarks.load(name, self.data_dir, self.limit, **self.columns)
+            for short, name in shown.items()
         }
 
 
@@ -50,14 +55,24 @@ def measure(
     dtype: str,
     trust_remote_code: bool = False,
     k: int | None = None,
+    batch_size: int = BATCH_SIZE,
 ) -> dict[str, Any]:
     """Evaluates a model; returns what `--json` writes."""
     problems = selection.load()  # before any weight
-    subject = load_subject(model, dtype, trust_remote_code)
-    done = evaluate(subject, problems, settings, folder)
+    subject = load_subject(model, dtype, trust_remote_code, batch_size)
+    try:
+        done = evaluate(subject, problems, settings, folder)
+    except torch.OutOfMemoryError:
+        raise RunError(
+            f"out of memory with --batch-size {batch_size}: run the same command with a smaller "
+            "one and another --out"
+        ) from None
+    for evaluation in done.values():
+        evaluation.check_not_empty()
     figures = {name: one.rows for name, one in done.items()}
     return {
         "model": model,
+        "identity": subject.identity,
         "settings": asdict(settings),
         "completions": str(folder),
         "results": {name: _result(rows, settings.n, k) for name, rows in figures.items()},
@@ -69,10 +84,13 @@ def grade_file(
 ) -> dict[str, Any]:
     """Grades the completions of a JSONL file: id, completion, and answer (the gold) in each line.
 
-    Without `answer`, the gold and its rule are those of the selected benchmark's problem `id`.
+    With a benchmark selected, golds and rules are those of its problems, found by `id`.
     `sample`, `tokens` and `stop` are taken over where they are given.
     """
-    golds = {} if selection is None else _by_id(selection.load())
+    problem_sets = {} if selection is None else selection.load()
+    if len(problem_sets) > 1:
+        raise UsageError("--grade: expected at most one benchmark, whose ids the lines have")
+    golds = {p.id: p for problems in problem_sets.values() for p in problems}
     rows: list[dict[str, Any]] = []
     with Grader() as grader:
         pending = []
@@ -94,10 +112,6 @@ def grade_file(
             )
     name = path.stem
     return {"graded": str(path), "results": {name: _result(rows, None, k)}, "grades": rows}
-
-
-def _by_id(problem_sets: Mapping[str, Sequence[Problem]]) -> dict[str, Problem]:
-    return {problem.id: problem for problems in problem_sets.values() for problem in problems}
 
 
 def _gold(row: Mapping[str, Any], golds: Mapping[str, Problem], where: str) -> Problem:

@@ -6,6 +6,7 @@ interrupted is sampled again whole and only its missing rows are appended. So th
 evaluation are those of an undisturbed one, to the last bit.
 """
 
+import hashlib
 import json
 import logging
 from collections import deque
@@ -31,6 +32,7 @@ from poweropd.rollouts.transformers import TransformersEngine
 logger = logging.getLogger("poweropd")
 
 Row = dict[str, Any]
+BATCH_SIZE = 64  # completions at once: 4,096 tokens of each must fit beside the model
 
 
 @dataclass(frozen=True)
@@ -51,21 +53,36 @@ class Settings:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under evaluation: an engine that samples it, its tokenizer, its stop ids."""
+    """The model under evaluation: an engine that samples it, its tokenizer, its stop ids.
+
+    `identity` says which weights these are, so that no completions of others are taken for theirs.
+    """
 
     engine: RolloutEngine
     tokenizer: Any
     stop_ids: tuple[int, ...]
     context_length: int
+    identity: str
 
 
 class Evaluation:
-    """One benchmark on one model, in `folder`/NAME.jsonl, with what was asked in NAME.json."""
+    """One benchmark, or every `stride`-th problem of it from `first` on, on one model.
+
+    Completions are in `folder`/NAME.jsonl; what was asked, of which model, in NAME.settings.json.
+    """
 
     def __init__(
-        self, name: str, problems: Sequence[Problem], settings: Settings, folder: Path
+        self,
+        name: str,
+        problems: Sequence[Problem],
+        settings: Settings,
+        folder: Path,
+        model: str,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
-        self.name, self.problems, self.settings = name, problems, settings
+        self.name, self.settings, self.model = name, settings, model
+        self.first, self.stride = share
+        self.problems = problems[self.first :: self.stride]
         self.path = folder / f"{name}.jsonl"
         self.settings_path = folder / f"{name}.settings.json"
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,8 +90,11 @@ class Evaluation:
         self.rows = records.recover_jsonl(self.path)
 
     def _claim(self) -> None:
-        """Refuses a file that holds completions sampled in another way."""
-        asked = json.loads(json.dumps(asdict(self.settings)))
+        """Refuses a file that holds other completions: of a model, settings or problems."""
+        texts = [[p.id, p.problem, p.answer] for p in self.problems]
+        digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+        asked = {"model": self.model, "problems": digest, "count": len(texts)}
+        asked |= json.loads(json.dumps(asdict(self.settings)))
         if not self.settings_path.exists():
             records.write_atomically(self.settings_path, json.dumps(asked, indent=2))
             return
@@ -84,15 +104,15 @@ class Evaluation:
         ]
         if differing:
             raise UsageError(
-                f"{self.path} holds completions sampled with other settings "
-                f"({'; '.join(differing)}): choose another folder, or delete that file"
+                f"{self.path} holds completions of another evaluation "
+                f"({'; '.join(differing)}): choose another folder, or delete this one"
             )
 
     def run(self, subject: Subject, grader: Grader, progress: bool = True) -> Summary:
         """Samples and grades what is missing; returns the summary of all rows."""
-        prompts = self._prompts(subject)
-        requests = self._requests(prompts)
-        sampling = self._sampling(subject, longest_prompt=max(map(len, prompts)))
+        prompts = prompt_ids(self.problems, self.settings, subject.tokenizer)
+        longest = check_room(self.name, prompts, subject.context_length)
+        requests, sampling = self._requests(prompts), self._sampling(subject, longest)
         console = Console(stderr=True)
         with Progress(console=console, disable=not progress, transient=True) as bar:
             task = bar.add_task(self.name, total=len(requests), completed=len(self.rows))
@@ -100,25 +120,13 @@ class Evaluation:
                 rollouts = subject.engine.generate(group, sampling)
                 for _ in self._graded(rollouts, subject.tokenizer, grader):
                     bar.advance(task)
-        self._check_not_empty()
         return self.summary()
 
     def summary(self) -> Summary:
         return summarize(self.rows, n=self.settings.n)
 
-    def _prompts(self, subject: Subject) -> list[list[int]]:
-        settings = self.settings
-        ending = f"\n{settings.instruction}" if settings.instruction else ""
-        texts = [problem.problem + ending for problem in self.problems]
-        return data.encode_chat(subject.tokenizer, texts, settings.chat, settings.system)
-
     def _sampling(self, subject: Subject, longest_prompt: int) -> Sampling:
         settings, room = self.settings, subject.context_length - longest_prompt
-        if room < 1:
-            raise UsageError(
-                f"{self.name}: a prompt of {longest_prompt} tokens leaves no room in the model's "
-                f"context of {subject.context_length} tokens"
-            )
         if room < settings.max_new_tokens:
             logger.warning(
                 "%s: at most %d new tokens instead of %d: the model's context has %d tokens",
@@ -134,10 +142,15 @@ class Evaluation:
 
     def _requests(self, prompts: Sequence[list[int]]) -> list[Request]:
         return [
-            Request(i, sample, ids, ids, completion_seed(self.settings.seed, 0, i, sample))
+            Request(i, sample, ids, ids, self._seed(i, sample))
             for i, ids in enumerate(prompts)
             for sample in range(self.settings.n)
         ]
+
+    def _seed(self, index: int, sample: int) -> int:
+        """By the problem's place in the whole benchmark, whoever evaluates it."""
+        place = self.first + index * self.stride
+        return completion_seed(self.settings.seed, 0, place, sample)
 
     def _unfinished(self, requests: list[Request]) -> Iterator[list[Request]]:
         """Groups, the same ones whatever is done already, that have something missing."""
@@ -181,12 +194,30 @@ class Evaluation:
         self.rows.append(row)
         return row
 
-    def _check_not_empty(self) -> None:
+    def check_not_empty(self) -> None:
+        """RunError where a model has said nothing at all."""
         if not any(row["completion"].strip() for row in self.rows):
             raise RunError(
                 f"{self.name}: every completion is empty or only special tokens; check the model, "
                 f"its chat template and its stop tokens (the completions are in {self.path})"
             )
+
+
+def prompt_ids(problems: Sequence[Problem], settings: Settings, tokenizer: Any) -> list[list[int]]:
+    ending = f"\n{settings.instruction}" if settings.instruction else ""
+    texts = [problem.problem + ending for problem in problems]
+    return data.encode_chat(tokenizer, texts, settings.chat, settings.system)
+
+
+def check_room(name: str, prompts: Sequence[list[int]], context_length: int) -> int:
+    """The longest prompt's length; UsageError where it fills the context."""
+    longest = max(map(len, prompts))
+    if longest >= context_length:
+        raise UsageError(
+            f"{name}: a prompt of {longest} tokens leaves no room in the model's context of "
+            f"{context_length} tokens"
+        )
+    return longest
 
 
 def _row(problem: Problem, rollout: Rollout, tokenizer: Any) -> Row:
@@ -200,18 +231,21 @@ def _row(problem: Problem, rollout: Rollout, tokenizer: Any) -> Row:
     }
 
 
-def load_subject(model: str, dtype: str, trust_remote_code: bool = False) -> Subject:
+def load_subject(
+    model: str, dtype: str, trust_remote_code: bool = False, batch_size: int = BATCH_SIZE
+) -> Subject:
     """A model directory or Hub name, ready to be sampled by the transformers engine."""
     tokenizer = models.load_tokenizer(model, trust_remote_code)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = models.load_model(model, dtype, trust_remote_code).to(device)
-    engine = TransformersEngine(
-        loaded,
-        vocab_size=loaded.get_output_embeddings().weight.shape[0],
-        batch_size=Settings.group_size,
+    vocab_size = loaded.get_output_embeddings().weight.shape[0]
+    return Subject(
+        engine=TransformersEngine(loaded, vocab_size=vocab_size, batch_size=batch_size),
+        tokenizer=tokenizer,
+        stop_ids=tuple(stops.stop_ids(tokenizer, loaded.generation_config)),
+        context_length=models.context_length(loaded.config),
+        identity=f"{models.fingerprint(model, loaded)} {dtype} in batches of {batch_size}",
     )
-    stop_ids = stops.stop_ids(tokenizer, loaded.generation_config)
-    return Subject(engine, tokenizer, tuple(stop_ids), models.context_length(loaded.config))
 
 
 def evaluate(
@@ -220,16 +254,18 @@ def evaluate(
     settings: Settings,
     folder: Path,
     progress: bool = True,
+    share: tuple[int, int] = (0, 1),
 ) -> dict[str, Evaluation]:
     """Runs every benchmark of `problem_sets`, name -> problems, one after another.
 
     Rows and settings are kept in `folder`; run again on it, an evaluation goes on where it was
-    stopped. Raises UsageError where the folder holds completions of other settings, RunError where
-    nothing can be written any more or a model says nothing.
+    stopped. `share` (first, stride) leaves other problems to other processes. Raises UsageError
+    where the folder holds other completions, RunError where nothing can be written any more.
     """
     done = {}
     with Grader() as grader:
         for name, problems in problem_sets.items():
-            done[name] = Evaluation(name, problems, settings, folder)
-            done[name].run(subject, grader, progress)
+            done[name] = Evaluation(name, problems, settings, folder, subject.identity, share)
+            if done[name].problems:
+                done[name].run(subject, grader, progress)
     return done

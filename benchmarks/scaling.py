@@ -1,0 +1,268 @@
+"""How our update's cost grows: with vocabulary, length, batch, model and alpha, and its memory.
+
+    python benchmarks/scaling.py --threads 1 [--tables vocabulary,length,batch,model,alpha,memory]
+
+Starts from the geometry `small` of update.py and changes one thing at a time; each row has a
+process of its own. The table `alpha` is about the head alone, the table `memory` about a narrow
+pair, whose own memory does not hide that of the vocabulary.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import (
+    DEVICE,
+    GEOMETRIES,
+    Cost,
+    Geometry,
+    Memory,
+    Model,
+    Pair,
+    apart,
+    machine,
+    measure,
+    print_table,
+    time_of,
+    update_sampled,
+)
+from torch import Tensor
+
+from poweropd import rewards
+from poweropd.batching import collate
+from poweropd.kernels import Head, linear_policy_gradient, reference
+
+Row = dict[str, Any]
+REWARD = rewards.create("log_ratio")
+ALPHAS = (0.5, 1.0, 5.0, 50.0, 500.0)
+# The gain of the student's final norm. It multiplies the logits, which for random weights makes
+# about one sampled token in nine more probable than 0.81, where a power of 500 is not zero yet.
+SHARPNESS = 16.0
+NARROW = Model.of_width(128, 2)
+
+
+def update_cost(geometry: Geometry) -> Cost:
+    pair = Pair.build(geometry, "fixed")
+    return measure(lambda: update_sampled(pair, REWARD), updates=2)
+
+
+def update_peak(geometry: Geometry) -> int:
+    """Bytes above the start of one first update."""
+    pair = Pair.build(geometry, "fixed")
+    memory = Memory()
+    update_sampled(pair, REWARD)
+    return memory.peak_bytes()
+
+
+def vocabularies(base: Geometry) -> Iterable[tuple[str, Geometry]]:
+    return ((f"V = {v}", replace(base, vocab=v)) for v in _around(base.vocab))
+
+
+def completions(base: Geometry) -> Iterable[tuple[str, Geometry]]:
+    return ((f"T = {t}", replace(base, completion=t)) for t in _around(base.completion))
+
+
+def batches(base: Geometry) -> Iterable[tuple[str, Geometry]]:
+    return ((f"B = {b}", replace(base, batch=b)) for b in _around(base.batch))
+
+
+def models(base: Geometry) -> Iterable[tuple[str, Geometry]]:
+    pairs = (((128, 2), (256, 3)), ((256, 4), (512, 6)), ((384, 6), (768, 8)))
+    return (
+        (
+            f"{student[0]} x {student[1]} from {teacher[0]} x {teacher[1]}",
+            replace(base, student=Model.of_width(*student), teacher=Model.of_width(*teacher)),
+        )
+        for student, teacher in pairs
+    )
+
+
+def _around(value: int) -> tuple[int, ...]:
+    return (value // 4, value // 2, value, 2 * value)
+
+
+SWEEPS: dict[str, Callable[[Geometry], Iterable[tuple[str, Geometry]]]] = {
+    "vocabulary": vocabularies,
+    "length": completions,
+    "batch": batches,
+    "model": models,
+}
+
+
+def sweep(name: str, base: Geometry, threads: int) -> list[Row]:
+    """The cost of an update, row by row."""
+    rows = []
+    for label, geometry in SWEEPS[name](base):
+        cost = apart(threads, update_cost, geometry)
+        tokens = geometry.batch * geometry.completion
+        rows.append({
+            name: label,
+            "trained tokens": tokens,
+            "CPU s": round(cost.cpu_seconds, 2),
+            "wall s": round(cost.wall_seconds, 2),
+            "CPU ms / token": round(1e3 * cost.cpu_seconds / tokens, 3),
+            "peak MB": round(cost.peak_bytes / 1e6),
+        })  # fmt: skip
+    return rows
+
+
+@dataclass(frozen=True)
+class SharpPair:
+    """What the head sees of a pair with random weights but near-certain tokens."""
+
+    hidden: Tensor  # [N, H] of the student
+    weight: Tensor  # [V, H]
+    targets: Tensor  # [N] drawn from the student
+    teacher_log_probs: Tensor  # [N]
+
+    @classmethod
+    @torch.no_grad()
+    def build(cls, geometry: Geometry) -> "SharpPair":
+        """The teacher is the student with noise of a tenth of its hidden states' size."""
+        pair = Pair.build(geometry, "fixed")
+        pair.student.causal_lm.base_model.norm.weight.fill_(SHARPNESS)
+        hidden = pair.student.hidden_states(collate(pair.examples).to(DEVICE).student)
+        weight = pair.student.head().weight.clone()
+        noise = 0.1 * SHARPNESS * torch.randn_like(hidden)
+        targets, scores = [], []
+        for own, other in zip(hidden.split(256), (hidden + noise).split(256), strict=True):
+            targets.append((own @ weight.T).softmax(-1).multinomial(1).squeeze(1))
+            scores.append(reference.log_prob(other, Head(weight), targets[-1]))
+        return cls(hidden, weight, torch.cat(targets), torch.cat(scores))
+
+    def rewards(self, alpha: float, student_log_probs: Tensor, tokens: slice) -> Tensor:
+        return rewards.create("power", alpha=alpha)(
+            self.teacher_log_probs[tokens], student_log_probs
+        )
+
+    def loss(self, alpha: float, hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_policy_gradient(
+            hidden, weight, self.targets, lambda p, tokens: self.rewards(alpha, p, tokens)
+        )
+
+    def gradients(self, loss_of: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
+        """By the hidden states and by the weight."""
+        inputs = [t.clone().requires_grad_() for t in (self.hidden, self.weight)]
+        return torch.autograd.grad(loss_of(*inputs), inputs)
+
+
+def head_costs(geometry: Geometry, repeats: int = 3) -> list[Row]:
+    """By alpha: zero rewards, the head's backward, and how far its gradient is from autograd's."""
+    sharp = SharpPair.build(geometry)
+    log_probs = reference.log_prob(sharp.hidden, Head(sharp.weight), sharp.targets)
+    found = {alpha: head_seconds(sharp, alpha, repeats) for alpha in ALPHAS}
+    rows = []
+    for alpha, (forward, both) in found.items():
+        zero = (sharp.rewards(alpha, log_probs, slice(None)) == 0).float().mean().item()
+        base_forward, base_both = found[1.0]
+        rows.append({
+            "alpha": alpha,
+            "rewards that are 0": f"{zero:.1%}",
+            "head forward CPU s": round(forward, 3),
+            "backward CPU s": round(both - forward, 3),
+            "/ alpha 1": round((both - forward) / (base_both - base_forward), 2),
+            "error to autograd": f"{gradient_error(sharp, alpha):.1e}",
+        })  # fmt: skip
+    return rows
+
+
+def head_seconds(sharp: SharpPair, alpha: float, repeats: int) -> tuple[float, float]:
+    """CPU seconds of the head's forward alone, and with its gradient."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            sharp.loss(alpha, sharp.hidden, sharp.weight)
+
+    def both() -> None:
+        sharp.gradients(lambda hidden, weight: sharp.loss(alpha, hidden, weight))
+
+    both()
+    timed = [(time_of(forward)[0], time_of(both)[0]) for _ in range(repeats)]
+    first, second = (statistics.median(column) for column in zip(*timed, strict=True))
+    return first, second
+
+
+def gradient_error(sharp: SharpPair, alpha: float) -> float:
+    """The larger relative distance of both gradients, on one chunk of tokens, to autograd's."""
+    some = slice(0, 256)
+    part = replace(
+        sharp,
+        hidden=sharp.hidden[some],
+        targets=sharp.targets[some],
+        teacher_log_probs=sharp.teacher_log_probs[some],
+    )
+    ours = part.gradients(lambda hidden, weight: part.loss(alpha, hidden, weight))
+    theirs = part.gradients(
+        lambda hidden, weight: reference.policy_gradient(
+            hidden, Head(weight), part.targets, lambda p: part.rewards(alpha, p, slice(None))
+        )
+    )
+    pairs = zip(ours, theirs, strict=True)
+    return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+
+
+def alpha_table(base: Geometry, threads: int) -> list[Row]:
+    return apart(threads, head_costs, base)
+
+
+def memory_table(base: Geometry, threads: int) -> list[Row]:
+    """Peak bytes against tokens at several vocabularies, and the line through them."""
+    narrow = replace(base, student=NARROW, teacher=NARROW)
+    tokens = [base.completion * b for b in (4, 8, 12, 16)]
+    rows = []
+    for vocab in (base.vocab, 2 * base.vocab, 4 * base.vocab):
+        peaks = [
+            apart(threads, update_peak, replace(narrow, vocab=vocab, batch=n // base.completion))
+            for n in tokens
+        ]
+        x, y = torch.tensor(tokens).double(), torch.tensor(peaks).double()
+        slope = (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
+        residual = (y - y.mean() - slope * (x - x.mean())).abs().max().item()
+        rows.append({
+            "vocabulary": f"V = {vocab}",
+            **{f"{n} tokens, MB": round(peak / 1e6) for n, peak in zip(tokens, peaks, strict=True)},
+            "slope, kB / token": round(slope / 1e3, 1),
+            "farthest from the line, MB": round(residual / 1e6, 1),
+            "at 0 tokens, MB": round((y.mean() - slope * x.mean()).item() / 1e6),
+            "head's weight, MB": round(4 * vocab * NARROW.hidden / 1e6),
+            "one token's logits, kB": round(4 * vocab / 1e3),
+        })  # fmt: skip
+    return rows
+
+
+TABLES: dict[str, Callable[[Geometry, int], list[Row]]] = {
+    **{name: lambda base, threads, name=name: sweep(name, base, threads) for name in SWEEPS},
+    "alpha": alpha_table,
+    "memory": memory_table,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tables", default=",".join(TABLES))
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="small")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    names = arguments.tables.split(",")
+    if not set(names) <= set(TABLES):
+        parser.error(f"--tables: expected some of {','.join(TABLES)}, got {arguments.tables!r}")
+    print(f"{machine()}, {arguments.threads} threads, from the geometry {arguments.geometry}")
+    found = {}
+    for name in names:
+        found[name] = TABLES[name](GEOMETRIES[arguments.geometry], arguments.threads)
+        print()
+        print_table(list(found[name][0]), [list(map(str, row.values())) for row in found[name]])
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"machine": machine(), "tables": found}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

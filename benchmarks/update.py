@@ -1,0 +1,342 @@
+"""What one update costs: ours beside the usual implementations, each in its own process.
+
+    python benchmarks/update.py --geometry small --lengths fixed --threads 1 --repeats 3 \
+        --paths ours,ours-full,naive,trl-logprob,trl-full --json update.json
+
+One update is the teacher's scoring, the student's forward and backward, clipping and AdamW; each
+process makes one that warms up and `--updates` that are timed. Processes follow one another,
+path by path in each repeat, and ratios are taken within a repeat. `peak_bytes` is above what the
+process held before the warm-up, so it counts gradients and the optimizer's state.
+
+Both trl paths need `pip install 'trl>=1.16'` and are skipped, with the reason, where it is absent.
+"""
+
+import argparse
+import importlib
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import (
+    CUDA,
+    DEVICE,
+    GEOMETRIES,
+    LENGTHS,
+    Cost,
+    Geometry,
+    Pair,
+    apart,
+    machine,
+    measure,
+    print_table,
+    time_of,
+    update_full_vocab,
+    update_sampled,
+)
+from torch import Tensor
+
+from poweropd import rewards
+from poweropd.models import DTYPES, LanguageModel
+
+# Random models give every token a probability near 1 / V, where a power would vanish. For the
+# full vocabulary this is the reverse KL, TRL's own divergence.
+REWARD = rewards.create("log_ratio")
+TRL_CHUNK = 32768  # of the vocabulary: what TRL's trainers use
+Update = Callable[[], None]
+
+
+class Unavailable(Exception):
+    """A path that cannot run here, and why."""
+
+
+@dataclass(frozen=True)
+class Padded:
+    """The whole step as one padded batch; the prompts are of one length."""
+
+    ids: Tensor  # [B, P + T]
+    mask: Tensor  # [B, P + T]
+    trained: Tensor  # [B, T] bool
+    targets: Tensor  # [B, T]
+
+    @classmethod
+    def of(cls, pair: Pair, width: int | None = None) -> "Padded":
+        """Completions padded to `width`, or to the longest."""
+        counts = torch.tensor([e.num_tokens for e in pair.examples])
+        width = width or int(counts.max())
+        prompt = pair.geometry.prompt
+        ids = torch.zeros(len(counts), prompt + width, dtype=torch.long)
+        for row, e in zip(ids, pair.examples, strict=True):
+            row[: prompt + e.num_tokens] = torch.tensor(
+                e.rollout.prompt_ids + e.rollout.completion_ids
+            )
+        trained = torch.arange(width) < counts[:, None]
+        mask = torch.cat([torch.ones(len(counts), prompt, dtype=torch.bool), trained], 1).long()
+        columns = (ids, mask, trained, ids[:, prompt:])
+        return cls(*(column.to(DEVICE) for column in columns))
+
+    def hidden_states(self, model: LanguageModel) -> Tensor:
+        """[B, T, H] that predict the completions."""
+        with model.autocast():
+            output = model.causal_lm.base_model(
+                input_ids=self.ids, attention_mask=self.mask, use_cache=False
+            )
+        return output.last_hidden_state[:, -self.targets.shape[1] - 1 : -1]
+
+    def whole_log_probs(self, model: LanguageModel) -> Tensor:
+        """[B, T] by way of float32 log-probabilities [B, T, V]."""
+        keep = self.targets.shape[1] + 1
+        with model.autocast():
+            logits = model.causal_lm(
+                input_ids=self.ids, attention_mask=self.mask, use_cache=False, logits_to_keep=keep
+            ).logits[:, :-1]
+        return logits.float().log_softmax(-1).gather(-1, self.targets[..., None]).squeeze(-1)
+
+
+def ours(pair: Pair) -> Update:
+    """Sampled tokens: one forward of each model, no logits, packed by length."""
+    return lambda: update_sampled(pair, REWARD)
+
+
+def ours_full(pair: Pair) -> Update:
+    """The exact gradient over the vocabulary, here of the reverse KL."""
+    return lambda: update_full_vocab(pair, REWARD)
+
+
+def naive(pair: Pair) -> Update:
+    """The usual implementation: a forward of the student for the reward and one for the gradient,
+    log-softmax of whole logits in float32, completions padded to the cap."""
+
+    def update() -> None:
+        batch = Padded.of(pair, pair.geometry.completion)
+        with torch.no_grad():
+            reward = REWARD(
+                batch.whole_log_probs(pair.teacher), batch.whole_log_probs(pair.student)
+            )
+        log_probs = batch.whole_log_probs(pair.student)
+        (-(reward * log_probs * batch.trained).sum() / pair.num_tokens).backward()
+        pair.finish()
+
+    return update
+
+
+def trl_logprob(pair: Pair) -> Update:
+    """A loop around TRL's chunked log-probabilities, for both models, of trained tokens only."""
+    function = _trl("trl.kernels").ChunkedLogProbFunction
+
+    def log_probs(model: LanguageModel, batch: Padded) -> Tensor:
+        hidden = batch.hidden_states(model)[batch.trained]
+        head = model.causal_lm.get_output_embeddings()
+        targets = batch.targets[batch.trained]
+        with model.autocast():
+            # Ours reports the entropy too.
+            return function.apply(
+                hidden, head.weight, head.bias, targets, 1.0, TRL_CHUNK, None, 1.0, ("entropy",)
+            )[0]
+
+    def update() -> None:
+        batch = Padded.of(pair)
+        with torch.no_grad():
+            teacher_log_probs = log_probs(pair.teacher, batch)
+        student_log_probs = log_probs(pair.student, batch)
+        reward = REWARD(teacher_log_probs, student_log_probs)
+        (-(reward * student_log_probs).sum() / pair.num_tokens).backward()
+        pair.finish()
+
+    return update
+
+
+def trl_full(pair: Pair) -> Update:
+    """The loss of TRL's `DistillationTrainer`, which is its reverse KL by default."""
+    loss_of = _trl("trl.trainer.distillation_trainer")._chunked_divergence_loss
+    heads = [m.causal_lm.get_output_embeddings().weight for m in (pair.student, pair.teacher)]
+
+    def update() -> None:
+        batch = Padded.of(pair)
+        student_hidden = batch.hidden_states(pair.student)
+        with torch.no_grad():
+            teacher_hidden = batch.hidden_states(pair.teacher)
+        with pair.student.autocast():
+            loss, _, _ = loss_of(
+                student_hidden, teacher_hidden, *heads, batch.trained, 1.0, pair.num_tokens
+            )
+        loss.backward()
+        pair.finish()
+
+    return update
+
+
+def _trl(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Unavailable(f"TRL >= 1.16 cannot be imported: {error}") from None
+
+
+PATHS: dict[str, Callable[[Pair], Update]] = {
+    "ours": ours,
+    "ours-full": ours_full,
+    "naive": naive,
+    "trl-logprob": trl_logprob,
+    "trl-full": trl_full,
+}
+
+# (geometry, lengths) -> (path, other path, what) -> the largest ratio that is good enough.
+Comparison = tuple[str, str, str]
+GOALS: dict[tuple[str, str], dict[Comparison, float]] = {
+    ("small", "fixed"): {
+        ("ours", "naive", "cpu_seconds"): 0.70,
+        ("ours", "trl-logprob", "cpu_seconds"): 0.75,
+        ("ours", "naive", "peak_bytes"): 0.30,
+        ("ours-full", "trl-full", "cpu_seconds"): 0.70,
+    },
+    ("small", "ragged"): {
+        ("ours", "naive", "cpu_seconds"): 0.60,
+        ("ours-full", "trl-full", "cpu_seconds"): 0.60,
+    },
+}
+
+
+def run(path: str, geometry: Geometry, lengths: str, updates: int) -> Cost | str:
+    """What an update costs in this process, or why there is none."""
+    try:
+        return measure(PATHS[path](Pair.build(geometry, lengths)), updates)
+    except Unavailable as error:
+        return str(error)
+    except torch.OutOfMemoryError:
+        return "out of memory"
+
+
+def matmul_ceiling(dtype: str) -> float:
+    """Operations a second of a large square matmul, the best of ten."""
+    size = 8192 if CUDA else 2048
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=DTYPES[dtype]) for _ in range(2))
+    torch.mm(a, b)
+    return 2 * size**3 / min(time_of(lambda: torch.mm(a, b))[1] for _ in range(10))
+
+
+def update_flops(geometry: Geometry, lengths: Sequence[int]) -> float:
+    """One forward of the teacher, three of the student, both heads at trained tokens."""
+    sequences = [geometry.prompt + length for length in lengths]
+    student, teacher = geometry.student, geometry.teacher
+    body = sum(teacher.body_flops(s) + 3 * student.body_flops(s) for s in sequences)
+    return body + 2 * sum(lengths) * geometry.vocab * (teacher.hidden + 3 * student.hidden)
+
+
+def measure_all(
+    paths: Sequence[str], geometry: Geometry, arguments: argparse.Namespace
+) -> tuple[dict[str, list[Cost]], dict[str, str]]:
+    """Costs of each path by repeat, and the reasons of those that were skipped."""
+    costs: dict[str, list[Cost]] = {path: [] for path in paths}
+    skipped: dict[str, str] = {}
+    for _ in range(arguments.repeats):
+        for path in [path for path in paths if path not in skipped]:
+            found = apart(
+                arguments.threads, run, path, geometry, arguments.lengths, arguments.updates
+            )
+            if isinstance(found, Cost):
+                costs[path].append(found)
+            else:
+                skipped[path] = found
+    return {path: found for path, found in costs.items() if path not in skipped}, skipped
+
+
+def ratio(costs: Mapping[str, Sequence[Cost]], path: str, other: str, what: str) -> float:
+    """The median over repeats of path / other."""
+    pairs = zip(costs[path], costs[other], strict=True)
+    return statistics.median(vars(a)[what] / vars(b)[what] for a, b in pairs)
+
+
+def summary(cost: Cost, tokens: int, flops: float, ceiling: float) -> dict[str, float]:
+    return asdict(cost) | {
+        "tokens_per_second": tokens / cost.wall_seconds,
+        "matmul_share": flops / cost.wall_seconds / ceiling,
+    }
+
+
+def print_costs(
+    costs: Mapping[str, Sequence[Cost]], summaries: Mapping[str, Mapping[str, float]]
+) -> None:
+    header = ["path", "CPU s", "wall s", "peak GB", "tokens/s", "of matmul ceiling"]
+    beside = ["CPU / ours", "peak / ours"] if "ours" in costs else []
+    rows = []
+    for path, s in summaries.items():
+        cells = [f"{s['cpu_seconds']:.2f}", f"{s['wall_seconds']:.2f}"]
+        cells += [f"{s['peak_bytes'] / 1e9:.2f}", f"{s['tokens_per_second']:.0f}"]
+        cells += [f"{s['matmul_share']:.0%}"]
+        if beside:
+            cells += [
+                f"{ratio(costs, path, 'ours', what):.2f}" for what in ("cpu_seconds", "peak_bytes")
+            ]
+        rows.append([path, *cells])
+    print_table(header + beside, rows)
+
+
+def print_goals(costs: Mapping[str, Sequence[Cost]], goals: Mapping[Comparison, float]) -> None:
+    rows = []
+    for (path, other, what), goal in goals.items():
+        if path in costs and other in costs:
+            found = ratio(costs, path, other, what)
+            verdict = "met" if found <= goal else "MISSED"
+            rows.append([f"{path} / {other}", what, f"{found:.2f}", f"{goal:.2f}", verdict])
+    if rows:
+        print()
+        print_table(["ratio", "of", "measured", "goal", ""], rows)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="small")
+    parser.add_argument("--lengths", choices=LENGTHS, default="fixed")
+    parser.add_argument("--paths", default=",".join(PATHS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--updates", type=int, default=2, help="timed ones in each process")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, help="completions of a step")
+    parser.add_argument("--max-tokens", type=int, help="of a micro-batch of ours")
+    parser.add_argument("--dtype", choices=DTYPES, help="of computing")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    for path in arguments.paths.split(","):
+        if path not in PATHS:
+            parser.error(f"--paths: expected some of {','.join(PATHS)}, got {path!r}")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    given = {name: vars(arguments)[name] for name in ("batch", "max_tokens", "dtype")}
+    changes = {name: value for name, value in given.items() if value is not None}
+    geometry = replace(GEOMETRIES[arguments.geometry], **changes)
+    lengths = geometry.lengths(arguments.lengths)
+    print(f"{machine()}, {arguments.threads} threads")
+    print(f"{arguments.geometry}, {geometry.dtype}, completions of {sorted(lengths)}\n")
+
+    torch.set_num_threads(arguments.threads)
+    ceiling = matmul_ceiling(geometry.dtype)
+    costs, skipped = measure_all(arguments.paths.split(","), geometry, arguments)
+    flops = update_flops(geometry, lengths)
+    summaries = {
+        path: summary(Cost.median(found), sum(lengths), flops, ceiling)
+        for path, found in costs.items()
+    }
+    print_costs(costs, summaries)
+    print(f"\n{flops / 1e12:.3g} TFLOP an update; ceiling {ceiling / 1e12:.3g} TFLOP/s")
+    for path, reason in skipped.items():
+        print(f"{path} was skipped: {reason}")
+    if not changes:
+        print_goals(costs, GOALS.get((arguments.geometry, arguments.lengths), {}))
+    if arguments.json:
+        found = {"machine": machine(), "flops": flops, "ceiling_flops_per_second": ceiling}
+        settings = {"geometry": asdict(geometry), "lengths": lengths, "threads": arguments.threads}
+        found |= {"settings": settings, "paths": summaries, "skipped": skipped}
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The benchmarks of the update run, and what they compare computes the same gradient."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def update(monkeypatch: pytest.MonkeyPatch):
+    """The module benchmarks/update.py."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import update
+
+    yield update
+    for name in ("update", "common"):
+        del sys.modules[name]
+
+
+def gradient(update, path: str, lengths: str) -> torch.Tensor:
+    """What `path` gives to the optimizer, clipped and flat, and that it moves the student."""
+    geometry = update.GEOMETRIES["tiny"]
+    pair = update.Pair.build(geometry, lengths)
+    found = []
+    pair.optimizer.register_step_pre_hook(
+        lambda *_: found.append(
+            torch.cat([p.grad.flatten().clone() for p in pair.student.parameters()])
+        )
+    )
+    before = [p.detach().clone() for p in pair.student.parameters()]
+    update.PATHS[path](pair)()
+    after = list(pair.student.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    return found[0]
+
+
+def needs_trl(path: str) -> object:
+    return pytest.param(
+        path, marks=pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed")
+    )
+
+
+@pytest.mark.parametrize("lengths", ["fixed", "ragged"])
+@pytest.mark.parametrize("path", ["naive", needs_trl("trl-logprob")])
+def test_sampled_paths_have_our_gradient(update, path: str, lengths: str) -> None:
+    expected = gradient(update, "ours", lengths)
+    torch.testing.assert_close(gradient(update, path, lengths), expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", [needs_trl("trl-full")])
+def test_full_vocabulary_paths_have_our_gradient(update, path: str) -> None:
+    expected = gradient(update, "ours-full", "ragged")
+    torch.testing.assert_close(gradient(update, path, "ragged"), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_operations_of_the_paper_s_geometry(update) -> None:
+    geometry = update.GEOMETRIES["qwen3-0.6b-from-4b"]
+    flops = update.update_flops(geometry, geometry.lengths("fixed"))
+    assert flops == pytest.approx(448.5e12, rel=1e-3)
+
+
+def test_ragged_lengths_have_the_mean(update) -> None:
+    lengths = update.GEOMETRIES["small"].lengths("ragged")
+    assert sum(lengths) / len(lengths) == pytest.approx(157, rel=0.03)
+    assert max(lengths) <= 256
+
+
+def test_a_path_without_its_package_gives_the_reason(
+    update, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    found = update.run("trl-full", update.GEOMETRIES["tiny"], "fixed", 1)
+    assert found.startswith("TRL >= 1.16 cannot be imported: ")
+
+
+def test_the_command_writes_what_it_measured(tmp_path: Path) -> None:
+    file = tmp_path / "update.json"
+    command = [sys.executable, str(BENCHMARKS / "update.py"), "--geometry", "tiny"]
+    command += ["--paths", "ours", "--repeats", "1", "--updates", "1", "--json", str(file)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "CPU s" in printed
+    found = json.loads(file.read_text())["paths"]["ours"]
+    assert {"cpu_seconds", "wall_seconds", "peak_bytes"} <= set(found)
+    assert found["cpu_seconds"] > 0
