@@ -252,6 +252,11 @@ def measure(update: Callable[[], Any], updates: int = 1) -> Cost:
     return Cost(cpu, wall, memory.peak_bytes())
 
 
+def seconds_of(call: Callable[[], Any]) -> float:
+    """CPU seconds, or wall seconds where a GPU does the work."""
+    return time_of(call)[CUDA]
+
+
 def time_of(call: Callable[[], Any]) -> tuple[float, float]:
     """CPU seconds of all threads, and wall seconds."""
     _synchronize()

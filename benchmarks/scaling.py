@@ -1,19 +1,20 @@
 """How our update's cost grows: with vocabulary, length, batch, model and alpha, and its memory.
 
-    python benchmarks/scaling.py --threads 1 [--tables vocabulary,length,batch,model,alpha,memory]
+    python benchmarks/scaling.py --threads 1 [--tables phases,vocabulary,length,batch,...]
 
 Starts from the geometry `small` of update.py and changes one thing at a time; each row has a
-process of its own. The table `alpha` is about the head alone, the table `memory` about a narrow
-pair, whose own memory does not hide that of the vocabulary.
+process of its own. `phases` says where the time of one update goes; `alpha` is about the head
+alone, `memory` about a narrow pair, whose own memory does not hide that of the vocabulary.
 """
 
 import argparse
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from common import (
@@ -28,15 +29,17 @@ from common import (
     machine,
     measure,
     print_table,
-    time_of,
+    seconds_of,
     update_sampled,
 )
 from torch import Tensor
 
 from poweropd import rewards
-from poweropd.batching import collate
-from poweropd.kernels import Head, linear_policy_gradient, reference
+from poweropd.batching import Batch, collate, pack
+from poweropd.kernels import Head, linear_log_prob, linear_policy_gradient, reference
+from poweropd.objectives import Sampled
 
+T = TypeVar("T")
 Row = dict[str, Any]
 REWARD = rewards.create("log_ratio")
 ALPHAS = (0.5, 1.0, 5.0, 50.0, 500.0)
@@ -163,8 +166,8 @@ def head_costs(geometry: Geometry, repeats: int = 3) -> list[Row]:
         rows.append({
             "alpha": alpha,
             "rewards that are 0": f"{zero:.1%}",
-            "head forward CPU s": round(forward, 3),
-            "backward CPU s": round(both - forward, 3),
+            "head forward s": round(forward, 3),
+            "backward s": round(both - forward, 3),
             "/ alpha 1": round((both - forward) / (base_both - base_forward), 2),
             "error to autograd": f"{gradient_error(sharp, alpha):.1e}",
         })  # fmt: skip
@@ -172,7 +175,7 @@ def head_costs(geometry: Geometry, repeats: int = 3) -> list[Row]:
 
 
 def head_seconds(sharp: SharpPair, alpha: float, repeats: int) -> tuple[float, float]:
-    """CPU seconds of the head's forward alone, and with its gradient."""
+    """Seconds of the head's forward alone, and with its gradient."""
 
     def forward() -> None:
         with torch.no_grad():
@@ -182,7 +185,7 @@ def head_seconds(sharp: SharpPair, alpha: float, repeats: int) -> tuple[float, f
         sharp.gradients(lambda hidden, weight: sharp.loss(alpha, hidden, weight))
 
     both()
-    timed = [(time_of(forward)[0], time_of(both)[0]) for _ in range(repeats)]
+    timed = [(seconds_of(forward), seconds_of(both)) for _ in range(repeats)]
     first, second = (statistics.median(column) for column in zip(*timed, strict=True))
     return first, second
 
@@ -235,7 +238,89 @@ def memory_table(base: Geometry, threads: int) -> list[Row]:
     return rows
 
 
+class Phases:
+    """One update of ours, phase by phase."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self.pair = Pair.build(geometry, "fixed")
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    def timed(self, phase: str, call: Callable[[], T]) -> T:
+        results: list[T] = []
+        self.seconds[phase].append(seconds_of(lambda: results.append(call())))
+        return results[0]
+
+    def update(self) -> dict[str, float]:
+        """Seconds of each phase."""
+        self.seconds.clear()
+        pair, examples = self.pair, self.pair.examples
+        groups = pack([e.student_length for e in examples], pair.geometry.max_tokens)
+        for batch in [collate([examples[i] for i in group]).to(DEVICE) for group in groups]:
+            self._accumulate(batch)
+        self.timed("clipping and AdamW", pair.finish)
+        return {phase: sum(parts) for phase, parts in self.seconds.items()}
+
+    def _accumulate(self, batch: Batch) -> None:
+        student, teacher = self.pair.student, self.pair.teacher
+        with torch.inference_mode():
+            hidden = self.timed("teacher body", lambda: teacher.hidden_states(batch.teacher))
+            scores = self.timed(
+                "teacher head",
+                lambda: linear_log_prob(hidden, teacher.head().weight, batch.teacher.targets),
+            )
+        scored = replace(batch, teacher_log_probs=scores.clone())
+        objective = Sampled(REWARD, 1 / self.pair.num_tokens)
+        hidden = self.timed("student body, forward", lambda: student.hidden_states(batch.student))
+        loss, _ = self.timed(
+            "student head, both ways", lambda: objective(hidden, student.head(), scored)
+        )
+        self.timed("student body, backward", loss.backward)
+
+
+def phase_flops(geometry: Geometry) -> dict[str, float]:
+    """Operations of the matmuls of each phase."""
+    tokens = geometry.batch * geometry.completion
+    student, teacher = (
+        geometry.batch * model.body_flops(geometry.prompt + geometry.completion)
+        for model in (geometry.student, geometry.teacher)
+    )
+    head = 2 * tokens * geometry.vocab
+    return {
+        "teacher body": teacher,
+        "teacher head": head * geometry.teacher.hidden,
+        "student body, forward": student,
+        "student head, both ways": 3 * head * geometry.student.hidden,
+        "student body, backward": 2 * student,
+        "clipping and AdamW": 0.0,
+    }
+
+
+def phase_seconds(geometry: Geometry, repeats: int = 3) -> dict[str, float]:
+    phases = Phases(geometry)
+    phases.update()
+    timed = [phases.update() for _ in range(repeats)]
+    return {phase: statistics.median(t[phase] for t in timed) for phase in timed[0]}
+
+
+def phase_table(base: Geometry, threads: int) -> list[Row]:
+    """Where the time goes, and how fast the matmuls of each phase would have to be alone."""
+    seconds = apart(threads, phase_seconds, base)
+    flops = phase_flops(base)
+    seconds, flops = (d | {"sum": sum(d.values())} for d in (seconds, flops))
+    return [
+        {
+            "phase": phase,
+            "GFLOP": round(flops[phase] / 1e9, 1),
+            "s": round(spent, 3),
+            "share": f"{spent / seconds['sum']:.0%}",
+            "GFLOP / s": round(flops[phase] / spent / 1e9, 1),
+        }
+        for phase, spent in seconds.items()
+    ]
+
+
 TABLES: dict[str, Callable[[Geometry, int], list[Row]]] = {
+    "phases": phase_table,
     **{name: lambda base, threads, name=name: sweep(name, base, threads) for name in SWEEPS},
     "alpha": alpha_table,
     "memory": memory_table,

@@ -264,7 +264,7 @@ def print_costs(
     beside = ["CPU / ours", "peak / ours"] if "ours" in costs else []
     rows = []
     for path, s in summaries.items():
-        cells = [f"{s['cpu_seconds']:.2f}", f"{s['wall_seconds']:.2f}"]
+        cells = [f"{s['cpu_seconds']:.3f}", f"{s['wall_seconds']:.3f}"]
         cells += [f"{s['peak_bytes'] / 1e9:.2f}", f"{s['tokens_per_second']:.0f}"]
         cells += [f"{s['matmul_share']:.0%}"]
         if beside:

@@ -1,10 +1,13 @@
 """The benchmarks of the update run, and what they compare computes the same gradient."""
 
+import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,17 +16,25 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture
-def update(monkeypatch: pytest.MonkeyPatch):
-    """The module benchmarks/update.py."""
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Makes the modules of benchmarks/ importable, for one test."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    import update
-
-    yield update
-    for name in ("update", "common"):
-        del sys.modules[name]
+    yield
+    for name in ("update", "scaling", "common"):
+        sys.modules.pop(name, None)
 
 
-def gradient(update, path: str, lengths: str) -> torch.Tensor:
+@pytest.fixture
+def update(benchmarks: None) -> ModuleType:
+    return importlib.import_module("update")
+
+
+@pytest.fixture
+def scaling(benchmarks: None) -> ModuleType:
+    return importlib.import_module("scaling")
+
+
+def gradient(update: ModuleType, path: str, lengths: str) -> torch.Tensor:
     """What `path` gives to the optimizer, clipped and flat, and that it moves the student."""
     geometry = update.GEOMETRIES["tiny"]
     pair = update.Pair.build(geometry, lengths)
@@ -48,33 +59,33 @@ def needs_trl(path: str) -> object:
 
 @pytest.mark.parametrize("lengths", ["fixed", "ragged"])
 @pytest.mark.parametrize("path", ["naive", needs_trl("trl-logprob")])
-def test_sampled_paths_have_our_gradient(update, path: str, lengths: str) -> None:
+def test_sampled_paths_have_our_gradient(update: ModuleType, path: str, lengths: str) -> None:
     expected = gradient(update, "ours", lengths)
     torch.testing.assert_close(gradient(update, path, lengths), expected, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("path", [needs_trl("trl-full")])
-def test_full_vocabulary_paths_have_our_gradient(update, path: str) -> None:
+def test_full_vocabulary_paths_have_our_gradient(update: ModuleType, path: str) -> None:
     expected = gradient(update, "ours-full", "ragged")
     torch.testing.assert_close(gradient(update, path, "ragged"), expected, rtol=1e-3, atol=1e-6)
 
 
-def test_operations_of_the_paper_s_geometry(update) -> None:
+def test_operations_of_the_paper_s_geometry(update: ModuleType) -> None:
     geometry = update.GEOMETRIES["qwen3-0.6b-from-4b"]
     flops = update.update_flops(geometry, geometry.lengths("fixed"))
     assert flops == pytest.approx(448.5e12, rel=1e-3)
 
 
-def test_ragged_lengths_have_the_mean(update) -> None:
+def test_ragged_lengths_have_the_mean(update: ModuleType) -> None:
     lengths = update.GEOMETRIES["small"].lengths("ragged")
     assert sum(lengths) / len(lengths) == pytest.approx(157, rel=0.03)
     assert max(lengths) <= 256
 
 
 def test_a_path_without_its_package_gives_the_reason(
-    update, monkeypatch: pytest.MonkeyPatch
+    update: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.setitem(sys.modules, "trl.trainer.distillation_trainer", None)
     found = update.run("trl-full", update.GEOMETRIES["tiny"], "fixed", 1)
     assert found.startswith("TRL >= 1.16 cannot be imported: ")
 
@@ -88,3 +99,16 @@ def test_the_command_writes_what_it_measured(tmp_path: Path) -> None:
     found = json.loads(file.read_text())["paths"]["ours"]
     assert {"cpu_seconds", "wall_seconds", "peak_bytes"} <= set(found)
     assert found["cpu_seconds"] > 0
+
+
+def test_phases_hold_all_operations_of_an_update(update: ModuleType, scaling: ModuleType) -> None:
+    geometry = update.GEOMETRIES["tiny"]
+    flops = scaling.phase_flops(geometry)
+    assert sum(flops.values()) == update.update_flops(geometry, geometry.lengths("fixed"))
+    assert scaling.phase_seconds(geometry, repeats=1).keys() == flops.keys()
+
+
+def test_head_costs_show_the_gradient_of_autograd(scaling: ModuleType) -> None:
+    rows = scaling.head_costs(scaling.GEOMETRIES["tiny"], repeats=1)
+    assert len(rows) == len(scaling.ALPHAS)
+    assert all(float(row["error to autograd"]) < 1e-3 for row in rows)
