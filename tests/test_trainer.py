@@ -320,7 +320,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(
         examples = trainer.teacher.score(trainer.make_examples(rollouts))
         forwards: list[int] = []
         layer = trainer.student.model.model.layers[0].mlp
-        layer.register_forward_hook(lambda *_, forwards=forwards: forwards.append(1))
+        layer.register_forward_pre_hook(lambda *_, forwards=forwards: forwards.append(1))
         trainer.updater.update(examples, trainer.reward, 0)
         calls[on] = len(forwards)
         trainer.train()
