@@ -155,12 +155,12 @@ def _own_answer(value: Any) -> str:
 def _problems(
     name: str, benchmark: Benchmark, data_dir: str | Path | None, limit: int | None
 ) -> Iterator[Problem]:
+    if name == "embedded":
+        return _embedded(limit or EMBEDDED_PROBLEMS)
     path = Path(data_dir or ".") / f"{name}.jsonl"
     if data_dir is not None and (name in BENCHMARKS or path.is_file()):
         local = replace(benchmark, problem="problem", answer="answer", id="id")
         return _from_rows(json_lines(path), replace(local, read_answer=_as_written))
-    if name == "embedded":
-        return _embedded(limit or EMBEDDED_PROBLEMS)
     if benchmark.dataset is None:
         return _from_rows(json_lines(Path(name)), benchmark)
     return _from_rows(_hub_rows(benchmark), benchmark)
