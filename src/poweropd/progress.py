@@ -18,9 +18,9 @@ class TrainingProgress:
         self.steps, self.name = steps, name
         self.bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=10),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[numbers]}"),
             console=self.console,
             disable=not self.console.is_terminal or not enabled,
@@ -52,10 +52,8 @@ class TrainingProgress:
 
 
 SHOWN = {
-    "reward/mean": ("reward", "+.4f"),
-    "reverse_kl": ("kl", ".4f"),
-    "grad_norm": ("grad", ".3g"),
-    "completions/mean_length": ("length", ".0f"),
-    "completions/truncated_fraction": ("truncated", ".0%"),
-    "seconds/step": ("s/step", ".2f"),
+    "reward/mean": ("reward", "+.3f"),
+    "reverse_kl": ("kl", ".3f"),
+    "grad_norm": ("grad", ".2g"),
+    "completions/mean_length": ("len", ".0f"),
 }
