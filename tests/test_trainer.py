@@ -119,7 +119,7 @@ def run_command(recipe: Path, errors: Path | None, environment: dict[str, str]) 
 
 
 def test_kills_at_random_moments_change_nothing(recipe: MAKES, tmp_path: Path) -> None:
-    overrides = {"train.steps": 150, "rollout.max_new_tokens": 4, "train.prompts_per_step": 2}
+    overrides = {"train.steps": 400, "rollout.max_new_tokens": 4, "train.prompts_per_step": 2}
     whole = recipe(**overrides, **{"run.dir": str(tmp_path / "whole")})
     undisturbed = start(write_recipe(whole, tmp_path / "whole.yaml"))
     run = tmp_path / "killed"
@@ -135,7 +135,7 @@ def test_kills_at_random_moments_change_nothing(recipe: MAKES, tmp_path: Path) -
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    assert 0 < last_step(run) < 150
+    assert 0 < last_step(run) < 400
     last = start(path)
     for process in (undisturbed, last):
         process.join()
