@@ -33,7 +33,7 @@ from common import (
     machine,
     measure,
     print_table,
-    time_of,
+    seconds_of,
     update_full_vocab,
     update_sampled,
 )
@@ -86,14 +86,18 @@ class Padded:
             )
         return output.last_hidden_state[:, -self.targets.shape[1] - 1 : -1]
 
-    def whole_log_probs(self, model: LanguageModel) -> Tensor:
-        """[B, T] by way of float32 log-probabilities [B, T, V]."""
+    def whole_log_softmax(self, model: LanguageModel) -> Tensor:
+        """[B, T, V] float32 log-probabilities."""
         keep = self.targets.shape[1] + 1
         with model.autocast():
             logits = model.causal_lm(
                 input_ids=self.ids, attention_mask=self.mask, use_cache=False, logits_to_keep=keep
             ).logits[:, :-1]
-        return logits.float().log_softmax(-1).gather(-1, self.targets[..., None]).squeeze(-1)
+        return logits.float().log_softmax(-1)
+
+    def of_targets(self, log_probs: Tensor) -> Tensor:
+        """[B, T] from [B, T, V]."""
+        return log_probs.gather(-1, self.targets[..., None]).squeeze(-1)
 
 
 def ours(pair: Pair) -> Update:
@@ -107,17 +111,19 @@ def ours_full(pair: Pair) -> Update:
 
 
 def naive(pair: Pair) -> Update:
-    """The usual implementation: a forward of the student for the reward and one for the gradient,
-    log-softmax of whole logits in float32, completions padded to the cap."""
+    """The usual implementation, which is the released code's: a forward of the student for the
+    reward and one for the gradient, completions padded to the cap, and the float32 log-softmax of
+    each forward held to the end of the update."""
 
     def update() -> None:
         batch = Padded.of(pair, pair.geometry.completion)
         with torch.no_grad():
-            reward = REWARD(
-                batch.whole_log_probs(pair.teacher), batch.whole_log_probs(pair.student)
-            )
-        log_probs = batch.whole_log_probs(pair.student)
-        (-(reward * log_probs * batch.trained).sum() / pair.num_tokens).backward()
+            teacher = batch.whole_log_softmax(pair.teacher)
+            student = batch.whole_log_softmax(pair.student)
+            reward = REWARD(batch.of_targets(teacher), batch.of_targets(student))
+        trained = batch.whole_log_softmax(pair.student)
+        loss = -(reward * batch.of_targets(trained) * batch.trained).sum() / pair.num_tokens
+        loss.backward()
         pair.finish()
 
     return update
@@ -211,11 +217,11 @@ def run(path: str, geometry: Geometry, lengths: str, updates: int) -> Cost | str
 
 
 def matmul_ceiling(dtype: str) -> float:
-    """Operations a second of a large square matmul, the best of ten."""
+    """Operations a second of a large square matmul, the best of ten: a CPU second on a CPU."""
     size = 8192 if CUDA else 2048
     a, b = (torch.randn(size, size, device=DEVICE, dtype=DTYPES[dtype]) for _ in range(2))
     torch.mm(a, b)
-    return 2 * size**3 / min(time_of(lambda: torch.mm(a, b))[1] for _ in range(10))
+    return 2 * size**3 / min(seconds_of(lambda: torch.mm(a, b)) for _ in range(10))
 
 
 def update_flops(geometry: Geometry, lengths: Sequence[int]) -> float:
@@ -251,9 +257,10 @@ def ratio(costs: Mapping[str, Sequence[Cost]], path: str, other: str, what: str)
 
 
 def summary(cost: Cost, tokens: int, flops: float, ceiling: float) -> dict[str, float]:
+    busy = cost.wall_seconds if CUDA else cost.cpu_seconds
     return asdict(cost) | {
         "tokens_per_second": tokens / cost.wall_seconds,
-        "matmul_share": flops / cost.wall_seconds / ceiling,
+        "matmul_share": flops / busy / ceiling,
     }
 
 
