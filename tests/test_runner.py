@@ -231,11 +231,16 @@ def test_mistakes_on_the_command_line(
 def test_evaluation_during_training_keeps_the_best_student(
     recipe: Callable[..., Config], prompts: Path, tmp_path: Path
 ) -> None:
-    section = {"every": 2, "benchmarks": ["embedded"], "limit": 6, "max_new_tokens": 8}
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"id": 1, "problem": "1+2", "answer": "3"}\n')
+    names = ["embedded", str(own)]
+    section = {"every": 2, "benchmarks": names, "limit": 6, "max_new_tokens": 8}
     trainer = Trainer(recipe(**{"train.steps": 3, "evaluate": section}), progress=False)
     trainer.train()
     found = trainer.run.metrics()
     assert [("eval/embedded/avg_at_k" in row) for row in found] == [False, True, True]
     assert (tmp_path / "run" / "eval" / "step-2" / "embedded.jsonl").exists()
+    assert (tmp_path / "run" / "eval" / "step-2" / "own.jsonl").exists()
+    assert "eval/own/avg_at_k" in found[1]
     assert (tmp_path / "run" / "best" / "model.safetensors").exists()
     assert json.loads((tmp_path / "run" / "best.json").read_text())["metric"] == "avg_at_k"

@@ -42,7 +42,7 @@ def read_rows(
     elif path.suffix in FILE_ENDINGS or path.exists():
         rows = _file(path)
     else:
-        rows = _hub(source, split)
+        rows = hub_rows(source, split)
     checked = []
     for where, row in rows:
         for column in columns:
@@ -105,15 +105,19 @@ def _parse_line(where: str, line: bytes) -> dict[str, Any]:
     return row
 
 
-def _hub(name: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def hub_rows(
+    name: str, split: str, config: str | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("name[split] row i", row) of a Hub dataset; UsageError where it cannot be loaded."""
     import datasets
 
     try:
-        dataset = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError) as error:
+        dataset = datasets.load_dataset(name, config, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
         raise UsageError(
-            f"{name}: neither a file ({', '.join(FILE_ENDINGS)}) nor a dataset that can be loaded "
-            f"(split {split!r}): {str(error).partition(chr(10))[0]}"
+            f"{name}: neither a file ({', '.join(FILE_ENDINGS)}) nor a Hub dataset that can be "
+            f"loaded (config {config!r}, split {split!r}): {reason[:200]}"
         ) from None
     yield from ((f"{name}[{split}] row {i}", dict(row)) for i, row in enumerate(dataset))
 

@@ -8,19 +8,21 @@ import copy
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from poweropd import config as configuration
 from poweropd import embedded
 from poweropd.batching import Batch, Sequences
 from poweropd.errors import UsageError
 from poweropd.kernels import Head, linear_log_prob
 from poweropd.objectives import Objective, TokenRecord
+
+if TYPE_CHECKING:  # so that models, and benchmarks of them, need no pydantic
+    from poweropd import config as configuration
 
 EMBEDDED_PREFIX = "embedded:"
 UNLIMITED = 10**9
@@ -75,7 +77,7 @@ def load_generation_config(name: str) -> Any:
         return GenerationConfig()
 
 
-def load_trained(model: configuration.Model) -> Any:
+def load_trained(model: "configuration.Model") -> Any:
     """The student's weights in the master dtype, with a fresh LoRA adapter if asked for.
 
     In train mode, which checkpointing needs, or in eval mode: the same, for there is no dropout.
@@ -136,7 +138,7 @@ def shared_vocab_size(student: Any, teacher: Any) -> int:
     return min(sizes)
 
 
-def add_lora(model: Any, lora: configuration.Lora) -> Any:
+def add_lora(model: Any, lora: "configuration.Lora") -> Any:
     try:
         import peft
     except ModuleNotFoundError:

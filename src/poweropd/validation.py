@@ -34,7 +34,9 @@ class Validation:
                 f"evaluate.best: expected one of {', '.join(REPORTED)}, got {self.section.best!r}"
             )
         self.problems = {
-            name: benchmarks.load(name, self.section.data_dir, self.section.limit)
+            benchmarks.short_name(name): benchmarks.load(
+                name, self.section.data_dir, self.section.limit
+            )
             for name in self.section.benchmarks
         }
         self.settings = Settings(

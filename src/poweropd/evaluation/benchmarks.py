@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from poweropd.data import json_lines
+from poweropd.data import hub_rows, json_lines
 from poweropd.errors import UsageError
 from poweropd.evaluation import answers
 from poweropd.evaluation.rules import Rule
@@ -132,6 +132,11 @@ def load(
     return problems
 
 
+def short_name(name: str) -> str:
+    """Its name in tables and file names: a file's stem, owner--name of a dataset."""
+    return Path(name).stem if Path(name).is_file() else name.replace("/", "--")
+
+
 def _own(name: str, data_dir: str | Path | None) -> Benchmark:
     """A user's file or Hub dataset; anything else is a misspelt benchmark."""
     if data_dir is not None and (Path(data_dir) / f"{name}.jsonl").is_file():
@@ -163,7 +168,8 @@ def _problems(
         return _from_rows(json_lines(path), replace(local, read_answer=_as_written))
     if benchmark.dataset is None:
         return _from_rows(json_lines(Path(name)), benchmark)
-    return _from_rows(_hub_rows(benchmark), benchmark)
+    rows = hub_rows(benchmark.dataset, benchmark.split, benchmark.config)
+    return _from_rows(rows, benchmark)
 
 
 def _embedded(count: int) -> Iterator[Problem]:
@@ -171,22 +177,6 @@ def _embedded(count: int) -> Iterator[Problem]:
 
     for problem in task.problems("evaluation", count):
         yield Problem(problem.id, problem.problem, problem.answer)
-
-
-def _hub_rows(benchmark: Benchmark) -> Iterator[tuple[str, Row]]:
-    import datasets
-
-    assert benchmark.dataset is not None
-    try:
-        rows = datasets.load_dataset(benchmark.dataset, benchmark.config, split=benchmark.split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        first_line = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
-        raise UsageError(
-            f"cannot load {benchmark.dataset} from the Hub ({first_line[:200]}); check its name, "
-            "config and split, or read local files with a data folder"
-        ) from error
-    for number, row in enumerate(rows):
-        yield f"{benchmark.dataset} row {number}", row
 
 
 def _from_rows(rows: Iterable[tuple[str, Row]], benchmark: Benchmark) -> Iterator[Problem]:

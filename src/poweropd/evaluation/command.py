@@ -35,10 +35,7 @@ class Selection:
         if not self.names:
             known = ", ".join(benchmarks.BENCHMARKS)
             raise UsageError(f"--benchmark: expected one or more of {known}, a file or a dataset")
-        shown = {
-            Path(name).stem if Path(name).is_file() else name.replace("/", "--"): name
-            for name in self.names
-        }
+        shown = {benchmarks.short_name(name): name for name in self.names}
         if len(shown) < len(self.names):
             raise UsageError(f"--benchmark: {', '.join(self.names)} do not have different names")
         return {
