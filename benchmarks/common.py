@@ -23,6 +23,7 @@ from poweropd import rewards
 from poweropd.batching import Example, Rollout, collate, pack
 from poweropd.models import DTYPES, Student, Teacher
 from poweropd.objectives import FullVocab, MakeObjective, Sampled
+from poweropd.teachers import base as teachers
 from poweropd.teachers.local import LocalTeacher
 
 T = TypeVar("T")
@@ -169,7 +170,7 @@ def make_examples(geometry: Geometry, lengths: Sequence[int]) -> list[Example]:
 
 def score(pair: Pair) -> list[Example]:
     """The examples with the teacher's log-probs, as the trainer gets them."""
-    return LocalTeacher(pair.teacher, pair.geometry.max_tokens).score(pair.examples)
+    return teachers.score(LocalTeacher(pair.teacher, pair.geometry.max_tokens), pair.examples)
 
 
 def train_on(

@@ -32,18 +32,13 @@ MAY_IMPORT = {
     "evaluation": {"rollouts", "batching", "models", "data", "embedded", "records", "stops"},
     "report": {"records", "rewards", "config"},
     "validation": {"config", "evaluation", "records"},
+    "assembly": {
+        *("config", "data", "models", "objectives", "rollouts", "stops", "teachers", "update"),
+        "validation",
+    },
     "trainer": {
-        *("accounting", "batching", "checkpoint", "config", "data", "evaluation", "models"),
-        *(
-            "objectives",
-            "progress",
-            "records",
-            "rollouts",
-            "stops",
-            "teachers",
-            "update",
-            "validation",
-        ),
+        *("accounting", "assembly", "batching", "checkpoint", "config", "evaluation", "models"),
+        *("progress", "records", "rollouts", "update"),
     },
     "demo": {
         *("batching", "config", "data", "diagnostics", "evaluation", "records", "report"),

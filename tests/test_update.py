@@ -13,6 +13,8 @@ from poweropd.config import Config
 from poweropd.errors import RunError
 from poweropd.objectives import Sampled
 from poweropd.rewards import Reward, create
+from poweropd.teachers.base import score
+from poweropd.teachers.local import LocalTeacher
 from poweropd.trainer import Trainer
 
 MAKES = Callable[..., Config]
@@ -26,8 +28,7 @@ def trainer(recipe: MAKES) -> Trainer:
 
 @pytest.fixture
 def examples(trainer: Trainer) -> list[Example]:
-    rollouts = list(trainer.engine.generate(trainer._requests(0), trainer.sampling))
-    return trainer.teacher.score(trainer.make_examples(rollouts))
+    return trainer.scored(trainer.engine.generate(trainer._requests(0), trainer.sampling))
 
 
 def gradient(trainer: Trainer, examples: list[Example], reward: Reward) -> torch.Tensor:
@@ -102,9 +103,8 @@ def test_no_tensor_of_batch_times_length_times_vocabulary(
     )
     trainer = Trainer(config, progress=False)
     rollouts = list(trainer.engine.generate(trainer._requests(0), trainer.sampling))
-    examples = trainer.make_examples(rollouts)
     with LargestTensor() as seen:
-        examples = trainer.teacher.score(examples)
+        examples = trainer.scored(rollouts)
         trainer.updater.update(examples, trainer.reward, 0)
     tokens = sum(e.num_tokens for e in examples)
     assert tokens > 256  # several chunks, which are of at least 64 tokens
@@ -176,7 +176,7 @@ def test_full_vocabulary_is_the_expectation_of_sampling(recipe: MAKES) -> None:
     """Summing the sampled objective over every next token, weighted by p, is the exact one."""
     trainer = Trainer(recipe(**{"objective.kind": "full_vocab"}), progress=False)
     rollouts = list(trainer.engine.generate(trainer._requests(0), trainer.sampling))
-    example = trainer.make_examples(rollouts)[0]
+    example = trainer.scored(rollouts)[0]
     one = replace(
         example,
         positions=example.positions[:1],
@@ -184,8 +184,8 @@ def test_full_vocabulary_is_the_expectation_of_sampling(recipe: MAKES) -> None:
         teacher_targets=example.teacher_targets[:1],
     )
     exact = gradient(trainer, [one], trainer.reward)
-    student, teacher = trainer.student, trainer.updater.teacher
-    assert teacher is not None
+    student = trainer.student
+    teacher = LocalTeacher(trainer.models.teacher, 1024)
     expected = torch.zeros_like(exact)
     with torch.no_grad():
         state = student.hidden_states(collate([one]).student)
@@ -193,7 +193,7 @@ def test_full_vocabulary_is_the_expectation_of_sampling(recipe: MAKES) -> None:
     for token, prob in enumerate(probs):
         target = torch.tensor([token])
         there = replace(one, student_targets=target, teacher_targets=target)
-        (scored,) = trainer.teacher.score([there])
+        (scored,) = score(teacher, [there])
         loss, _ = student(collate([scored]), Sampled(trainer.reward, prob.item()))
         loss.backward()
         expected += flat_gradient(trainer)

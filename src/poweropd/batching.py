@@ -25,6 +25,12 @@ class Rollout:
     completion_ids: list[int]
     sampling_log_probs: list[float]  # the sampler's own, temperature 1, no truncation
     stopped: bool  # ended with a stop token, which is then the last id
+    completion_mask: list[bool] | None = None  # False: another's token (a tool's), never trained
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where it stands in its step, whatever the order in which completions end."""
+        return self.prompt_index, self.sample_index
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,26 @@ class Example:
         return replace(self, teacher_log_probs=teacher_log_probs)
 
 
+def make_example(
+    rollout: Rollout,
+    student_stop_ids: Sequence[int],
+    teacher_stop_ids: Sequence[int],
+    policy: str,
+) -> Example | None:
+    """A completion as an example by a stop policy; None where there is nothing to train on."""
+    ids = torch.tensor([rollout.completion_ids], dtype=torch.long)
+    own = rollout.completion_mask
+    targets = stops.targets(
+        ids, torch.ones_like(ids, dtype=torch.bool), student_stop_ids, teacher_stop_ids, policy
+    )
+    trained = targets.loss_mask[0] if own is None else targets.loss_mask[0] & torch.tensor(own)
+    positions = trained.nonzero().flatten()
+    if not len(positions):
+        return None
+    student, teacher = targets.student_targets[0], targets.teacher_targets[0]
+    return Example(rollout, positions, student[positions], teacher[positions])
+
+
 def make_examples(
     rollouts: Iterable[Rollout],
     student_stop_ids: Sequence[int],
@@ -61,20 +87,11 @@ def make_examples(
     policy: str,
 ) -> list[Example]:
     """Examples of a step in a fixed order; completions with nothing to train on are left out."""
-    ordered = sorted(rollouts, key=lambda r: (r.prompt_index, r.sample_index))
-    if not ordered:
-        return []
-    lengths = torch.tensor([len(r.completion_ids) for r in ordered])
-    ids = _pad([r.completion_ids for r in ordered])
-    mask = torch.arange(ids.shape[1]) < lengths[:, None]
-    targets = stops.targets(ids, mask, student_stop_ids, teacher_stop_ids, policy)
-    examples = []
-    for row, rollout in enumerate(ordered):
-        positions = targets.loss_mask[row].nonzero().flatten()
-        if len(positions):
-            student, teacher = targets.student_targets[row], targets.teacher_targets[row]
-            examples.append(Example(rollout, positions, student[positions], teacher[positions]))
-    return examples
+    made = (
+        make_example(rollout, student_stop_ids, teacher_stop_ids, policy)
+        for rollout in sorted(rollouts, key=lambda r: r.place)
+    )
+    return [example for example in made if example is not None]
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ def measure(trainer: Trainer, job: Job) -> dict[str, Any]:
         "gradient_snr": signal_to_noise(gradients),
     }
     if step == 0:  # where all runs are the same model
-        teacher = trainer.teacher.teacher
+        teacher = trainer.models.teacher
         read = [with_teacher(batch, teacher) for batch in batches]
         exact = exact_gradient(trainer.student, teacher.head(), read, trainer.reward)
         point["gradient_cosine"] = mean_cosine(gradients, exact)
@@ -233,14 +233,14 @@ def fresh_batches(trainer: Trainer, batches: int) -> list[Batch]:
     count = batches * GRADIENT_PROMPTS
     seed = trainer.config.train.seed
     prompts = [
-        trainer.prompts[row] for row in PromptOrder(len(trainer.prompts), seed).at_step(0, count)
+        trainer.inputs.prompts[row]
+        for row in PromptOrder(len(trainer.inputs.prompts), seed).at_step(0, count)
     ]
     requests = [
         Request(i, 0, p.prompt_ids, p.teacher_prompt_ids, completion_seed(seed, -1, i, 0))
         for i, p in enumerate(prompts)
     ]
-    examples = trainer.make_examples(list(trainer.engine.generate(requests, trainer.sampling)))
-    examples = trainer.teacher.score(examples)
+    examples = trainer.scored(trainer.engine.generate(requests, trainer.sampling))
     groups = [examples[i::batches] for i in range(batches)]
     return [collate(group) for group in groups]
 

@@ -1,28 +1,26 @@
 """The loop: prompts -> rollout -> score -> update -> sync, one optimizer step at a time."""
 
-import copy
-import importlib.util
 import logging
 import math
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 
-from poweropd import checkpoint, data, models, objectives, stops
+from poweropd import assembly, checkpoint
 from poweropd.accounting import StepClock
-from poweropd.batching import Example, Rollout, make_examples
+from poweropd.assembly import Inputs
+from poweropd.batching import Example, Rollout, make_example
 from poweropd.config import Config
-from poweropd.errors import UsageError
 from poweropd.evaluation.runner import Subject
+from poweropd.models import context_length
 from poweropd.progress import TrainingProgress
 from poweropd.records import (
     RunDirectory,
@@ -30,11 +28,8 @@ from poweropd.records import (
     distribution,
     replaced_directory,
 )
-from poweropd.rollouts.base import Request, Sampling, completion_seed
-from poweropd.rollouts.transformers import TransformersEngine
-from poweropd.teachers.local import LocalTeacher
-from poweropd.update import Outcome, Updater
-from poweropd.validation import Validation
+from poweropd.rollouts.base import Request, completion_seed
+from poweropd.update import Outcome
 
 logger = logging.getLogger("poweropd")
 
@@ -59,17 +54,24 @@ class Trainer:
 
     def __init__(self, config: Config, progress: bool = True) -> None:
         self.config = config
-        check_trackers(config.log.trackers)
+        assembly.check_trackers(config.log.trackers)
         self.accelerator = Accelerator(
             log_with=config.log.trackers or None,
             project_config=ProjectConfiguration(config.run.dir, f"{config.run.dir}/trackers"),
         )
         self.progress = progress and self.accelerator.is_main_process
         self.reward = config.reward.create()
-        self._load_inputs()
+        self.inputs = Inputs.load(config, notify=self.progress)
+        self.validation = assembly.make_validation(config, self.accelerator, self.inputs)
         with self.accelerator.main_process_first():
             self.run = RunDirectory.open(config)
-        self._load_models()
+        set_seed(config.train.seed)  # a fresh LoRA adapter is random
+        self.models = assembly.load_models(config, self.accelerator.device)
+        self.student = self.models.student
+        self.teacher = assembly.make_teacher(config, self.models)
+        self.updater = assembly.make_updater(config, self.models, self.accelerator)
+        self.engine = assembly.make_engine(config, self.student)
+        self.sampling = assembly.make_sampling(config, self.inputs)
         self.steps_done = self._resume()
         self.accelerator.init_trackers("poweropd", config=self.config.flat_text())
 
@@ -108,10 +110,10 @@ class Trainer:
         clock = StepClock(self.accelerator.device)
         reward = self.reward.at(step)
         with clock.phase("rollout"):
-            rollouts = list(self.engine.generate(self._requests(step), self.sampling))
-            examples = self.make_examples(rollouts)
+            sampled = self.engine.generate(self._requests(step), self.sampling)
+            rollouts = list(self._submitted(sampled))
         with clock.phase("score"):
-            examples = self.teacher.score(examples) if self.scores_ahead else examples
+            examples = self._collected()
         with clock.phase("update"):
             outcome = self.updater.update(examples, reward, step)
         with clock.phase("sync"):
@@ -121,15 +123,15 @@ class Trainer:
     def _requests(self, step: int) -> list[Request]:
         """This process's completions of the step."""
         train, rollout = self.config.train, self.config.rollout
-        rows = self.order.at_step(step, train.prompts_per_step)
+        rows = self.inputs.order.at_step(step, train.prompts_per_step)
         # A prompt's number within the step, not its row, identifies it: a row that comes twice in
         # a step gets two different completions.
         requests = [
             Request(
                 prompt_index=number,
                 sample_index=sample,
-                prompt_ids=self.prompts[row].prompt_ids,
-                teacher_prompt_ids=self.prompts[row].teacher_prompt_ids,
+                prompt_ids=self.inputs.prompts[row].prompt_ids,
+                teacher_prompt_ids=self.inputs.prompts[row].teacher_prompt_ids,
                 seed=completion_seed(train.seed, step, number, sample),
             )
             for number, row in enumerate(rows)
@@ -137,16 +139,32 @@ class Trainer:
         ]
         return requests[self.accelerator.process_index :: self.accelerator.num_processes]
 
+    def scored(self, rollouts: Iterable[Rollout]) -> list[Example]:
+        """Completions as the updater takes them: what is trained on, with the teacher's scores."""
+        list(self._submitted(rollouts))
+        return self._collected()
+
+    def _submitted(self, rollouts: Iterable[Rollout]) -> Iterator[Rollout]:
+        """Yields completions as they end, each already on its way to the teacher."""
+        inputs, policy = self.inputs, self.config.objective.stop
+        for rollout in rollouts:
+            example = make_example(
+                rollout, inputs.student_stop_ids, inputs.teacher_stop_ids, policy
+            )
+            if example is not None:
+                self.teacher.submit(example)
+            yield rollout
+
+    def _collected(self) -> list[Example]:
+        """The submitted examples, scored, in an order that does not depend on who ended first."""
+        return sorted(self.teacher.collect(), key=lambda e: e.rollout.place)
+
     def subject(self) -> Subject:
         """The current student as something to evaluate."""
-        context = models.context_length(self.student.model.config)
+        context = context_length(self.student.model.config)
         identity = f"{self.config.model.student} after {self.steps_done} steps of {self.run.path}"
-        return Subject(self.engine, self.tokenizer, self.sampling.stop_ids, context, identity)
-
-    def make_examples(self, rollouts: list[Rollout]) -> list[Example]:
-        """What is trained on, by the recipe's stop policy."""
-        policy = self.config.objective.stop
-        return make_examples(rollouts, self.student_stop_ids, self.teacher_stop_ids, policy)
+        tokenizer = self.inputs.tokenizer
+        return Subject(self.engine, tokenizer, self.sampling.stop_ids, context, identity)
 
     def _metrics(
         self, step: int, rollouts: list[Rollout], outcome: Outcome | None, clock: StepClock
@@ -174,68 +192,6 @@ class Trainer:
             self.run.append_metrics(metrics)
         numbers = {key: value for key, value in metrics.items() if value is not None}
         self.accelerator.log(numbers, step=metrics["step"])
-
-    # Setting up: inputs first, then the run directory, then weights.
-
-    def _load_inputs(self) -> None:
-        config = self.config
-        student = (config.model.student, config.model.trust_remote_code)
-        teacher = (config.teacher.model, config.teacher.trust_remote_code)
-        self.tokenizer, teacher_tokenizer = (models.load_tokenizer(*m) for m in (student, teacher))
-        models.check_vocabularies(self.tokenizer, teacher_tokenizer)
-        self.prompts = data.load_prompts(config.data, self.tokenizer, teacher_tokenizer)
-        data.check_lengths(
-            self.prompts,
-            models.context_length(models.load_config(*student)),
-            models.context_length(models.load_config(*teacher)),
-            config.rollout.max_new_tokens,
-        )
-        self.order = data.PromptOrder(len(self.prompts), config.train.seed, config.data.shuffle)
-        self.student_stop_ids, self.teacher_stop_ids = (
-            stops.stop_ids(tokenizer, models.load_generation_config(name))
-            for tokenizer, (name, _) in ((self.tokenizer, student), (teacher_tokenizer, teacher))
-        )
-        self.validation = None
-        if config.evaluate is not None:
-            context = models.context_length(models.load_config(*student))
-            self.validation = Validation(
-                config, config.evaluate, self.accelerator, self.tokenizer, context
-            )
-        notice = stops.difference(
-            self.student_stop_ids, self.teacher_stop_ids, config.objective.stop, self.tokenizer
-        )
-        if notice and self.progress:
-            logger.warning(notice)
-
-    def _load_models(self) -> None:
-        config, device = self.config, self.accelerator.device
-        set_seed(config.train.seed)  # a fresh LoRA adapter is random
-        model = models.load_trained(config.model).to(device)
-        teacher_model = models.load_model(
-            config.teacher.model, config.teacher.dtype, config.teacher.trust_remote_code
-        ).to(device)
-        vocab_size = models.shared_vocab_size(model, teacher_model)
-        dtype = models.DTYPES[config.model.dtype]
-        student = models.Student(model, vocab_size, dtype, lora=config.model.lora is not None)
-        teacher = models.Teacher(teacher_model, vocab_size, models.DTYPES[config.teacher.dtype])
-        self.scores_ahead = config.objective.kind == "sampled"
-        self.teacher = LocalTeacher(teacher, config.teacher.max_tokens_per_batch)
-        self.updater = Updater(
-            self.accelerator,
-            student,
-            config.train,
-            objectives.maker(config.objective.kind, teacher.head()),
-            None if self.scores_ahead else teacher,
-        )
-        self.student = student
-        self.engine = make_engine(student, config)
-        self.sampling = Sampling(
-            max_new_tokens=config.rollout.max_new_tokens,
-            stop_ids=tuple(dict.fromkeys([*self.student_stop_ids, *self.teacher_stop_ids])),
-            temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p,
-            top_k=config.rollout.top_k,
-        )
 
     # Saving and resuming.
 
@@ -275,36 +231,8 @@ class Trainer:
                 lora = self.config.model.lora
                 stop_ids = list(self.sampling.stop_ids)
                 self.student.save(temporary, stop_ids, merge=lora is not None and lora.merge)
-                self.tokenizer.save_pretrained(temporary)
+                self.inputs.tokenizer.save_pretrained(temporary)
         self.accelerator.wait_for_everyone()
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """accelerate leaves a tracker out without a word if its package is missing."""
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"log.trackers: {', '.join(missing)} not installed: pip install 'poweropd[trackers]' "
-            f"for tensorboard, else pip install {' '.join(missing)}"
-        )
-
-
-def make_engine(student: models.Student, config: Config) -> TransformersEngine:
-    """The engine samples from the student itself, or from a copy in the compute dtype."""
-    model, batch_size = student.model, config.rollout.batch_size
-    if model.dtype == student.compute_dtype:
-        return TransformersEngine(model, vocab_size=student.vocab_size, batch_size=batch_size)
-    twin = copy.deepcopy(model).requires_grad_(False)
-    for parameter in twin.parameters():
-        # Not `twin.to(dtype)`: that would round the buffers of rotary embeddings as well.
-        parameter.data = parameter.data.to(student.compute_dtype)
-
-    @torch.no_grad()
-    def sync() -> None:
-        for own, trained in zip(twin.parameters(), model.parameters(), strict=True):
-            own.copy_(trained)
-
-    return TransformersEngine(twin, vocab_size=student.vocab_size, batch_size=batch_size, sync=sync)
 
 
 def token_metrics(outcome: Outcome | None) -> dict[str, Any]:

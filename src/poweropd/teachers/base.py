@@ -9,5 +9,32 @@ from poweropd.batching import Example
 class TeacherScorer(Protocol):
     """Gives each trained token's log-probability under the teacher."""
 
-    def score(self, examples: Iterable[Example]) -> list[Example]:
-        """The examples with `teacher_log_probs`, in the order they came."""
+    def submit(self, example: Example) -> None:
+        """Takes an example; where it can, scores it while others are still being sampled."""
+
+    def collect(self) -> list[Example]:
+        """All examples since the last call, with `teacher_log_probs` (float32, on the CPU).
+
+        They come in the order in which they were submitted.
+        """
+
+
+class Unscored:
+    """Hands examples on as they are: the objective reads the teacher's hidden states itself."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Example] = []
+
+    def submit(self, example: Example) -> None:
+        self._waiting.append(example)
+
+    def collect(self) -> list[Example]:
+        collected, self._waiting = self._waiting, []
+        return collected
+
+
+def score(teacher: TeacherScorer, examples: Iterable[Example]) -> list[Example]:
+    """The examples scored, in the order they came."""
+    for example in examples:
+        teacher.submit(example)
+    return teacher.collect()

@@ -1,7 +1,5 @@
 """A teacher in this process: one forward without a cache, batched under its own token budget."""
 
-from collections.abc import Iterable
-
 from poweropd.batching import Example, pack, teacher_sequences
 from poweropd.models import Teacher
 
@@ -11,10 +9,13 @@ class LocalTeacher:
 
     def __init__(self, teacher: Teacher, max_tokens: int) -> None:
         self.teacher, self.max_tokens = teacher, max_tokens
+        self._waiting: list[Example] = []
 
-    def score(self, examples: Iterable[Example]) -> list[Example]:
-        """The examples with `teacher_log_probs` (float32, on the CPU), in the order they came."""
-        waiting = list(examples)
+    def submit(self, example: Example) -> None:
+        self._waiting.append(example)  # batches of like length need them all
+
+    def collect(self) -> list[Example]:
+        waiting, self._waiting = self._waiting, []
         scored = list(waiting)
         for group in pack([e.teacher_length for e in waiting], self.max_tokens):
             members = [waiting[i] for i in group]

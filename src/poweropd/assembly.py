@@ -1,0 +1,146 @@
+"""The parts of a run, built from its recipe: what can be checked cheaply first, then weights."""
+
+import copy
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from poweropd import data, models, objectives, stops
+from poweropd.config import Config
+from poweropd.errors import UsageError
+from poweropd.rollouts.base import RolloutEngine, Sampling
+from poweropd.rollouts.transformers import TransformersEngine
+from poweropd.teachers.base import TeacherScorer, Unscored
+from poweropd.teachers.local import LocalTeacher
+from poweropd.update import Updater
+from poweropd.validation import Validation
+
+logger = logging.getLogger("poweropd")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Prompts, tokenizer and stop ids: all that a run needs before any weight is loaded."""
+
+    tokenizer: Any  # the student's
+    prompts: list[data.Prompt]
+    order: data.PromptOrder
+    student_stop_ids: list[int]
+    teacher_stop_ids: list[int]
+    student_context: int  # tokens
+
+    @classmethod
+    def load(cls, config: Config, notify: bool = True) -> "Inputs":
+        """Raises UsageError where the two models and the prompts do not fit each other."""
+        student = (config.model.student, config.model.trust_remote_code)
+        teacher = (config.teacher.model, config.teacher.trust_remote_code)
+        tokenizer, teacher_tokenizer = (models.load_tokenizer(*m) for m in (student, teacher))
+        models.check_vocabularies(tokenizer, teacher_tokenizer)
+        prompts = data.load_prompts(config.data, tokenizer, teacher_tokenizer)
+        own, other = (models.context_length(models.load_config(*m)) for m in (student, teacher))
+        data.check_lengths(prompts, own, other, config.rollout.max_new_tokens)
+        student_stop_ids, teacher_stop_ids = (
+            stops.stop_ids(its, models.load_generation_config(name))
+            for its, (name, _) in ((tokenizer, student), (teacher_tokenizer, teacher))
+        )
+        notice = stops.difference(
+            student_stop_ids, teacher_stop_ids, config.objective.stop, tokenizer
+        )
+        if notice and notify:
+            logger.warning(notice)
+        order = data.PromptOrder(len(prompts), config.train.seed, config.data.shuffle)
+        return cls(tokenizer, prompts, order, student_stop_ids, teacher_stop_ids, own)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Of both models, the student's own first."""
+        return tuple(dict.fromkeys([*self.student_stop_ids, *self.teacher_stop_ids]))
+
+
+@dataclass(frozen=True)
+class Models:
+    """The two models of a run, over the vocabulary that both have."""
+
+    student: models.Student
+    teacher: models.Teacher
+
+
+def load_models(config: Config, device: torch.device) -> Models:
+    model = models.load_trained(config.model).to(device)
+    teacher_model = models.load_model(
+        config.teacher.model, config.teacher.dtype, config.teacher.trust_remote_code
+    ).to(device)
+    vocab_size = models.shared_vocab_size(model, teacher_model)
+    lora = config.model.lora is not None
+    return Models(
+        models.Student(model, vocab_size, models.DTYPES[config.model.dtype], lora=lora),
+        models.Teacher(teacher_model, vocab_size, models.DTYPES[config.teacher.dtype]),
+    )
+
+
+def make_teacher(config: Config, loaded: Models) -> TeacherScorer:
+    if config.objective.kind == "full_vocab":
+        return Unscored()
+    return LocalTeacher(loaded.teacher, config.teacher.max_tokens_per_batch)
+
+
+def make_updater(config: Config, loaded: Models, accelerator: Accelerator) -> Updater:
+    reads_along = config.objective.kind == "full_vocab"
+    return Updater(
+        accelerator,
+        loaded.student,
+        config.train,
+        objectives.maker(config.objective.kind, loaded.teacher.head()),
+        loaded.teacher if reads_along else None,
+    )
+
+
+def make_engine(config: Config, student: models.Student) -> RolloutEngine:
+    """The engine samples from the student itself, or from a copy in the compute dtype."""
+    model, batch_size = student.model, config.rollout.batch_size
+    if model.dtype == student.compute_dtype:
+        return TransformersEngine(model, vocab_size=student.vocab_size, batch_size=batch_size)
+    twin = copy.deepcopy(model).requires_grad_(False)
+    for parameter in twin.parameters():
+        # Not `twin.to(dtype)`: that would round the buffers of rotary embeddings as well.
+        parameter.data = parameter.data.to(student.compute_dtype)
+
+    @torch.no_grad()
+    def sync() -> None:
+        for own, trained in zip(twin.parameters(), model.parameters(), strict=True):
+            own.copy_(trained)
+
+    return TransformersEngine(twin, vocab_size=student.vocab_size, batch_size=batch_size, sync=sync)
+
+
+def make_sampling(config: Config, inputs: Inputs) -> Sampling:
+    return Sampling(
+        max_new_tokens=config.rollout.max_new_tokens,
+        stop_ids=inputs.stop_ids,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        top_k=config.rollout.top_k,
+    )
+
+
+def make_validation(config: Config, accelerator: Accelerator, inputs: Inputs) -> Validation | None:
+    if config.evaluate is None:
+        return None
+    return Validation(
+        config, config.evaluate, accelerator, inputs.tokenizer, inputs.student_context
+    )
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """accelerate leaves a tracker out without a word if its package is missing."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"log.trackers: {', '.join(missing)} not installed: pip install 'poweropd[trackers]' "
+            f"for tensorboard, else pip install {' '.join(missing)}"
+        )
