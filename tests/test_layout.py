@@ -37,8 +37,8 @@ MAY_IMPORT = {
         "validation",
     },
     "trainer": {
-        *("accounting", "assembly", "batching", "checkpoint", "config", "evaluation", "models"),
-        *("progress", "records", "rollouts", "update"),
+        *("accounting", "assembly", "batching", "checkpoint", "config", "data", "evaluation"),
+        *("models", "progress", "records", "rollouts", "update"),
     },
     "demo": {
         *("batching", "config", "data", "diagnostics", "evaluation", "records", "report"),

@@ -28,7 +28,7 @@ def trainer(recipe: MAKES) -> Trainer:
 
 @pytest.fixture
 def examples(trainer: Trainer) -> list[Example]:
-    return trainer.scored(trainer.engine.generate(trainer._requests(0), trainer.sampling))
+    return trainer.scored(trainer.sample(0), trainer.prompts(0))
 
 
 def gradient(trainer: Trainer, examples: list[Example], reward: Reward) -> torch.Tensor:
@@ -102,9 +102,9 @@ def test_no_tensor_of_batch_times_length_times_vocabulary(
         **{"model.student": model, "teacher.model": model, "train.prompts_per_step": 32}
     )
     trainer = Trainer(config, progress=False)
-    rollouts = list(trainer.engine.generate(trainer._requests(0), trainer.sampling))
+    rollouts = list(trainer.sample(0))
     with LargestTensor() as seen:
-        examples = trainer.scored(rollouts)
+        examples = trainer.scored(rollouts, trainer.prompts(0))
         trainer.updater.update(examples, trainer.reward, 0)
     tokens = sum(e.num_tokens for e in examples)
     assert tokens > 256  # several chunks, which are of at least 64 tokens
@@ -175,8 +175,8 @@ def test_memory_that_never_suffices_is_said_with_advice(
 def test_full_vocabulary_is_the_expectation_of_sampling(recipe: MAKES) -> None:
     """Summing the sampled objective over every next token, weighted by p, is the exact one."""
     trainer = Trainer(recipe(**{"objective.kind": "full_vocab"}), progress=False)
-    rollouts = list(trainer.engine.generate(trainer._requests(0), trainer.sampling))
-    example = trainer.scored(rollouts)[0]
+    rollouts = list(trainer.sample(0))
+    example = trainer.scored(rollouts, trainer.prompts(0))[0]
     one = replace(
         example,
         positions=example.positions[:1],

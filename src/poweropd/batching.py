@@ -42,6 +42,8 @@ class Example:
     student_targets: Tensor  # [n]
     teacher_targets: Tensor  # [n]
     teacher_log_probs: Tensor | None = None  # [n] float32, once scored
+    domain: str = ""  # which of several teachers scores it
+    bonus: float = 0.0  # added to the reward of each of its tokens (a weighted task reward)
 
     @property
     def num_tokens(self) -> int:

@@ -6,7 +6,7 @@ of processes see the same prompts at the same step.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ FILE_ENDINGS = (".jsonl", ".json", ".parquet")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenized prompt. `index` is its row in the data."""
+    """A tokenized prompt. `index` is its row in the data, `row` that row's columns."""
 
     index: int
     prompt_ids: list[int]
     teacher_prompt_ids: list[int]
+    row: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_rows(
@@ -156,10 +157,10 @@ def load_prompts(data: Any, tokenizer: Any, teacher_tokenizer: Any) -> list[Prom
     rows = read_rows(data.prompts, columns, data.split)
     own = encode_chat(tokenizer, [row[data.column] for row in rows], data.chat, data.system)
     if data.teacher_column is None:
-        return [Prompt(i, ids, ids) for i, ids in enumerate(own)]
+        return [Prompt(i, ids, ids, rows[i]) for i, ids in enumerate(own)]
     texts = [row[data.teacher_column] for row in rows]
     other = encode_chat(teacher_tokenizer, texts, data.chat, data.system)
-    return [Prompt(i, a, b) for i, (a, b) in enumerate(zip(own, other, strict=True))]
+    return [Prompt(i, a, b, rows[i]) for i, (a, b) in enumerate(zip(own, other, strict=True))]
 
 
 def check_lengths(

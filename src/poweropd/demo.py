@@ -240,7 +240,7 @@ def fresh_batches(trainer: Trainer, batches: int) -> list[Batch]:
         Request(i, 0, p.prompt_ids, p.teacher_prompt_ids, completion_seed(seed, -1, i, 0))
         for i, p in enumerate(prompts)
     ]
-    examples = trainer.scored(trainer.engine.generate(requests, trainer.sampling))
+    examples = trainer.scored(trainer.engine.generate(requests, trainer.sampling), prompts)
     groups = [examples[i::batches] for i in range(batches)]
     return [collate(group) for group in groups]
 

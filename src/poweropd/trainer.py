@@ -4,7 +4,7 @@ import logging
 import math
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from poweropd.accounting import StepClock
 from poweropd.assembly import Inputs
 from poweropd.batching import Example, Rollout, make_example
 from poweropd.config import Config
+from poweropd.data import Prompt
 from poweropd.evaluation.runner import Subject
 from poweropd.models import context_length
 from poweropd.progress import TrainingProgress
@@ -110,8 +111,7 @@ class Trainer:
         clock = StepClock(self.accelerator.device)
         reward = self.reward.at(step)
         with clock.phase("rollout"):
-            sampled = self.engine.generate(self._requests(step), self.sampling)
-            rollouts = list(self._submitted(sampled))
+            rollouts = list(self._submitted(self.sample(step), self.prompts(step)))
         with clock.phase("score"):
             examples = self._collected()
         with clock.phase("update"):
@@ -120,31 +120,40 @@ class Trainer:
             self.engine.sync()
         return self._metrics(step, rollouts, outcome, clock)
 
+    def prompts(self, step: int) -> list[Prompt]:
+        """The prompts of a step, over all processes; a completion's prompt_index is into them."""
+        rows = self.inputs.order.at_step(step, self.config.train.prompts_per_step)
+        return [self.inputs.prompts[row] for row in rows]
+
     def _requests(self, step: int) -> list[Request]:
         """This process's completions of the step."""
-        train, rollout = self.config.train, self.config.rollout
-        rows = self.inputs.order.at_step(step, train.prompts_per_step)
         # A prompt's number within the step, not its row, identifies it: a row that comes twice in
         # a step gets two different completions.
         requests = [
             Request(
                 prompt_index=number,
                 sample_index=sample,
-                prompt_ids=self.inputs.prompts[row].prompt_ids,
-                teacher_prompt_ids=self.inputs.prompts[row].teacher_prompt_ids,
-                seed=completion_seed(train.seed, step, number, sample),
+                prompt_ids=prompt.prompt_ids,
+                teacher_prompt_ids=prompt.teacher_prompt_ids,
+                seed=completion_seed(self.config.train.seed, step, number, sample),
             )
-            for number, row in enumerate(rows)
-            for sample in range(rollout.per_prompt)
+            for number, prompt in enumerate(self.prompts(step))
+            for sample in range(self.config.rollout.per_prompt)
         ]
         return requests[self.accelerator.process_index :: self.accelerator.num_processes]
 
-    def scored(self, rollouts: Iterable[Rollout]) -> list[Example]:
+    def sample(self, step: int) -> Iterator[Rollout]:
+        """This process's completions of a step, as they end, by the student as it is now."""
+        return self.engine.generate(self._requests(step), self.sampling)
+
+    def scored(self, rollouts: Iterable[Rollout], prompts: Sequence[Prompt]) -> list[Example]:
         """Completions as the updater takes them: what is trained on, with the teacher's scores."""
-        list(self._submitted(rollouts))
+        list(self._submitted(rollouts, prompts))
         return self._collected()
 
-    def _submitted(self, rollouts: Iterable[Rollout]) -> Iterator[Rollout]:
+    def _submitted(
+        self, rollouts: Iterable[Rollout], prompts: Sequence[Prompt]
+    ) -> Iterator[Rollout]:
         """Yields completions as they end, each already on its way to the teacher."""
         inputs, policy = self.inputs, self.config.objective.stop
         for rollout in rollouts:
