@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from poweropd import data, models, objectives, stops
+from poweropd import data, models, objectives, selection, stops
 from poweropd.config import Config
 from poweropd.errors import UsageError
+from poweropd.kernels import Support
 from poweropd.rollouts.base import RolloutEngine, Sampling
 from poweropd.rollouts.transformers import TransformersEngine
 from poweropd.teachers.base import TeacherScorer, Unscored
@@ -84,19 +85,43 @@ def load_models(config: Config, device: torch.device) -> Models:
 
 
 def make_teacher(config: Config, loaded: Models) -> TeacherScorer:
-    if config.objective.kind == "full_vocab":
+    if config.needs_local_teacher:  # then it reads along with the student's update
         return Unscored()
     return LocalTeacher(loaded.teacher, config.teacher.max_tokens_per_batch)
 
 
-def make_updater(config: Config, loaded: Models, accelerator: Accelerator) -> Updater:
-    reads_along = config.objective.kind == "full_vocab"
+def make_updater(
+    config: Config, loaded: Models, inputs: Inputs, accelerator: Accelerator
+) -> Updater:
     return Updater(
         accelerator,
         loaded.student,
         config.train,
-        objectives.maker(config.objective.kind, loaded.teacher.head()),
-        loaded.teacher if reads_along else None,
+        make_objective(config, loaded, inputs.stop_ids, accelerator.device),
+        loaded.teacher if config.needs_local_teacher else None,
+    )
+
+
+def make_objective(
+    config: Config, loaded: Models, stop_ids: Sequence[int], device: torch.device
+) -> objectives.Maker:
+    objective, rollout, select = config.objective, config.rollout, config.objective.select
+    merged_ids = support = choice = None
+    if objective.stop == "semantic":
+        merged_ids = torch.tensor(stop_ids, device=device)
+    if config.truncates_scores:
+        support = Support(rollout.top_k, rollout.top_p, rollout.temperature)
+    if select is not None:
+        choice = selection.SELECTIONS[select.name](select.keep, select.beta)
+    return objectives.maker(
+        objective.kind,
+        loaded.teacher.head() if config.needs_local_teacher else None,
+        baseline=objective.baseline == "value",
+        correction=rollout.correction == "truncated",
+        top_k=objective.top_k,
+        merged_ids=merged_ids,
+        support=support,
+        selection=choice,
     )
 
 

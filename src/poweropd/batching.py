@@ -5,8 +5,10 @@ loss and each model's targets there. A `Batch` is one padded micro-batch of exam
 the student and by the teacher, with the trained tokens flattened to N.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,6 +60,23 @@ class Example:
     def teacher_length(self) -> int:
         return len(self.rollout.teacher_prompt_ids) + int(self.positions[-1])
 
+    @property
+    def sampling_log_probs(self) -> Tensor | None:
+        """[n] float32, the sampler's; NaN where the student is scored on another token, None
+        where the engine gave none."""
+        if not self.rollout.sampling_log_probs:
+            return None
+        log_probs = torch.tensor(self.rollout.sampling_log_probs)[self.positions]
+        sampled = torch.tensor(self.rollout.completion_ids)[self.positions]
+        return log_probs.where(sampled == self.student_targets, torch.nan)
+
+    @property
+    def seed(self) -> int:
+        """63 bits for whatever is random about this completion: the same in any batch, on any
+        process, and after a resume."""
+        key = f"{self.rollout.place} {self.rollout.prompt_ids} {self.rollout.completion_ids}"
+        return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1
+
     def scored(self, teacher_log_probs: Tensor) -> "Example":
         return replace(self, teacher_log_probs=teacher_log_probs)
 
@@ -108,6 +127,9 @@ class Sequences:
     def to(self, device: torch.device | str) -> "Sequences":
         return Sequences(*(tensor.to(device) for tensor in vars(self).values()))
 
+    def of(self, tokens: Tensor) -> "Sequences":
+        return replace(self, index=self.index[tokens], targets=self.targets[tokens])
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -118,16 +140,25 @@ class Batch:
     teacher_log_probs: Tensor | None  # [N] float32
     positions: Tensor  # [N] position in the completion
     rows: Tensor  # [N] which of the micro-batch's completions
-    teacher_hidden: Tensor | None = None  # [N, H], where the objective needs the full vocabulary
+    bonus: Tensor  # [N] float32, added to the token rewards
+    seeds: Tensor  # [B] of the completions
+    sampling_log_probs: Tensor | None = None  # [N] float32, see `Example.sampling_log_probs`
+    teacher_hidden: Tensor | None = None  # [N, H], where the objective needs it
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(
-            self.student.to(device),
-            self.teacher.to(device),
-            None if self.teacher_log_probs is None else self.teacher_log_probs.to(device),
-            self.positions.to(device),
-            self.rows.to(device),
-            None if self.teacher_hidden is None else self.teacher_hidden.to(device),
+        moved: list[Any] = [x if x is None else x.to(device) for x in vars(self).values()]
+        return Batch(*moved)
+
+    def of(self, tokens: Tensor) -> "Batch":
+        """The same sequences, with only some of the N trained tokens, by their indices [k]."""
+        per_token = vars(self).keys() - {"student", "teacher", "seeds"}
+        columns = {name: vars(self)[name] for name in per_token}
+        kept: dict[str, Any] = {k: x if x is None else x[tokens] for k, x in columns.items()}
+        return replace(
+            self,
+            student=self.student.of(tokens),
+            teacher=self.teacher.of(tokens),
+            **kept,
         )
 
 
@@ -138,15 +169,23 @@ def collate(examples: Sequence[Example]) -> Batch:
     """
     if not examples:
         return _empty_batch()
-    scores = [e.teacher_log_probs for e in examples if e.teacher_log_probs is not None]
     counts = torch.tensor([e.num_tokens for e in examples])
     return Batch(
         student=student_sequences(examples),
         teacher=teacher_sequences(examples),
-        teacher_log_probs=torch.cat(scores) if len(scores) == len(examples) else None,
+        teacher_log_probs=_cat([e.teacher_log_probs for e in examples]),
         positions=torch.cat([e.positions for e in examples]),
         rows=torch.arange(len(examples)).repeat_interleave(counts),
+        bonus=torch.tensor([e.bonus for e in examples]).repeat_interleave(counts),
+        seeds=torch.tensor([e.seed for e in examples]),
+        sampling_log_probs=_cat([e.sampling_log_probs for e in examples]),
     )
+
+
+def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """None where a part is missing."""
+    known = [part for part in parts if part is not None]
+    return torch.cat(known) if len(known) == len(parts) else None
 
 
 def student_sequences(examples: Sequence[Example]) -> Sequences:
@@ -173,7 +212,8 @@ def _empty_batch() -> Batch:
     none = torch.empty(0, dtype=torch.long)
     one = torch.zeros(1, 1, dtype=torch.long)
     sequences = Sequences(one, torch.ones_like(one), none, none)
-    return Batch(sequences, sequences, torch.empty(0), none, none)
+    zeros = torch.empty(0)
+    return Batch(sequences, sequences, zeros, none, none, zeros, none, zeros)
 
 
 def _pad(rows: Sequence[list[int]]) -> Tensor:

@@ -8,16 +8,14 @@ import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.error import MarkedYAMLError
 
 from poweropd import rewards
 from poweropd.errors import UsageError
+from poweropd.recipe_file import Where, apply_override, flatten, plain, read_yaml
 
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"]
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -75,6 +73,8 @@ class Rollout(Section):
     top_k: Annotated[int, Field(ge=0)] = 0  # 0: all
     per_prompt: PositiveInt = 1
     batch_size: PositiveInt = 128  # completions sampled at once
+    correction: Literal["none", "truncated"] = "none"  # importance weights, student over sampler
+    score: Literal["full", "truncated"] = "full"  # softmax over all, or over top_k's and top_p's
 
 
 class Reward(Section):
@@ -92,9 +92,18 @@ class Reward(Section):
         return rewards.create(self.name, **(self.model_extra or {}))
 
 
+class Select(Section):
+    name: Literal["dial", "random"]
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.4  # of each completion's trained tokens
+    beta: Annotated[float, Field(ge=0, le=1)] = 1.0  # of dial
+
+
 class Objective(Section):
     kind: Literal["sampled", "full_vocab"] = "sampled"
-    stop: Literal["raw", "mask", "canonical", "cross"] = "mask"
+    stop: Literal["raw", "mask", "canonical", "cross", "semantic"] = "mask"
+    top_k: PositiveInt | None = None  # of full_vocab: the student's most probable ids only
+    baseline: Literal["none", "value"] = "none"  # of sampled
+    select: Select | None = None
 
 
 class Train(Section):
@@ -148,26 +157,87 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.objective.kind == "full_vocab" and self.reward.create().needs_statistics:
-            raise ValueError("objective.kind: full_vocab needs a pointwise reward, got zscore")
+        for holds, message in self._contradictions():
+            if holds:
+                raise ValueError(message)
         return self
+
+    def _contradictions(self) -> list[tuple[bool, str]]:
+        """Settings that cannot go together: whether they are there, and what the user is told."""
+        objective, rollout, select = self.objective, self.rollout, self.objective.select
+        full_vocab, truncated = objective.kind == "full_vocab", rollout.score == "truncated"
+        return [
+            (
+                full_vocab and self.reward.create().needs_statistics,
+                "objective.kind: full_vocab needs a pointwise reward, got zscore",
+            ),
+            (
+                full_vocab and objective.baseline != "none",
+                "objective.baseline: value needs objective.kind=sampled; full_vocab has no "
+                "sampling noise that a baseline could take away",
+            ),
+            (
+                not full_vocab and objective.top_k is not None,
+                f"objective.top_k: {objective.top_k} needs objective.kind=full_vocab; to sample "
+                "from the most probable ids set rollout.top_k",
+            ),
+            (
+                select is not None and select.name == "random" and select.beta != 1.0,
+                "objective.select.beta: it belongs to dial, and random has none",
+            ),
+            (
+                full_vocab and rollout.correction != "none",
+                "rollout.correction: truncated needs objective.kind=sampled; full_vocab does not "
+                "depend on how a token was sampled",
+            ),
+            (
+                truncated and objective.stop == "cross",
+                "rollout.score: truncated cannot go with objective.stop=cross, which scores the "
+                "teacher on an id that may be outside the student's support",
+            ),
+            (
+                truncated and rollout.temperature == 0,
+                "rollout.score: truncated needs rollout.temperature > 0, for the support of "
+                "greedy sampling is a single id",
+            ),
+        ]
+
+    @property
+    def truncates_scores(self) -> bool:
+        """Whether `rollout.score` leaves any id out."""
+        truncates = self.rollout.top_k > 0 or self.rollout.top_p < 1
+        return self.rollout.score == "truncated" and truncates
+
+    @property
+    def needs_local_teacher(self) -> str | None:
+        """The setting that needs the teacher's hidden states, as "objective.kind=full_vocab".
+
+        None where its log-probs of the sampled tokens do, which a server can give as well.
+        """
+        needs = {
+            "objective.kind=full_vocab": self.objective.kind == "full_vocab",
+            "objective.baseline=value": self.objective.baseline == "value",
+            "objective.stop=semantic": self.objective.stop == "semantic",
+            "rollout.score=truncated": self.truncates_scores,
+        }
+        return next((setting for setting, holds in needs.items() if holds), None)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
         """Reads a recipe file and applies overrides such as "reward.alpha=10"."""
         path = Path(path)
-        tree = _read_yaml(path)
-        overridden = [_apply_override(tree, override) for override in overrides]
-        return cls._from_tree(tree, name=path.stem, where=_Where(path, tree, overridden))
+        tree = read_yaml(path)
+        overridden = [apply_override(tree, override) for override in overrides]
+        return cls._from_tree(tree, name=path.stem, where=Where(path, tree, overridden))
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any], name: str = "run") -> Self:
-        return cls._from_tree(tree, name, _Where(None, tree, []))
+        return cls._from_tree(tree, name, Where(None, tree, []))
 
     @classmethod
-    def _from_tree(cls, tree: Mapping[str, Any], name: str, where: "_Where") -> Self:
+    def _from_tree(cls, tree: Mapping[str, Any], name: str, where: "Where") -> Self:
         try:
-            config = cls.model_validate(_plain(tree))
+            config = cls.model_validate(plain(tree))
         except ValidationError as error:
             # A misspelt key is also a missing one: what the user wrote comes first.
             first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
@@ -187,7 +257,7 @@ class Config(Section):
 
     def flat(self) -> dict[str, Any]:
         """Every value under its dotted key."""
-        return _flatten(self.model_dump())
+        return flatten(self.model_dump())
 
     def flat_text(self) -> dict[str, Any]:
         """As `flat`, with text for whatever trackers cannot hold."""
@@ -198,7 +268,7 @@ class Config(Section):
 
     def differences(self, other: "Config") -> list[str]:
         """The keys whose values differ, as "key: this != other"; run.dir is not compared."""
-        mine, theirs = (_flatten(c.model_dump(exclude={"run"})) for c in (self, other))
+        mine, theirs = (flatten(c.model_dump(exclude={"run"})) for c in (self, other))
         missing = "(absent)"
         return [
             f"{key}: {mine.get(key, missing)!r} != {theirs.get(key, missing)!r}"
@@ -221,110 +291,3 @@ def _parameters(reward: rewards.Reward) -> dict[str, Any]:
         elif isinstance(value, rewards.Schedule):
             values[key] = dataclasses.asdict(value)
     return {"name": names[type(reward)], **values}
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{path}: no such recipe file") from None
-    except (IsADirectoryError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: expected a YAML file: {error}") from None
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{line}: not valid YAML: {error.problem}") from None
-    if not isinstance(tree, dict):
-        raise UsageError(f"{path}: expected a mapping of sections such as model and data")
-    return tree
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> tuple[str, ...]:
-    """Sets "a.b=value" in the tree; the value is read as YAML. Returns the key's parts."""
-    key, equals, text = override.partition("=")
-    parts = tuple(key.strip().split("."))
-    if not equals or not all(parts):
-        raise UsageError(f"{override}: expected an override key=value, such as train.steps=100")
-    try:
-        value = YAML(typ="rt").load(text)
-    except MarkedYAMLError as error:
-        raise UsageError(f"{override}: not a YAML value: {error.problem}") from None
-    node = tree
-    for part in parts[:-1]:
-        if not isinstance(node.get(part), dict):
-            node[part] = {}
-        node = node[part]
-    node[parts[-1]] = value
-    return parts
-
-
-class _Where:
-    """Says where in the user's input a key was set."""
-
-    def __init__(self, path: Path | None, tree: Any, overridden: list[tuple[str, ...]]) -> None:
-        self.path, self.tree, self.overridden = path, tree, overridden
-
-    def describe(self, config: type[BaseModel], error: ErrorDetails) -> str:
-        key, message = _explain(config, error)
-        for parts in self.overridden:
-            if parts == key[: len(parts)]:
-                return f"override {message}"
-        return f"{self._file_and_line(key)}{message}"
-
-    def _file_and_line(self, key: tuple[str, ...]) -> str:
-        if self.path is None:
-            return ""
-        node, line = self.tree, None
-        for part in key:
-            if not isinstance(node, CommentedMap) or part not in (node.lc.data or {}):
-                break  # set by an override, or missing
-            line = node.lc.key(part)[0] + 1
-            node = node[part]
-        return f"{self.path}:{line}: " if line else f"{self.path}: "
-
-
-def _explain(config: type[BaseModel], error: ErrorDetails) -> tuple[tuple[str, ...], str]:
-    """The key an error is about and a sentence: "train.steps: expected ..., got ..."."""
-    key = tuple(str(part) for part in error["loc"])
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        known = ", ".join(_section(config, key[:-1]).model_fields)
-        return key, f"{'.'.join(key)}: unknown key (known: {known})"
-    if error["type"] == "missing":
-        return key, f"{'.'.join(key)}: this key is required"
-    if error["type"] == "value_error":  # ours, with its own key in front: "alpha: expected ..."
-        inner = message.partition(":")[0]
-        return (*key, inner), ".".join((*key, message))
-    expected = message.replace("Input should be", "expected").replace("valid dictionary", "section")
-    expected = expected.partition(" or instance of")[0]
-    return key, f"{'.'.join(key)}: {expected}, got {error['input']!r}"
-
-
-def _section(model: type[BaseModel], key: tuple[str, ...]) -> type[BaseModel]:
-    for part in key:
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *get_args(annotation)]
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return model
-
-
-def _plain(node: Any) -> Any:
-    """ruamel's round-trip containers and numbers as plain Python ones."""
-    if isinstance(node, Mapping):
-        return {str(key): _plain(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_plain(value) for value in node]
-    for kind in (bool, int, float, str):
-        if isinstance(node, kind):
-            return kind(node)
-    return node
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

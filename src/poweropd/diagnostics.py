@@ -12,14 +12,25 @@ from torch import Tensor
 from poweropd.batching import Batch
 from poweropd.kernels import Head
 from poweropd.models import Student
-from poweropd.objectives import FullVocab, Objective, Sampled
+from poweropd.objectives import SAMPLED, Maker, Objective, maker
 from poweropd.rewards import Reward
 
 
+def gradients(
+    student: Student, batches: Sequence[Batch], make_objective: Maker, reward: Reward
+) -> Tensor:
+    """[K, P] gradient of each of K batches, which hold what the objective reads: the teacher's
+    log-probs or hidden states. For small models, since all are kept."""
+    found = []
+    for batch in batches:
+        num_tokens = make_objective.num_tokens(batch.rows.bincount().tolist())
+        found.append(flat_gradient(student, batch, make_objective(reward, 1 / num_tokens)))
+    return torch.stack(found)
+
+
 def sampled_gradients(student: Student, batches: Sequence[Batch], reward: Reward) -> Tensor:
-    """[K, P] gradient of each of K scored batches; for small models, since all are kept."""
-    gradients = (flat_gradient(student, b, Sampled(reward, 1 / len(b.positions))) for b in batches)
-    return torch.stack(list(gradients))
+    """[K, P] gradient of each of K scored batches, by sampled tokens."""
+    return gradients(student, batches, SAMPLED, reward)
 
 
 def exact_gradient(
@@ -27,11 +38,7 @@ def exact_gradient(
 ) -> Tensor:
     """[P] mean gradient over batches that hold the teacher's hidden states, exact in the next
     token: what is left of the noise is that of contexts."""
-    gradients = (
-        flat_gradient(student, b, FullVocab(reward, 1 / len(b.positions), teacher_head))
-        for b in batches
-    )
-    return torch.stack(list(gradients)).mean(0)
+    return gradients(student, batches, maker("full_vocab", teacher_head), reward).mean(0)
 
 
 def mean_cosine(gradients: Tensor, direction: Tensor) -> float:

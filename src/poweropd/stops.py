@@ -48,6 +48,7 @@ POLICIES: dict[str, Callable[[Tensor, Tensor, Tensor, int], Targets]] = {
     "mask": _mask,
     "canonical": _canonical,
     "cross": _cross,
+    "semantic": _raw,
 }
 
 
@@ -64,6 +65,8 @@ def targets(
     - `mask`: the terminal stop is left out of the loss (the paper's choice).
     - `canonical`: the terminal stop becomes the teacher's stop for both models.
     - `cross`: the student is scored on the stop it sampled, the teacher on its own stop.
+    - `semantic`: targets as in `raw`; for both models the objective sums the probabilities of all
+      stop ids into one action (arXiv:2609.20511).
 
     The teacher's own stop is `teacher_stop_ids[0]`. Stops inside a completion are ordinary
     tokens. Ids alone decide, so the number of trained tokens is known before any forward.

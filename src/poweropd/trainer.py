@@ -22,6 +22,7 @@ from poweropd.config import Config
 from poweropd.data import Prompt
 from poweropd.evaluation.runner import Subject
 from poweropd.models import context_length
+from poweropd.objectives import TokenRecord
 from poweropd.progress import TrainingProgress
 from poweropd.records import (
     RunDirectory,
@@ -33,6 +34,9 @@ from poweropd.rollouts.base import Request, completion_seed
 from poweropd.update import Outcome
 
 logger = logging.getLogger("poweropd")
+
+# Mean |ln p_student - ln p_sampler| of a step's tokens above which a run is warned.
+SAMPLER_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Trainer:
         self.models = assembly.load_models(config, self.accelerator.device)
         self.student = self.models.student
         self.teacher = assembly.make_teacher(config, self.models)
-        self.updater = assembly.make_updater(config, self.models, self.accelerator)
+        self.updater = assembly.make_updater(config, self.models, self.inputs, self.accelerator)
         self.engine = assembly.make_engine(config, self.student)
         self.sampling = assembly.make_sampling(config, self.inputs)
         self.steps_done = self._resume()
@@ -183,8 +187,23 @@ class Trainer:
         learning_rate = self.updater.learning_rate(step)
         row = {"step": step + 1, **completions, "learning_rate": learning_rate}
         row |= token_metrics(outcome)
+        row |= self._sampler_metrics(outcome)
         row |= clock.metrics(sum(n for n, _ in ends))
         return row
+
+    def _sampler_metrics(self, outcome: Outcome | None) -> dict[str, float]:
+        metrics = {} if outcome is None else sampler_metrics(outcome.record)
+        difference = metrics.get("sampler/mean_abs_difference", 0.0)
+        if difference > SAMPLER_TOLERANCE and self.accelerator.is_main_process:
+            logger.warning(
+                "the sampler's log-probs differ from the student's by %.3f on average (more than "
+                "%g): completions are not quite the student's own; see rollout.correction",
+                difference,
+                SAMPLER_TOLERANCE,
+            )
+        if self.config.rollout.correction == "none":
+            metrics.pop("sampler/effective_sample_size", None)
+        return metrics
 
     def _validate(self) -> dict[str, float]:
         """Evaluates the current student where the recipe asks for it, and keeps the best one."""
@@ -258,9 +277,27 @@ def token_metrics(outcome: Outcome | None) -> dict[str, Any]:
         **{f"log_ratio/{key}": log_ratio[key] for key in ("mean", "min", "max")},
         "reverse_kl": -log_ratio["mean"],
         "entropy": record.entropy.double().mean().item(),
+        "select/fraction": outcome.selected_fraction,
     }
     finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
     return {"num_tokens": outcome.num_tokens, **finite}
+
+
+def sampler_metrics(record: TokenRecord) -> dict[str, float]:
+    """How far the sampler is from the student; {} where the engine gave no log-probs.
+
+    The effective sample size, (sum w)^2 / (N sum w^2), is a share of the N tokens.
+    """
+    known = record.sampler_log_ratios.double()
+    known = known[~known.isnan()]
+    if not len(known):
+        return {}
+    weights = record.weights.double()
+    size = weights.sum() ** 2 / (len(weights) * weights.square().sum())
+    return {
+        "sampler/mean_abs_difference": known.abs().mean().item(),
+        "sampler/effective_sample_size": size.item(),
+    }
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from poweropd import config as configuration
 from poweropd.batching import Batch, Example, collate, pack
 from poweropd.errors import RunError
 from poweropd.models import Student, Teacher
-from poweropd.objectives import MakeObjective, TokenRecord
+from poweropd.objectives import Maker, TokenRecord
 from poweropd.rewards import Reward
 
 # transformers ignores warm-up for its plain "constant".
@@ -32,6 +32,7 @@ class Outcome:
     loss: float
     grad_norm: float
     num_tokens: int
+    selected_fraction: float  # of all tokens in the loss masks
     record: TokenRecord
 
 
@@ -43,7 +44,7 @@ class Updater:
         accelerator: Accelerator,
         student: Student,
         train: configuration.Train,
-        make_objective: MakeObjective,
+        make_objective: Maker,
         teacher: Teacher | None = None,
     ) -> None:
         """`make_objective(reward, token_weight)`; `teacher` where it needs hidden states."""
@@ -70,7 +71,8 @@ class Updater:
 
         Returns None, with nothing changed, where no process has a trained token.
         """
-        num_tokens = sum(gather_object([sum(e.num_tokens for e in examples)]))
+        lengths = gather_object([e.num_tokens for e in examples])
+        num_tokens = self.make_objective.num_tokens(lengths)
         if num_tokens == 0:
             return None
         while True:
@@ -93,7 +95,7 @@ class Updater:
             group["lr"] = self.learning_rate(step)
         self.optimizer.step()
         self.optimizer.zero_grad()  # frees them for the rollout
-        return Outcome(loss, float(grad_norm), num_tokens, record)
+        return Outcome(loss, float(grad_norm), num_tokens, num_tokens / sum(lengths), record)
 
     def accumulate(
         self, examples: Sequence[Example], reward: Reward, num_tokens: int
@@ -156,7 +158,7 @@ class Updater:
 
 @torch.no_grad()
 def with_teacher(batch: Batch, teacher: Teacher) -> Batch:
-    """The batch with the teacher's hidden states, which full-vocabulary objectives need."""
+    """The batch with the teacher's hidden states, which some objectives need."""
     return replace(batch, teacher_hidden=teacher.hidden_states(batch.teacher))
 
 

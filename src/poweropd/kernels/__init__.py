@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from poweropd.kernels.full_vocab import linear_full_vocab
     from poweropd.kernels.head import Head
     from poweropd.kernels.softmax import TokenStatistics
+    from poweropd.kernels.support import Support
 
 _HOMES = {
     "Head": "head",
+    "Support": "support",
     "TokenStatistics": "softmax",
     "ValueBaseline": "baseline",
     "linear_full_vocab": "full_vocab",
@@ -24,6 +26,7 @@ _HOMES = {
 }
 __all__ = [
     "Head",
+    "Support",
     "TokenStatistics",
     "ValueBaseline",
     "linear_full_vocab",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from poweropd.kernels.head import Head
 from poweropd.kernels.softmax import Actions, check_tokens, log_softmax_, merge_, tiles
+from poweropd.kernels.support import Support, restrict_
 
 # (teacher log-probs, student log-probs), both [n, V] or [n, k] -> float32 of that shape.
 RewardFunction = Callable[[Tensor, Tensor], Tensor]
@@ -26,20 +27,24 @@ class ValueBaseline:
             return (r - baseline.values[tokens]) / num_tokens
 
     `hidden` [N, H_teacher] and `head` are the teacher's, over the student's vocabulary;
-    `targets` [N] the teacher's own targets where they differ from the student's.
+    `targets` [N] the teacher's own targets where they differ from the student's. Without a
+    `reward` the values stay 0, and only the teacher's log-probs are filled. With a `support` both
+    distributions are those over it, the student's log-probs of the kernel's result included.
     """
 
     hidden: Tensor
     head: Head
-    reward: RewardFunction
+    reward: RewardFunction | None = None
     targets: Tensor | None = None
+    support: Support | None = None
     values: Tensor = field(init=False)  # [N] float32, filled by the kernel
     teacher_log_probs: Tensor = field(init=False)  # [N] float32, filled by the kernel
 
     def __post_init__(self) -> None:
-        for name in ("values", "teacher_log_probs"):
-            empty = torch.full((self.hidden.shape[0],), torch.nan, device=self.hidden.device)
-            object.__setattr__(self, name, empty)
+        empty = torch.full((self.hidden.shape[0],), torch.nan, device=self.hidden.device)
+        object.__setattr__(self, "teacher_log_probs", empty)
+        values = torch.zeros_like(empty) if self.reward is None else empty.clone()
+        object.__setattr__(self, "values", values)
 
     def fill(
         self,
@@ -49,25 +54,36 @@ class ValueBaseline:
         head: Head,
         buffer: Tensor,
         merged_ids: Tensor | None,
+        outside: Tensor | None,
     ) -> None:
-        """Of a chunk: student's log-probs [n, V], targets [n]; prepared head; a [n, V] buffer."""
+        """Of a chunk: student's log-probs [n, V], targets [n]; prepared head; a [n, V] buffer;
+        [n, V] ids outside the support."""
         teacher_log_probs = head.logits(self.hidden[tokens], buffer)
         log_softmax_(teacher_log_probs)
+        if outside is not None:
+            restrict_(teacher_log_probs, outside)
         own = targets if self.targets is None else self.targets[tokens]
         actions = Actions.of(teacher_log_probs, own, merged_ids)
         self.teacher_log_probs[tokens] = actions.log_weights.float()
+        if self.reward is None:
+            return
         if merged_ids is None:
-            self.values[tokens] = self._expected(teacher_log_probs, student_log_probs).float()
+            values = _expected(self.reward, teacher_log_probs, student_log_probs)
+            self.values[tokens] = values.float()
             return
         apart = student_log_probs[:, merged_ids]
         merge_(student_log_probs, merged_ids)
         merge_(teacher_log_probs, merged_ids)
-        self.values[tokens] = self._expected(teacher_log_probs, student_log_probs).float()
+        values = _expected(self.reward, teacher_log_probs, student_log_probs)
+        self.values[tokens] = values.float()
         student_log_probs[:, merged_ids] = apart
 
-    def _expected(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
-        pairs = zip(tiles(teacher_log_probs), tiles(student_log_probs), strict=True)
-        return torch.cat([rewards_of(self.reward, t, p).mul(p.exp()).sum(1) for t, p in pairs])
+
+def _expected(
+    reward: RewardFunction, teacher_log_probs: Tensor, student_log_probs: Tensor
+) -> Tensor:
+    pairs = zip(tiles(teacher_log_probs), tiles(student_log_probs), strict=True)
+    return torch.cat([rewards_of(reward, t, p).mul(p.exp()).sum(1) for t, p in pairs])
 
 
 def rewards_of(

@@ -24,6 +24,7 @@ from poweropd.kernels.softmax import (
     summary_of,
     unique_ids,
 )
+from poweropd.kernels.support import restrict_
 
 # (student log-probs of a chunk [n] float32, which of the N tokens these are) -> [n]
 Coefficient = Callable[[Tensor, slice], Tensor]
@@ -182,9 +183,22 @@ class _Forward:
             actions = Actions.of(logits, targets, self.merged_ids)
             return actions, softmax_(logits, self.statistics is not None)
         log_softmax_(logits)
+        outside = self._restrict_(logits, tokens)
         actions = Actions.of(logits, targets, self.merged_ids)
         summary = summary_of(logits)
         buffer = self.teacher_buffer.of(tokens)
-        self.baseline.fill(tokens, logits, targets, self.teacher_head, buffer, self.merged_ids)
+        self.baseline.fill(
+            tokens, logits, targets, self.teacher_head, buffer, self.merged_ids, outside
+        )
         logits.exp_()
         return actions, summary
+
+    def _restrict_(self, log_probs: Tensor, tokens: slice) -> Tensor | None:
+        """Log-probabilities become those over the support; [n, V] what is outside it."""
+        if self.baseline is None or self.baseline.support is None:
+            return None
+        outside = self.baseline.support.outside(log_probs, self.targets[tokens])
+        log_mass = restrict_(log_probs, outside)
+        if self.statistics is not None:
+            self.statistics.log_support[tokens] = log_mass.float()
+        return outside

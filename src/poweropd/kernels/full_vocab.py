@@ -23,6 +23,7 @@ from poweropd.kernels.softmax import (
     unique_ids,
     unmerge_,
 )
+from poweropd.kernels.support import Support, restrict_
 
 # (teacher log-probs, student log-probs), both [n, V] (or [n, k]) -> [n]
 Value = Callable[[Tensor, Tensor], Tensor]
@@ -44,6 +45,7 @@ def linear_full_vocab(
     temperature: float = 1.0,
     teacher_options: Mapping[str, Any] | None = None,
     merged_ids: Tensor | None = None,
+    support: Support | None = None,
     targets: Tensor | None = None,
     teacher_targets: Tensor | None = None,
     statistics: TokenStatistics | None = None,
@@ -79,6 +81,7 @@ def linear_full_vocab(
         reward: (teacher log-probs, student log-probs), [n, V] float32 each -> [n, V] float32,
             without gradient. Pointwise: called on a few rows at a time, which it must not change.
         token_weight: [N], or one number for all.
+        support: both softmaxes are over these ids and the target, renormalised.
         targets: [N] int64, with `statistics`: tokens whose log-probs are to be reported;
             `teacher_targets` where the teacher's differ.
 
@@ -94,6 +97,8 @@ def linear_full_vocab(
     reporter = _Reporter.make(statistics, targets, teacher_targets, num_tokens)
     if top_k is not None and not 1 <= top_k <= vocab_size:
         raise ValueError(f"top_k: expected 1 to {vocab_size}, got {top_k}")
+    if support is not None and reporter is None:
+        raise ValueError("statistics: expected them, and targets, beside a support, got None")
     step = _dense if top_k is None else partial(_on_top_k, top_k)
 
     gradient = HeadGradient.zeros(hidden, head)
@@ -113,6 +118,8 @@ def linear_full_vocab(
             log_softmax_(student)
             log_softmax_(teacher)
             if reporter is not None:
+                if support is not None:
+                    reporter.restrict_(tokens, student, teacher, support)
                 reporter(tokens, student, teacher, merged)
             shares = merge_(student, merged)
             merge_(teacher, merged)
@@ -183,6 +190,12 @@ class _Reporter:
         check_statistics(statistics, num_tokens)
         check_tokens("targets", targets, num_tokens, torch.int64)
         return cls(statistics, targets, targets if teacher_targets is None else teacher_targets)
+
+    def restrict_(self, tokens: slice, student: Tensor, teacher: Tensor, support: Support) -> None:
+        """Both models' log-probs [n, V] become those over the student's support."""
+        outside = support.outside(student, self.targets[tokens])
+        self.statistics.log_support[tokens] = restrict_(student, outside).float()
+        restrict_(teacher, outside)
 
     def __call__(
         self,

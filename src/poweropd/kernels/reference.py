@@ -84,3 +84,19 @@ def full_vocab(
 def entropy(log_probs: Tensor) -> Tensor:
     """[N] -sum_v p_v ln p_v."""
     return -torch.xlogy(log_probs.exp(), log_probs.exp()).sum(-1)
+
+
+def support(log_probs: Tensor, top_k: int, top_p: float, temperature: float) -> Tensor:
+    """[N, V] bool: what top-k, then top-p keep of log-probs [N, V], one row at a time."""
+    kept = torch.zeros_like(log_probs, dtype=torch.bool)
+    for row, logits in enumerate(log_probs / temperature):
+        order = logits.argsort(descending=True)[: top_k or None]
+        before = logits[order].softmax(0).cumsum(0).roll(1)  # probability of those more probable
+        before[0] = 0.0
+        kept[row, order[before < top_p]] = True
+    return kept
+
+
+def truncated(log_probs: Tensor, kept: Tensor) -> Tensor:
+    """[N, V] log-probs over the kept ids; of the others, -inf."""
+    return log_probs.masked_fill(~kept, -torch.inf).log_softmax(-1)

@@ -24,12 +24,14 @@ class TokenStatistics:
     top1: Tensor  # bool: no id has a larger logit than the target
     student_log_probs: Tensor  # float32, ln p of the target; for linear_log_prob its result
     teacher_log_probs: Tensor  # float32, ln t of the teacher's target
+    log_support: Tensor  # float32, ln of the student's probability of the support; 0 without one
 
     @classmethod
     def empty(cls, n: int, device: torch.device | str = "cpu") -> "TokenStatistics":
         """NaN and False until a kernel fills it."""
         nan = [torch.full((n,), torch.nan, device=device) for _ in range(3)]
-        return cls(nan[0], torch.zeros(n, dtype=torch.bool, device=device), nan[1], nan[2])
+        no = torch.zeros(n, dtype=torch.bool, device=device)
+        return cls(nan[0], no, nan[1], nan[2], torch.zeros(n, device=device))
 
     def record(
         self, tokens: slice, log_probs: Tensor, actions: "Actions", summary: "Summary"
