@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from poweropd.kernels.head import Head
+from poweropd.kernels.head import LOWEST, Head
 
 
 def logits(hidden: Tensor, head: Head) -> Tensor:
@@ -98,5 +98,5 @@ def support(log_probs: Tensor, top_k: int, top_p: float, temperature: float) -> 
 
 
 def truncated(log_probs: Tensor, kept: Tensor) -> Tensor:
-    """[N, V] log-probs over the kept ids; of the others, -inf."""
-    return log_probs.masked_fill(~kept, -torch.inf).log_softmax(-1)
+    """[N, V] log-probs over the kept ids; of the others, about -1e30."""
+    return log_probs.masked_fill(~kept, LOWEST).log_softmax(-1)

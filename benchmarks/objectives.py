@@ -1,0 +1,79 @@
+"""How much of each objective's gradient is signal, on the embedded pair at its start.
+
+    python benchmarks/objectives.py [--batches 32]
+
+Every objective sees the same rollouts: batches of 32 completions of the shipped student. A cell is
+the signal-to-noise ratio of a batch's gradient, |E g|^2 / tr Cov g, and its mean cosine to the
+exact gradient of the same reward, over the vocabulary and all batches. One thread.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from common import machine, print_table
+
+from poweropd import rewards
+from poweropd.batching import Batch
+from poweropd.demo import BASELINE, Job, fresh_batches
+from poweropd.diagnostics import gradients, mean_cosine, signal_to_noise
+from poweropd.models import Student, Teacher
+from poweropd.objectives import SAMPLED, Maker, maker
+from poweropd.rewards import Reward
+from poweropd.selection import Dial, Random
+from poweropd.trainer import Trainer
+from poweropd.update import with_teacher
+
+KEEP = 0.4
+REWARDS: dict[str, Reward] = {
+    "log_ratio": rewards.create("log_ratio"),
+    "clip": rewards.create("clip"),
+    "tanh": rewards.create("tanh"),
+    **{f"power, alpha {a}": rewards.create("power", alpha=float(a)) for a in (1, 5, 50, 500)},
+}
+
+
+def objectives(teacher: Teacher) -> dict[str, Maker]:
+    head = teacher.head()
+    return {
+        "plain": SAMPLED,
+        "value baseline": maker("sampled", head, baseline=True),
+        "DIAL": maker("sampled", selection=Dial(KEEP, beta=1.0)),
+        "random": maker("sampled", selection=Random(KEEP)),
+        "full_vocab": maker("full_vocab", head),
+    }
+
+
+def cells(
+    student: Student, teacher: Teacher, batches: Sequence[Batch], reward: Reward
+) -> list[str]:
+    """Of one reward: "SNR (cosine)" of every objective."""
+    makers = objectives(teacher)
+    found = {name: gradients(student, batches, make, reward) for name, make in makers.items()}
+    exact = found["full_vocab"].mean(0)
+    return [f"{signal_to_noise(g):.2f} ({mean_cosine(g, exact):.2f})" for g in found.values()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, default=32)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with TemporaryDirectory() as out:
+        job = Job(BASELINE, seed=0, steps=1, num_problems=1, out=Path(out))
+        trainer = Trainer(job.config(), progress=False)
+        scored = fresh_batches(trainer, arguments.batches)
+        teacher = trainer.models.teacher
+        batches = [with_teacher(batch, teacher) for batch in scored]
+        print(f"{machine()}; {arguments.batches} batches; SNR (cosine)")
+        rows = [
+            [name, *cells(trainer.student, teacher, batches, reward)]
+            for name, reward in REWARDS.items()
+        ]
+        print_table(["reward", *objectives(teacher)], rows)
+
+
+if __name__ == "__main__":
+    main()
