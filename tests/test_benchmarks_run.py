@@ -2,15 +2,21 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+
+from poweropd.batching import collate
+from poweropd.config import Config
+from poweropd.trainer import Trainer
+from poweropd.update import with_teacher
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -20,7 +26,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Makes the modules of benchmarks/ importable, for one test."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     yield
-    for name in ("update", "scaling", "common"):
+    for name in ("update", "scaling", "common", "objectives"):
         sys.modules.pop(name, None)
 
 
@@ -49,6 +55,20 @@ def gradient(update: ModuleType, path: str, lengths: str) -> torch.Tensor:
     after = list(pair.student.parameters())
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
     return found[0]
+
+
+def test_every_objective_gets_its_cell(benchmarks: None, recipe: Callable[..., Config]) -> None:
+    objectives = importlib.import_module("objectives")
+    trainer = Trainer(recipe(), progress=False)
+    teacher = trainer.models.teacher
+    batches = [
+        with_teacher(collate(trainer.scored(trainer.sample(step), trainer.prompts(step))), teacher)
+        for step in range(3)
+    ]
+    reward = trainer.reward
+    cells = objectives.cells(trainer.student, teacher, batches, reward)
+    assert len(cells) == len(objectives.objectives(teacher)) == len(set(cells))
+    assert all(re.fullmatch(r"-?\d\.\d\d \(-?[01]\.\d\d\)", cell) for cell in cells)
 
 
 def needs_trl(path: str) -> object:

@@ -97,10 +97,56 @@ def test_mistakes_in_overrides_say_so(tmp_path: Path, override: str, message: st
         Config.load(write(tmp_path), [override])
 
 
-def test_full_vocabulary_needs_a_pointwise_reward(tmp_path: Path) -> None:
-    overrides = ["objective.kind=full_vocab", "reward={name: zscore}"]
-    with pytest.raises(UsageError, match="full_vocab needs a pointwise reward"):
+FULL_VOCAB, TRUNCATED = "objective.kind=full_vocab", "rollout.score=truncated"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([FULL_VOCAB, "reward={name: zscore}"], "override objective.kind: full_vocab needs a poin"),
+        ([FULL_VOCAB, "objective.baseline=value"], "override objective.baseline: value needs"),
+        (["objective.top_k=8"], "override objective.top_k: 8 needs objective.kind=full_vocab"),
+        (["objective.top_k=0"], "override objective.top_k: expected greater than or equal to 1"),
+        (["objective.select={keep: 0.4}"], "objective.select.name: this key is required"),
+        (["objective.select={name: dial, keep: 0}"], "objective.select.keep: expected greater"),
+        (["objective.select={name: dial, beta: 2}"], "objective.select.beta: expected less than"),
+        (["objective.select={name: random, beta: 0}"], "objective.select.beta: it belongs to dial"),
+        ([FULL_VOCAB, "rollout.correction=truncated"], "override rollout.correction: truncated ne"),
+        ([TRUNCATED, "objective.stop=cross"], "override rollout.score: truncated cannot go with"),
+        ([TRUNCATED, "rollout.temperature=0"], "override rollout.score: truncated needs rollout"),
+        (["objective.stop=semantics"], "override objective.stop: expected 'raw', 'mask', 'canon"),
+    ],
+)
+def test_settings_that_cannot_go_together_are_named(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
         Config.load(write(tmp_path), overrides)
+
+
+def test_a_contradiction_in_the_file_names_its_line(tmp_path: Path) -> None:
+    text = RECIPE + "objective:\n  kind: full_vocab\n  baseline: value\n"
+    with pytest.raises(UsageError, match=r"mine.yaml:12: objective.baseline: value needs"):
+        Config.load(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "setting"),
+    [
+        ([], None),
+        (["objective.select={name: dial}", "rollout.correction=truncated"], None),
+        ([FULL_VOCAB], FULL_VOCAB),
+        (["objective.baseline=value"], "objective.baseline=value"),
+        (["objective.stop=semantic"], "objective.stop=semantic"),
+        ([TRUNCATED, "rollout.top_k=20"], TRUNCATED),
+        ([TRUNCATED, "rollout.top_p=0.9"], TRUNCATED),
+        ([TRUNCATED], None),  # nothing is cut off: the same as full
+    ],
+)
+def test_what_needs_a_teacher_in_this_process(
+    tmp_path: Path, overrides: list[str], setting: str | None
+) -> None:
+    assert Config.load(write(tmp_path), overrides).needs_local_teacher == setting
 
 
 def test_a_missing_recipe(tmp_path: Path) -> None:

@@ -61,6 +61,11 @@ def test_canonical_and_cross_score_the_teachers_stop() -> None:
     assert torch.equal(cross.loss_mask, MASK.bool())
 
 
+def test_semantic_trains_the_stop_as_it_was_sampled() -> None:
+    raw, semantic = (stops.targets(IDS, MASK, [21], [22], p) for p in ("raw", "semantic"))
+    assert all(torch.equal(a, b) for a, b in zip(raw, semantic, strict=True))
+
+
 def test_no_completions_and_empty_completions() -> None:
     for shape in ((0, 3), (2, 0)):
         empty = torch.zeros(shape, dtype=torch.long)
@@ -68,7 +73,7 @@ def test_no_completions_and_empty_completions() -> None:
 
 
 def test_an_unknown_policy_and_missing_stops_are_named() -> None:
-    with pytest.raises(ValueError, match="expected one of raw, mask, canonical, cross"):
+    with pytest.raises(ValueError, match="one of raw, mask, canonical, cross, semantic"):
         stops.targets(IDS, MASK, [21], [22], "semantics")
     with pytest.raises(ValueError, match="at least one stop id"):
         stops.targets(IDS, MASK, [21], [])

@@ -182,8 +182,12 @@ def test_two_launched_processes_give_the_losses_of_one(recipe: MAKES, tmp_path: 
     assert_same_losses(tmp_path / "run", tmp_path / "two")
 
 
-def test_statistics_of_a_step_are_taken_over_all_processes(recipe: MAKES, tmp_path: Path) -> None:
-    two = recipe(**TWO, **{"run.dir": str(tmp_path / "two"), "reward.name": "zscore"})
+def test_statistics_and_counts_of_a_step_are_over_all_processes(
+    recipe: MAKES, tmp_path: Path
+) -> None:
+    parts = {"reward.name": "zscore", "objective.baseline": "value"}
+    parts |= {"objective.select": {"name": "dial"}, "rollout.correction": "truncated"}
+    two = recipe(**TWO, **parts, **{"run.dir": str(tmp_path / "two")})
     path = write_recipe(two, tmp_path / "two.yaml")
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common |= {"LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
@@ -191,7 +195,7 @@ def test_statistics_of_a_step_are_taken_over_all_processes(recipe: MAKES, tmp_pa
     for process in ranks:
         process.join(60)
         assert process.exitcode == 0
-    Trainer(recipe(**TWO, **{"reward.name": "zscore"}), progress=False).train()
+    Trainer(recipe(**TWO, **parts), progress=False).train()
     assert_same_losses(tmp_path / "run", tmp_path / "two")
 
 
