@@ -67,7 +67,7 @@ def test_every_objective_gets_its_cell(benchmarks: None, recipe: Callable[..., C
     ]
     reward = trainer.reward
     cells = objectives.cells(trainer.student, teacher, batches, reward)
-    assert len(cells) == len(objectives.objectives(teacher)) == len(set(cells))
+    assert len(cells) == len(objectives.objectives(teacher))
     assert all(re.fullmatch(r"-?\d\.\d\d \(-?[01]\.\d\d\)", cell) for cell in cells)
 
 
