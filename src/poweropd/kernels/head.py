@@ -24,7 +24,8 @@ class Head:
     """An LM head: logits = softcap(scale * (hidden @ weight.T + bias)) / temperature.
 
     softcap(x) = softcap * tanh(x / softcap), or x where `softcap` is None. A bias of -inf masks
-    an id; its log-probability is then about -1e30.
+    an id; its log-probability is then about -1e30. A float32 weight, such as master weights, may
+    meet hidden states of lower precision: it is rounded for the matmuls, and its gradient is not.
     """
 
     weight: Tensor  # [V, H]
@@ -55,9 +56,10 @@ class Head:
                 f"{name}hidden and weight: expected [N, H] and [V, H], "
                 f"got {list(hidden.shape)} and {list(weight.shape)}"
             )
-        if not hidden.is_floating_point() or hidden.dtype != weight.dtype:
+        dtypes = (hidden.dtype, accumulation_dtype(hidden))
+        if not hidden.is_floating_point() or weight.dtype not in dtypes:
             raise ValueError(
-                f"{name}hidden and weight: expected one float dtype, "
+                f"{name}hidden and weight: expected one float dtype, or a float32 weight, "
                 f"got {hidden.dtype} and {weight.dtype}"
             )
         if bias is not None and bias.shape != weight.shape[:1]:
@@ -66,12 +68,12 @@ class Head:
             if value is not None and not value > 0:
                 raise ValueError(f"{name}{option}: expected a number > 0, got {value}")
 
-    def prepared(self) -> "Head":
-        """The head as its matmuls take it: no gradient, operand dtype, finite bias."""
+    def prepared(self, hidden: Tensor) -> "Head":
+        """The head as its matmuls with `hidden` take it: no gradient, their dtype, finite bias."""
         bias = self.bias
         if bias is not None:
             bias = bias.detach().to(accumulation_dtype(bias)).clamp(min=LOWEST)
-        return replace(self, weight=operand(self.weight.detach()), bias=bias)
+        return replace(self, weight=self.weight.detach().to(_operand_dtype(hidden)), bias=bias)
 
     def logits(self, hidden: Tensor, out: Tensor, slope: Tensor | None = None) -> Tensor:
         """[n, V] logits into `out`; with `slope`, d softcap(x) / dx into it."""
@@ -94,7 +96,11 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def operand(tensor: Tensor) -> Tensor:
-    return tensor.to(_OPERAND_DTYPES.get(tensor.dtype, tensor.dtype))
+    return tensor.to(_operand_dtype(tensor))
+
+
+def _operand_dtype(hidden: Tensor) -> torch.dtype:
+    return _OPERAND_DTYPES.get(hidden.dtype, hidden.dtype)
 
 
 def chunk_rows(hidden: Tensor, vocab_size: int, buffers: int, chunk_size: int | None) -> int:
