@@ -12,7 +12,7 @@ from poweropd.kernels.matmul import multiply
 # Bytes of all [n, V] buffers of a call together, which set the default chunk. The gradient of
 # the weight is read and written once per chunk, so a GPU, with more operations per byte, wants
 # longer chunks than a CPU.
-CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**30}
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}
 # float16 has too few exponents for a gradient of 1 / N: its matmuls run in float32.
 _OPERAND_DTYPES = {torch.float16: torch.float32}
 # A bias of -inf, a masked id, counts as this: 0 * inf cannot arise, and exp(it) is 0 all the same.
@@ -109,8 +109,8 @@ def chunk_rows(hidden: Tensor, vocab_size: int, buffers: int, chunk_size: int | 
         raise ValueError(f"chunk_size: expected an integer >= 1, got {chunk_size}")
     budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
     fitting = budget // (vocab_size * buffers * accumulation_dtype(hidden).itemsize)
-    # Matmuls like multiples of 64; with less than 64 rows the weight would be read too often.
-    rows = chunk_size or max(64, fitting // 64 * 64)
+    # Matmuls like multiples of 64; with less than 128 rows the weight would be read too often.
+    rows = chunk_size or max(128, fitting // 64 * 64)
     return min(rows, max(1, hidden.shape[0]))
 
 
