@@ -199,8 +199,8 @@ class LanguageModel(nn.Module):
         return flat.index_select(0, sequences.index).to(self.compute_dtype)
 
     def head(self) -> Head:
-        """The head over the shared vocabulary, in the dtype of the weights: kernels cast it, so that
-        the gradient of float32 weights is not rounded."""
+        """The head over the shared vocabulary, in the weights' dtype: kernels cast it themselves,
+        so that the gradient of float32 weights is not rounded."""
         layer = self.causal_lm.get_output_embeddings()
         rows = slice(self.vocab_size) if layer.weight.shape[0] > self.vocab_size else slice(None)
         return Head(
