@@ -52,7 +52,7 @@ def linear_log_prob(
 
     Args:
         hidden: [N, H], any float dtype.
-        weight: [V, H], the same dtype, or float32. `bias`: [V].
+        weight: [V, H], any float dtype; matmuls take it in that of `hidden`. `bias`: [V].
         targets: [N] int64 ids in [0, V).
         merged_ids: [M] int64. A target among them counts as the action "any of them", whose
             probability is their sum (semantic stop, arXiv:2609.20511).

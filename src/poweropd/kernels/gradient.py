@@ -27,7 +27,7 @@ class HeadGradient:
             head.prepared(hidden),
             # Written once per row, so it needs no more than its own precision.
             _zeros_if_needed(hidden, hidden.dtype),
-            _zeros_if_needed(head.weight, accumulation_dtype(head.weight)),
+            _zeros_if_needed(head.weight, accumulation_dtype(hidden)),
             None if head.bias is None else _zeros_if_needed(head.bias, accumulation_dtype(hidden)),
         )
 

@@ -24,8 +24,8 @@ class Head:
     """An LM head: logits = softcap(scale * (hidden @ weight.T + bias)) / temperature.
 
     softcap(x) = softcap * tanh(x / softcap), or x where `softcap` is None. A bias of -inf masks
-    an id; its log-probability is then about -1e30. A float32 weight, such as master weights, may
-    meet hidden states of lower precision: it is rounded for the matmuls, and its gradient is not.
+    an id; its log-probability is then about -1e30. The weight may have another dtype than the
+    hidden states: it is cast for the matmuls, and the gradient of float32 weights is not rounded.
     """
 
     weight: Tensor  # [V, H]
@@ -56,10 +56,9 @@ class Head:
                 f"{name}hidden and weight: expected [N, H] and [V, H], "
                 f"got {list(hidden.shape)} and {list(weight.shape)}"
             )
-        dtypes = (hidden.dtype, accumulation_dtype(hidden))
-        if not hidden.is_floating_point() or weight.dtype not in dtypes:
+        if not hidden.is_floating_point() or not weight.is_floating_point():
             raise ValueError(
-                f"{name}hidden and weight: expected one float dtype, or a float32 weight, "
+                f"{name}hidden and weight: expected float dtypes, "
                 f"got {hidden.dtype} and {weight.dtype}"
             )
         if bias is not None and bias.shape != weight.shape[:1]:

@@ -100,8 +100,7 @@ class Actions:
 
 def tiles(buffer: Tensor) -> Iterator[slice]:
     """Rows of an [n, V] buffer, so many at a time that they fill a tile."""
-    rows = _tile_rows(buffer)
-    return chunks(buffer.shape[0], rows)
+    return chunks(buffer.shape[0], _tile_rows(buffer))
 
 
 def spare_tile(buffer: Tensor) -> Tensor:
@@ -152,8 +151,7 @@ def log_softmax_(logits: Tensor) -> None:
     """Logits [n, V] become log-probabilities."""
     spare = spare_tile(logits)
     for rows in tiles(logits):
-        log_probs = torch.log_softmax(logits[rows], 1, out=spare[: rows.stop - rows.start])
-        logits[rows] = log_probs
+        logits[rows] = torch.log_softmax(logits[rows], 1, out=spare[: rows.stop - rows.start])
 
 
 def summary_of(log_probs: Tensor) -> Summary:
