@@ -9,9 +9,11 @@ alone, `memory` about a narrow pair, whose own memory does not hide that of the 
 
 import argparse
 import json
+import os
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -220,13 +222,32 @@ def alpha_table(base: Geometry, threads: int) -> list[Row]:
     return apart(threads, head_costs, base)
 
 
+@contextmanager
+def without_holes() -> Iterator[None]:
+    """Lets processes started within hold what lives, and no more, where the C library is glibc's.
+
+    Each block of 64 KiB or more is mapped, and unmapped, on its own. Without this the resident set
+    counts holes in the heap, which vary with everything.
+    """
+    name = "MALLOC_MMAP_THRESHOLD_"
+    before = os.environ.get(name)
+    os.environ[name] = str(2**16)
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        os.environ.update({} if before is None else {name: before})
+
+
+@without_holes()
 def memory_table(base: Geometry, threads: int) -> list[Row]:
     """Peak bytes against tokens at several vocabularies, and the line through them."""
     # One micro-batch: a budget would bound the memory of the bodies.
     narrow = replace(base, student=NARROW, teacher=NARROW, max_tokens=2**20)
-    tokens = [base.completion * b for b in (4, 8, 16)]
+    # So many that AdamW's own temporaries, which do not depend on them, are not the peak.
+    tokens = [base.completion * b for b in (16, 32, 64)]
     rows = []
-    for vocab in (base.vocab, 2 * base.vocab, 4 * base.vocab):
+    for vocab in _around(base.vocab):
         peaks = [
             apart(threads, update_peak, replace(narrow, vocab=vocab, batch=n // base.completion))
             for n in tokens

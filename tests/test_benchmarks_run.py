@@ -111,14 +111,19 @@ def test_a_path_without_its_package_gives_the_reason(
 
 
 def test_the_command_writes_what_it_measured(tmp_path: Path) -> None:
+    """In bfloat16 with float32 master weights, as on a GPU."""
     file = tmp_path / "update.json"
     command = [sys.executable, str(BENCHMARKS / "update.py"), "--geometry", "tiny"]
-    command += ["--paths", "ours", "--repeats", "1", "--updates", "1", "--json", str(file)]
+    command += ["--dtype", "bfloat16", "--paths", "ours,ours-full"]
+    command += ["--repeats", "1", "--updates", "1", "--json", str(file)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "tiny, bfloat16" in printed
     assert "CPU s" in printed
-    found = json.loads(file.read_text())["paths"]["ours"]
-    assert {"cpu_seconds", "wall_seconds", "peak_bytes"} <= set(found)
-    assert found["cpu_seconds"] > 0
+    paths = json.loads(file.read_text())["paths"]
+    assert paths.keys() == {"ours", "ours-full"}
+    for found in paths.values():
+        assert {"cpu_seconds", "wall_seconds", "peak_bytes"} <= set(found)
+        assert found["cpu_seconds"] > 0
 
 
 def test_phases_hold_all_operations_of_an_update(update: ModuleType, scaling: ModuleType) -> None:

@@ -199,12 +199,13 @@ class LanguageModel(nn.Module):
         return flat.index_select(0, sequences.index).to(self.compute_dtype)
 
     def head(self) -> Head:
-        """The head over the shared vocabulary."""
+        """The head over the shared vocabulary, in the weights' dtype: kernels cast it themselves,
+        so that the gradient of float32 weights is not rounded."""
         layer = self.causal_lm.get_output_embeddings()
         rows = slice(self.vocab_size) if layer.weight.shape[0] > self.vocab_size else slice(None)
         return Head(
-            weight=layer.weight[rows].to(self.compute_dtype),
-            bias=None if layer.bias is None else layer.bias[rows].to(self.compute_dtype),
+            weight=layer.weight[rows],
+            bias=None if layer.bias is None else layer.bias[rows],
             scale=self.scale,
             softcap=self.softcap,
         )

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from poweropd.kernels.head import Head
-from poweropd.kernels.softmax import Actions, check_tokens, log_softmax_, merge_, tiles
+from poweropd.kernels.softmax import (
+    Actions,
+    check_tokens,
+    expectation,
+    log_softmax_,
+    merge_,
+    spare_tile,
+    tiles,
+)
 from poweropd.kernels.support import Support, restrict_
 
 # (teacher log-probs, student log-probs), both [n, V] or [n, k] -> float32 of that shape.
@@ -82,8 +90,13 @@ class ValueBaseline:
 def _expected(
     reward: RewardFunction, teacher_log_probs: Tensor, student_log_probs: Tensor
 ) -> Tensor:
-    pairs = zip(tiles(teacher_log_probs), tiles(student_log_probs), strict=True)
-    return torch.cat([rewards_of(reward, t, p).mul(p.exp()).sum(1) for t, p in pairs])
+    expected = student_log_probs.new_empty(student_log_probs.shape[0])
+    spare = spare_tile(student_log_probs)
+    for rows in tiles(student_log_probs):
+        p = student_log_probs[rows]
+        r = rewards_of(reward, teacher_log_probs[rows], p)
+        expected[rows], _ = expectation(p.exp(), r, spare[: rows.stop - rows.start])
+    return expected
 
 
 def rewards_of(

@@ -53,7 +53,7 @@ def linear_log_prob(
 
     Args:
         hidden: [N, H], any float dtype.
-        weight: [V, H], the same dtype. `bias`: [V].
+        weight: [V, H], any float dtype; matmuls take it in that of `hidden`. `bias`: [V].
         targets: [N] int64 ids in [0, V).
         merged_ids: [M] int64. A target among them counts as the action "any of them", whose
             probability is their sum (semantic stop, arXiv:2609.20511).
@@ -117,7 +117,7 @@ def linear_policy_gradient(
         # The logits, the soft-cap's slope, and the teacher's logits.
         buffers = 1 + capped + (baseline is not None)
         rows = chunk_rows(hidden, head.vocab_size, buffers, chunk_size)
-        forward = _Forward(hidden, head, targets, rows, merged_ids, statistics, baseline)
+        forward = _Forward(hidden, gradient.head, targets, rows, merged_ids, statistics, baseline)
         slopes = Buffer(hidden, rows, head.vocab_size) if capped else None
         loss = hidden.new_zeros((), dtype=torch.float32)
         for tokens in chunks(hidden.shape[0], rows):
@@ -157,13 +157,13 @@ class _Forward:
         num_tokens, vocab_size = hidden.shape[0], head.vocab_size
         check_tokens("targets", targets, num_tokens, torch.int64)
         check_statistics(statistics, num_tokens)
-        self.hidden, self.head, self.targets = hidden, head.prepared(), targets
+        self.hidden, self.head, self.targets = hidden, head.prepared(hidden), targets
         self.merged_ids, self.statistics = unique_ids(merged_ids), statistics
         self.buffer = Buffer(hidden, rows, vocab_size)
         self.baseline = baseline
         if baseline is not None:
             check_teacher(baseline.hidden, baseline.head, baseline.targets, num_tokens, vocab_size)
-            self.teacher_head = baseline.head.prepared()
+            self.teacher_head = baseline.head.prepared(baseline.hidden)
             self.teacher_buffer = Buffer(baseline.hidden, rows, vocab_size)
 
     def __call__(self, tokens: slice, slope: Tensor | None = None) -> _Chunk:

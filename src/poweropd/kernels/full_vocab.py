@@ -16,8 +16,10 @@ from poweropd.kernels.softmax import (
     TokenStatistics,
     check_statistics,
     check_tokens,
+    expectation,
     log_softmax_,
     merge_,
+    spare_tile,
     summary_of,
     tiles,
     unique_ids,
@@ -107,7 +109,7 @@ def linear_full_vocab(
         capped = softcap is not None and gradient.needed
         # Both logits, and the soft-cap's slope.
         rows = chunk_rows(hidden, vocab_size, 2 + capped, chunk_size)
-        prepared, teacher_prepared = gradient.head, teacher_head.prepared()
+        prepared, teacher_prepared = gradient.head, teacher_head.prepared(teacher_hidden)
         buffer, teacher_buffer = (Buffer(h, rows, vocab_size) for h in (hidden, teacher_hidden))
         slopes = Buffer(hidden, rows, vocab_size) if capped else None
         loss = hidden.new_zeros((), dtype=torch.float32)
@@ -134,16 +136,20 @@ def linear_full_vocab(
 
 def _dense(teacher: Tensor, student: Tensor, reward: RewardFunction, value: Value | None) -> Tensor:
     """Student's log-probs [n, V] become -p (r - sum_v p_v r_v); returns the divergence [n]."""
-    divergences = []
+    divergences = student.new_empty(student.shape[0])
+    spare = spare_tile(student)
     # By tiles, so that whatever the reward makes on its way is small, and, on a CPU, in cache.
-    for t, log_probs in zip(tiles(teacher), tiles(student), strict=True):
+    for rows in tiles(student):
+        t, log_probs = teacher[rows], student[rows]
         r = rewards_of(reward, t, log_probs)
-        divergence = None if value is None else value(t, log_probs)
+        if value is not None:
+            divergences[rows] = value(t, log_probs)
         probs = log_probs.exp()
-        expected = (probs * r).sum(1)
-        divergences.append(-expected if divergence is None else divergence)
-        torch.sub(expected[:, None], r, out=log_probs).mul_(probs)  # r may be log_probs itself
-    return torch.cat(divergences)
+        expected, advantage = expectation(probs, r, spare[: rows.stop - rows.start])
+        if value is None:
+            divergences[rows] = -expected
+        torch.mul(probs, advantage, out=log_probs).neg_()
+    return divergences
 
 
 def _on_top_k(

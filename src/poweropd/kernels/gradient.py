@@ -24,10 +24,10 @@ class HeadGradient:
     def zeros(cls, hidden: Tensor, head: Head) -> "HeadGradient":
         """Zeros for what autograd asks a gradient of; None elsewhere."""
         return cls(
-            head.prepared(),
+            head.prepared(hidden),
             # Written once per row, so it needs no more than its own precision.
             _zeros_if_needed(hidden, hidden.dtype),
-            _zeros_if_needed(head.weight, accumulation_dtype(head.weight)),
+            _zeros_if_needed(head.weight, accumulation_dtype(hidden)),
             None if head.bias is None else _zeros_if_needed(head.bias, accumulation_dtype(hidden)),
         )
 
@@ -57,24 +57,32 @@ class HeadGradient:
             kept = kept.to(weights.device)
             d_logits, weights, rows = d_logits[:count], weights[kept], kept + tokens.start
             slope = None if slope is None else slope[:count]
-        factor = self.head.scale / self.head.temperature
-        d_logits.mul_(weights.to(d_logits.dtype)[:, None] * factor)
         if slope is not None:
             d_logits.mul_(slope)
-        self._multiply_out(d_logits, hidden.detach(), rows)
+        factors = weights.to(d_logits.dtype) * (self.head.scale / self.head.temperature)
+        self._multiply_out(d_logits, factors, hidden.detach(), rows)
 
-    def _multiply_out(self, d_inner: Tensor, hidden: Tensor, rows: slice | Tensor) -> None:
-        """From d_inner [k, V], the gradient by hidden @ weight.T + bias at `rows` of the N."""
+    def _multiply_out(
+        self, d_inner: Tensor, factors: Tensor, hidden: Tensor, rows: slice | Tensor
+    ) -> None:
+        """Adds factors [k] * d_inner [k, V], the gradient by hidden @ weight.T + bias at `rows`.
+
+        The factors go to the narrow side of each product, which saves a pass over [k, V].
+        """
         if self.bias is not None:
-            self.bias.add_(d_inner.sum(0))
+            self.bias.add_(factors @ d_inner)
         inputs = operand(hidden[rows])
         low = d_inner.to(inputs.dtype)
         if self.hidden is not None:
-            part = d_inner.new_empty(inputs.shape)
-            self.hidden[rows] = multiply(low, self.head.weight, part).to(hidden.dtype)
+            part = multiply(low, self.head.weight, d_inner.new_empty(inputs.shape))
+            self.hidden[rows] = part.mul_(factors[:, None]).to(hidden.dtype)
         if self.weight is not None:
+            scaled = inputs * factors[:, None]
             # On the CPU the accumulator takes float32 operands, which d_inner already is.
-            add_product(self.weight, (low if low.is_cuda else d_inner).T, inputs)
+            if low.is_cuda:
+                add_product(self.weight, low.T, scaled.to(low.dtype))
+            else:
+                add_product(self.weight, d_inner.T, scaled)
 
     def attach(self, loss: Tensor, hidden: Tensor, head: Head) -> Tensor:
         """`loss`, a scalar without history, as a differentiable function of the head's inputs."""

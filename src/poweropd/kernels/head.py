@@ -12,7 +12,7 @@ from poweropd.kernels.matmul import multiply
 # Bytes of all [n, V] buffers of a call together, which set the default chunk. The gradient of
 # the weight is read and written once per chunk, so a GPU, with more operations per byte, wants
 # longer chunks than a CPU.
-CHUNK_BYTES = {"cpu": 2**27, "cuda": 2**30}
+CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}
 # float16 has too few exponents for a gradient of 1 / N: its matmuls run in float32.
 _OPERAND_DTYPES = {torch.float16: torch.float32}
 # A bias of -inf, a masked id, counts as this: 0 * inf cannot arise, and exp(it) is 0 all the same.
@@ -24,7 +24,8 @@ class Head:
     """An LM head: logits = softcap(scale * (hidden @ weight.T + bias)) / temperature.
 
     softcap(x) = softcap * tanh(x / softcap), or x where `softcap` is None. A bias of -inf masks
-    an id; its log-probability is then about -1e30.
+    an id; its log-probability is then about -1e30. The weight may have another dtype than the
+    hidden states: it is cast for the matmuls, and the gradient of float32 weights is not rounded.
     """
 
     weight: Tensor  # [V, H]
@@ -55,9 +56,9 @@ class Head:
                 f"{name}hidden and weight: expected [N, H] and [V, H], "
                 f"got {list(hidden.shape)} and {list(weight.shape)}"
             )
-        if not hidden.is_floating_point() or hidden.dtype != weight.dtype:
+        if not hidden.is_floating_point() or not weight.is_floating_point():
             raise ValueError(
-                f"{name}hidden and weight: expected one float dtype, "
+                f"{name}hidden and weight: expected float dtypes, "
                 f"got {hidden.dtype} and {weight.dtype}"
             )
         if bias is not None and bias.shape != weight.shape[:1]:
@@ -66,12 +67,12 @@ class Head:
             if value is not None and not value > 0:
                 raise ValueError(f"{name}{option}: expected a number > 0, got {value}")
 
-    def prepared(self) -> "Head":
-        """The head as its matmuls take it: no gradient, operand dtype, finite bias."""
+    def prepared(self, hidden: Tensor) -> "Head":
+        """The head as its matmuls with `hidden` take it: no gradient, their dtype, finite bias."""
         bias = self.bias
         if bias is not None:
             bias = bias.detach().to(accumulation_dtype(bias)).clamp(min=LOWEST)
-        return replace(self, weight=operand(self.weight.detach()), bias=bias)
+        return replace(self, weight=self.weight.detach().to(_operand_dtype(hidden)), bias=bias)
 
     def logits(self, hidden: Tensor, out: Tensor, slope: Tensor | None = None) -> Tensor:
         """[n, V] logits into `out`; with `slope`, d softcap(x) / dx into it."""
@@ -94,7 +95,11 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def operand(tensor: Tensor) -> Tensor:
-    return tensor.to(_OPERAND_DTYPES.get(tensor.dtype, tensor.dtype))
+    return tensor.to(_operand_dtype(tensor))
+
+
+def _operand_dtype(hidden: Tensor) -> torch.dtype:
+    return _OPERAND_DTYPES.get(hidden.dtype, hidden.dtype)
 
 
 def chunk_rows(hidden: Tensor, vocab_size: int, buffers: int, chunk_size: int | None) -> int:
@@ -103,8 +108,8 @@ def chunk_rows(hidden: Tensor, vocab_size: int, buffers: int, chunk_size: int | 
         raise ValueError(f"chunk_size: expected an integer >= 1, got {chunk_size}")
     budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
     fitting = budget // (vocab_size * buffers * accumulation_dtype(hidden).itemsize)
-    # Matmuls like multiples of 64; with less than 64 rows the weight would be read too often.
-    rows = chunk_size or max(64, fitting // 64 * 64)
+    # Matmuls like multiples of 64; with less than 128 rows the weight would be read too often.
+    rows = chunk_size or max(128, fitting // 64 * 64)
     return min(rows, max(1, hidden.shape[0]))
 
 

@@ -10,11 +10,12 @@ _CUDA_ACCUMULATES = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (
 def multiply(a: Tensor, b: Tensor, out: Tensor, factor: float = 1.0) -> Tensor:
     """out = factor * a @ b, where `out` may be float32 for bf16 operands."""
     if a.dtype == out.dtype:
-        return torch.addmm(out, a, b, beta=0, alpha=factor, out=out)
-    if out.is_cuda:
+        torch.mm(a, b, out=out)
+    elif out.is_cuda:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:  # the CPU sums in float32 too, but rounds the result to the operands' dtype
         out.copy_(torch.mm(a, b))
+    # Not by addmm's alpha, which multiplies, and rounds, an operand on a CPU.
     return out if factor == 1.0 else out.mul_(factor)
 
 

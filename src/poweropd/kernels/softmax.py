@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from poweropd.kernels.head import LOWEST
+from poweropd.kernels.head import LOWEST, chunks
 
 # In-place softmax goes by tiles of rows, so that its temporary is small, and, on a CPU, in cache.
 TILE_BYTES = {"cpu": 2**21, "cuda": 2**28}
@@ -100,9 +100,23 @@ class Actions:
         probs.scatter_add_(1, self.targets[:, None], minus)
 
 
-def tiles(logits: Tensor) -> Iterator[Tensor]:
-    budget = TILE_BYTES.get(logits.device.type, TILE_BYTES["cuda"])
-    return iter(logits.split(max(1, budget // (logits.shape[1] * logits.itemsize))))
+def tiles(buffer: Tensor) -> Iterator[slice]:
+    """Rows of an [n, V] buffer, so many at a time that they fill a tile."""
+    return chunks(buffer.shape[0], _tile_rows(buffer))
+
+
+def spare_tile(buffer: Tensor) -> Tensor:
+    """Uninitialised room for one tile of an [n, V] buffer.
+
+    Temporaries are made once and results written where they stay: small results allocated between
+    large temporaries would leave holes in the C heap, a chunk's worth of them.
+    """
+    return buffer.new_empty(min(_tile_rows(buffer), buffer.shape[0]), buffer.shape[1])
+
+
+def _tile_rows(buffer: Tensor) -> int:
+    budget = TILE_BYTES.get(buffer.device.type, TILE_BYTES["cuda"])
+    return max(1, budget // (buffer.shape[1] * buffer.itemsize))
 
 
 class Summary(NamedTuple):
@@ -120,28 +134,48 @@ class Summary(NamedTuple):
 
 def softmax_(logits: Tensor, entropy: bool) -> Summary:
     """Logits [n, V] become probabilities, with one exp each."""
-    parts = []
-    for tile in tiles(logits):
-        probs, largest = tile.softmax(1), tile.amax(1)
-        # The largest probability is exp(0) / sum, at least 1 / V: its logarithm loses nothing.
-        log_top = probs.amax(1).log()
-        mean = tile.mul_(probs).sum(1) if entropy else largest - log_top
+    largest, log_top, mean = (logits.new_empty(logits.shape[0]) for _ in range(3))
+    spare = spare_tile(logits)
+    for rows in tiles(logits):
+        tile, probs = logits[rows], spare[: rows.stop - rows.start]
+        torch.amax(tile, 1, out=largest[rows])
+        torch.softmax(tile, 1, out=probs)
+        torch.amax(probs, 1, out=log_top[rows])
+        if entropy:
+            torch.sum(tile.mul_(probs), 1, out=mean[rows])
         tile.copy_(probs)
-        parts.append((largest, log_top, largest - mean - log_top))
-    return Summary(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    # The largest probability is exp(0) / sum, at least 1 / V: its logarithm loses nothing.
+    log_top.log_()
+    return Summary(largest, log_top, largest - mean - log_top if entropy else mean.zero_())
 
 
 def log_softmax_(logits: Tensor) -> None:
     """Logits [n, V] become log-probabilities."""
-    for tile in tiles(logits):
-        tile.copy_(tile.log_softmax(1))
+    spare = spare_tile(logits)
+    for rows in tiles(logits):
+        logits[rows] = torch.log_softmax(logits[rows], 1, out=spare[: rows.stop - rows.start])
 
 
 def summary_of(log_probs: Tensor) -> Summary:
     """Of log-probabilities [n, V]."""
-    entropy = [-tile.exp().mul_(tile).sum(1) for tile in tiles(log_probs)]
+    entropy = log_probs.new_empty(log_probs.shape[0])
+    spare = spare_tile(log_probs)
+    for rows in tiles(log_probs):
+        weighted = torch.exp(log_probs[rows], out=spare[: rows.stop - rows.start])
+        torch.sum(weighted.mul_(log_probs[rows]), 1, out=entropy[rows])
     largest = log_probs.amax(1)
-    return Summary(largest, largest, torch.cat(entropy))
+    return Summary(largest, largest, entropy.neg_())
+
+
+def expectation(probs: Tensor, values: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_v p_v x_v of [n, V] tiles, [n], and x less it, in `spare` [n, V].
+
+    By two passes: a mean's own rounding, and that of the sum of p, are as large as what is left
+    of x around a near-certain token. The second pass sees only what is left.
+    """
+    mean = torch.mul(probs, values, out=spare).sum(1)
+    rest = torch.mul(torch.sub(values, mean[:, None], out=spare), probs).sum(1)
+    return mean + rest, spare.sub_(rest[:, None])
 
 
 def merge_(log_probs: Tensor, merged_ids: Tensor | None) -> Tensor | None:
