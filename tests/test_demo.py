@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from poweropd import demo
+from poweropd import demo, gradient_quality
 from poweropd.diagnostics import mean_cosine, signal_to_noise
 from poweropd.errors import RunError
 from poweropd.report import figures
@@ -18,8 +18,12 @@ from poweropd.trainer import Result, Trainer
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"START_BATCHES": 2, "CURVE_BATCHES": 2, "GRADIENT_PROMPTS": 4}.items():
-        monkeypatch.setattr(demo, name, value)
+    for module, name, value in (
+        (demo, "START_BATCHES", 2),
+        (demo, "CURVE_BATCHES", 2),
+        (gradient_quality, "PROMPTS", 4),
+    ):
+        monkeypatch.setattr(module, name, value)
 
 
 def test_a_run_of_the_demo_is_measured_on_its_way_and_not_repeated(tmp_path: Path) -> None:

@@ -34,17 +34,26 @@ MAY_IMPORT = {
     "evaluation": {"rollouts", "batching", "models", "data", "embedded", "records", "stops"},
     "report": {"records", "rewards", "config"},
     "validation": {"config", "evaluation", "records"},
+    "trackers": set(),
+    "card": {"config", "records"},
     "assembly": {
         *("config", "data", "kernels", "models", "objectives", "rollouts", "selection", "stops"),
         *("teachers", "update", "validation"),
     },
     "trainer": {
-        *("accounting", "assembly", "batching", "checkpoint", "config", "data", "evaluation"),
-        *("models", "objectives", "progress", "records", "rollouts", "update"),
+        *("accounting", "assembly", "batching", "card", "checkpoint", "config", "data"),
+        *("evaluation", "models", "objectives", "progress", "records", "rollouts", "trackers"),
+        "update",
     },
+    "gradient_quality": {
+        *("batching", "data", "diagnostics", "objectives", "rewards", "rollouts", "trainer"),
+        "update",
+    },
+    "sweep": {"config", "evaluation", "gradient_quality", "records", "trainer"},
+    "push": set(),
     "demo": {
-        *("batching", "config", "data", "diagnostics", "evaluation", "records", "report"),
-        *("embedded", "rollouts", "trainer", "update"),
+        *("config", "embedded", "evaluation", "gradient_quality", "records", "report"),
+        "trainer",
     },
 }
 SEES_EVERYTHING = {"cli", "__main__", "__init__"}

@@ -346,13 +346,6 @@ def test_the_teacher_may_see_another_prompt(recipe: MAKES, tmp_path: Path) -> No
     assert rows[None]["reverse_kl"] != rows["hint"]["reverse_kl"]
 
 
-def test_trackers_get_the_metrics_and_a_missing_one_is_named(recipe: MAKES, tmp_path: Path) -> None:
-    Trainer(recipe(**{"log.trackers": ["tensorboard"]}), progress=False).train()
-    assert list((tmp_path / "run" / "trackers").rglob("events.out.tfevents*"))
-    with pytest.raises(UsageError, match=r"log.trackers: swanlab not installed: pip install"):
-        Trainer(recipe(**{"log.trackers": ["swanlab"]}), progress=False)
-
-
 def test_final_stops_where_the_student_was_trained_to(recipe: MAKES) -> None:
     trainer = Trainer(recipe(), progress=False)
     final = trainer.train().final

@@ -1,7 +1,6 @@
 """The parts of a run, built from its recipe: what can be checked cheaply first, then weights."""
 
 import copy
-import importlib.util
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from accelerate import Accelerator
 
 from poweropd import data, models, objectives, selection, stops
 from poweropd.config import Config
-from poweropd.errors import UsageError
 from poweropd.kernels import Support
 from poweropd.rollouts.base import RolloutEngine, Sampling
 from poweropd.rollouts.transformers import TransformersEngine
@@ -159,13 +157,3 @@ def make_validation(config: Config, accelerator: Accelerator, inputs: Inputs) ->
     return Validation(
         config, config.evaluate, accelerator, inputs.tokenizer, inputs.student_context
     )
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """accelerate leaves a tracker out without a word if its package is missing."""
-    missing = [name for name in names if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"log.trackers: {', '.join(missing)} not installed: pip install 'poweropd[trackers]' "
-            f"for tensorboard, else pip install {' '.join(missing)}"
-        )

@@ -1,4 +1,4 @@
-"""The command line: `poweropd demo | train | eval`, also as `python -m poweropd`.
+"""The command line: `poweropd demo | train | eval | sweep | push`, also as `python -m poweropd`.
 
 Exit status: 0 done; 1 the run failed; 2 wrong usage, recipe or input (one line, no traceback);
 128 + n stopped by signal n, with a checkpoint written.
@@ -14,7 +14,9 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from poweropd import push
 from poweropd.errors import RunError, UsageError
+from poweropd.sweep import options as sweep
 
 app = typer.Typer(
     add_completion=False,
@@ -136,6 +138,11 @@ def demo(
     from poweropd import demo as showcase
 
     showcase.run(out, steps=steps, num_problems=problems, json_file=json_file)
+
+
+app.command()(sweep.sweep)
+app.command(hidden=True)(sweep.sweep_run)
+app.command()(push.push)
 
 
 def main() -> None:

@@ -22,16 +22,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from poweropd import records
-from poweropd.batching import Batch, collate
+from poweropd import gradient_quality, records
 from poweropd.config import Config
-from poweropd.data import PromptOrder
-from poweropd.diagnostics import (
-    exact_gradient,
-    mean_cosine,
-    sampled_gradients,
-    signal_to_noise,
-)
 from poweropd.embedded import task
 from poweropd.errors import RunError, UsageError
 from poweropd.evaluation import runner
@@ -40,9 +32,7 @@ from poweropd.evaluation.grading import Grader
 from poweropd.evaluation.metrics import paired_bootstrap, problem_values
 from poweropd.records import write_atomically
 from poweropd.report import figures
-from poweropd.rollouts.base import Request, completion_seed
 from poweropd.trainer import Trainer
-from poweropd.update import with_teacher
 
 REWARDS: dict[str, dict[str, Any]] = {
     "log_ratio": {"name": "log_ratio"},
@@ -63,7 +53,6 @@ CURVE_POINTS = 3  # after the start, at which a run's accuracy and gradients are
 CURVE_PROBLEMS = 128
 START_BATCHES = 32  # of fresh rollouts, for gradient quality at the start
 CURVE_BATCHES = 16  # and later
-GRADIENT_PROMPTS = 32
 
 
 @dataclass(frozen=True)
@@ -211,38 +200,15 @@ def measure(trainer: Trainer, job: Job) -> dict[str, Any]:
     step = trainer.steps_done
     folder = trainer.run.evaluations / f"step-{step}"
     solving = measure_accuracy(trainer.subject(), min(CURVE_PROBLEMS, job.num_problems), folder)
-    batches = fresh_batches(trainer, START_BATCHES if step == 0 else CURVE_BATCHES)
-    gradients = sampled_gradients(trainer.student, batches, trainer.reward)
-    point = {
+    start = step == 0  # where all runs are the same model
+    quality = gradient_quality.measure(trainer, START_BATCHES if start else CURVE_BATCHES, start)
+    return {
         "reward": job.reward,
         "seed": job.seed,
         "step": step,
         "accuracy": solving["accuracy"],
-        "gradient_snr": signal_to_noise(gradients),
+        **quality,
     }
-    if step == 0:  # where all runs are the same model
-        teacher = trainer.models.teacher
-        read = [with_teacher(batch, teacher) for batch in batches]
-        exact = exact_gradient(trainer.student, teacher.head(), read, trainer.reward)
-        point["gradient_cosine"] = mean_cosine(gradients, exact)
-    return point
-
-
-def fresh_batches(trainer: Trainer, batches: int) -> list[Batch]:
-    """Scored rollouts of the current student on training prompts; no training step sees them."""
-    count = batches * GRADIENT_PROMPTS
-    seed = trainer.config.train.seed
-    prompts = [
-        trainer.inputs.prompts[row]
-        for row in PromptOrder(len(trainer.inputs.prompts), seed).at_step(0, count)
-    ]
-    requests = [
-        Request(i, 0, p.prompt_ids, p.teacher_prompt_ids, completion_seed(seed, -1, i, 0))
-        for i, p in enumerate(prompts)
-    ]
-    examples = trainer.scored(trainer.engine.generate(requests, trainer.sampling), prompts)
-    groups = [examples[i::batches] for i in range(batches)]
-    return [collate(group) for group in groups]
 
 
 def summary(

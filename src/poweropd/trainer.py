@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 
-from poweropd import assembly, checkpoint
+from poweropd import assembly, card, checkpoint, trackers
 from poweropd.accounting import StepClock
 from poweropd.assembly import Inputs
 from poweropd.batching import Example, Rollout, make_example
@@ -59,7 +59,7 @@ class Trainer:
 
     def __init__(self, config: Config, progress: bool = True) -> None:
         self.config = config
-        assembly.check_trackers(config.log.trackers)
+        trackers.check(config.log.trackers)
         self.accelerator = Accelerator(
             log_with=config.log.trackers or None,
             project_config=ProjectConfiguration(config.run.dir, f"{config.run.dir}/trackers"),
@@ -78,7 +78,8 @@ class Trainer:
         self.engine = assembly.make_engine(config, self.student)
         self.sampling = assembly.make_sampling(config, self.inputs)
         self.steps_done = self._resume()
-        self.accelerator.init_trackers("poweropd", config=self.config.flat_text())
+        options = trackers.options(config.log.trackers, self.run.path)
+        self.accelerator.init_trackers("poweropd", config.flat_text(), options)
 
     def train(self, until: int | None = None) -> Result:
         """Runs the remaining steps, or those before step `until`.
@@ -219,7 +220,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.run.append_metrics(metrics)
         numbers = {key: value for key, value in metrics.items() if value is not None}
-        self.accelerator.log(numbers, step=metrics["step"])
+        self.accelerator.log(numbers, step=numbers.pop("step"))
 
     # Saving and resuming.
 
@@ -260,6 +261,7 @@ class Trainer:
                 stop_ids = list(self.sampling.stop_ids)
                 self.student.save(temporary, stop_ids, merge=lora is not None and lora.merge)
                 self.inputs.tokenizer.save_pretrained(temporary)
+                card.write(temporary, self.config, self.steps_done)
         self.accelerator.wait_for_everyone()
 
 

@@ -1,0 +1,1 @@
+"""`poweropd sweep`: many runs of one recipe, and the table that compares them."""

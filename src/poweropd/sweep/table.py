@@ -1,0 +1,247 @@
+"""The table of a sweep, as the paper's Tables 2 and 3: for a terminal, in Markdown, CSV, JSON."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from poweropd.evaluation.metrics import Estimate
+from poweropd.sweep import paper
+from poweropd.sweep.results import MEAN, Benchmark, Row
+
+#: Metric of a benchmark -> its name in headings.
+ACCURACIES = {"avg_at_k": "Avg@", "pass_at_k": "Pass@"}
+#: Column of the training -> heading, format.
+TRAINING = {
+    "reverse_kl": ("KL", ".3f"),
+    "length": ("len", ".0f"),
+    "truncated": ("cut", ".2f"),
+    "grad_norm": ("grad norm", ".3g"),
+    "snr_start": ("SNR start", ".2f"),
+    "snr_end": ("SNR end", ".2f"),
+    "cosine_start": ("cos start", ".2f"),
+    "cosine_end": ("cos end", ".2f"),
+    "seconds": ("s", ".0f"),
+}
+NO_EVALUATION = (
+    "There are no accuracies, for the runs were not evaluated: give the recipe a section such as "
+    "evaluate: {every: 500, benchmarks: [math500], n: 8}"
+)
+WIDEST = 1000
+Mark = Callable[[str, int], str]  # (text, rank: 0 best, 1 second) -> text
+
+
+def _symbols(text: str, rank: int) -> str:
+    return f"{text} {'▲△'[rank]}" if rank < 2 else text
+
+
+def _emphasis(text: str, rank: int) -> str:
+    return (f"**{text}**", f"<u>{text}</u>", text)[min(rank, 2)]
+
+
+def show(rows: Sequence[Row], best: bool, console: Console) -> None:
+    """Accuracies (intervals of the only benchmark, or of the mean over all), then training."""
+    tables = [_accuracies(rows, best)] if benchmarks(rows) else []
+    if training_columns(rows):
+        tables.append(_trainings(rows))
+    for table in tables:
+        # Lines that a narrow terminal wraps are better than numbers cut short.
+        needed = console.measure(table, options=console.options.update(max_width=WIDEST)).maximum
+        console.width = max(console.width, needed)
+        console.print(table)
+
+
+def _accuracies(rows: Sequence[Row], best: bool) -> Table:
+    names = benchmarks(rows)
+    detailed = MEAN if MEAN in names else names[0]
+    table = _table(f"▲ best, △ second best. {accuracy_caption(best)}")
+    ranks = {
+        (name, key): ranking(rows, name, key) for name in names for key in _metrics(rows, name)
+    }
+    for name in names:
+        titles = [_title(rows, name, key) for key in _metrics(rows, name)]
+        table.add_column("\n".join([name, *titles]), justify="right", no_wrap=True)
+    table.add_column("Len", justify="right")
+    for number, row in enumerate(rows):
+        cells = [
+            "\n".join(
+                _estimate(row, name, key, ranks[name, key][number], _symbols, name == detailed)
+                for key in _metrics(rows, name)
+            )
+            for name in names
+        ]
+        table.add_row(_name(row), *cells, _length(row.benchmarks.get(detailed)))
+        if row.of_paper is not None:
+            theirs = [
+                "\n".join(_paper(row.of_paper, name, key) for key in _metrics(rows, name))
+                for name in names
+            ]
+            length = row.of_paper[detailed].mean_length if detailed in row.of_paper else None
+            length_text = "" if length is None else f"{length:.0f}"
+            table.add_row(f"  paper (k = {paper.k()})", *theirs, length_text, style="dim")
+    return table
+
+
+def _trainings(rows: Sequence[Row]) -> Table:
+    columns = training_columns(rows)
+    table = _table(training_caption(rows))
+    for column in columns:
+        table.add_column(TRAINING[column][0].replace(" ", "\n"), justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(_name(row), *_training(row, columns))
+    return table
+
+
+def _table(caption: str) -> Table:
+    """An empty one, narrow, its first column for the cells."""
+    table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=0)
+    table.add_column("", overflow="fold", min_width=20)
+    return table
+
+
+def accuracy_caption(best: bool) -> str:
+    return (
+        f"Accuracy in %, of each run's {'best evaluated' if best else 'last'} step: mean over "
+        "seeds [95% interval over problems and seeds]. Len: mean completion length there."
+    )
+
+
+def training_caption(rows: Sequence[Row]) -> str:
+    text = (
+        "KL to the teacher, length of completions, fraction cut at the limit: in the last tenth of "
+        "training. Grad norm: median of all steps. s: seconds of all steps."
+    )
+    if "snr_start" in training_columns(rows):
+        text += (
+            " SNR: signal-to-noise ratio of a batch's gradient; cos: its mean cosine to the exact, "
+            "full-vocabulary gradient of the same reward."
+        )
+    return text if benchmarks(rows) else f"{text}\n{NO_EVALUATION}"
+
+
+def markdown(rows: Sequence[Row], best: bool) -> str:
+    """One table: every mean with its interval; best bold, second best underlined."""
+    names, columns = benchmarks(rows), training_columns(rows)
+    shown = [(name, key) for name in names for key in _metrics(rows, name)]
+    ranks = {column: ranking(rows, *column) for column in shown}
+    headings = ["", *(f"{name} {_title(rows, name, key)}" for name, key in shown)]
+    headings += [f"{name} len" for name in names] + [TRAINING[c][0] for c in columns]
+    lines = [headings, ["---", *["---:"] * (len(headings) - 1)]]
+    for number, row in enumerate(rows):
+        cells = [_name(row)]
+        cells += [
+            _estimate(row, name, key, ranks[name, key][number], _emphasis, True)
+            for name, key in shown
+        ]
+        cells += [_length(row.benchmarks.get(name)) for name in names]
+        lines.append([*cells, *_training(row, columns)])
+        if row.of_paper is not None and shown:
+            lengths = [
+                f"{row.of_paper[n].mean_length:.0f}" if n in row.of_paper else "" for n in names
+            ]
+            cells = [f"*paper (k = {paper.k()})*", *(_paper(row.of_paper, *s) for s in shown)]
+            lines.append([*cells, *lengths, *([""] * len(columns))])
+    text = "\n".join(f"| {' | '.join(' '.join(c.split()) for c in line)} |" for line in lines)
+    legend = f"Best bold, second best underlined. {accuracy_caption(best)}" if names else ""
+    return "\n\n".join(part for part in (text, legend, training_caption(rows)) if part) + "\n"
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """One line a cell; numbers only, fractions and tokens, nothing where there is none."""
+    found = [_flat(row) for row in rows]
+    columns = list(dict.fromkeys(key for one in found for key in one))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(found)
+    return text.getvalue()
+
+
+def as_json(rows: Sequence[Row], best: bool) -> str:
+    content = {"step": "best" if best else "last", "rows": [asdict(row) for row in rows]}
+    return json.dumps(content, indent=2) + "\n"
+
+
+def benchmarks(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row.benchmarks))
+
+
+def training_columns(rows: Sequence[Row]) -> list[str]:
+    return [column for column in TRAINING if any(column in row.training for row in rows)]
+
+
+def ranking(rows: Sequence[Row], name: str, key: str) -> list[int]:
+    """Each row's place by a figure, 0 the best; ties share one, rows without it come last."""
+    values = [
+        asdict(row.benchmarks[name])[key]["mean"] if name in row.benchmarks else -1.0
+        for row in rows
+    ]
+    places = {value: place for place, value in enumerate(sorted(set(values) - {-1.0})[::-1])}
+    return [places.get(value, len(rows)) for value in values]
+
+
+def _metrics(rows: Sequence[Row], name: str) -> list[str]:
+    """Avg@1 and Pass@1 are the same."""
+    return list(ACCURACIES)[: 1 if _k(rows, name) == 1 else None]
+
+
+def _k(rows: Sequence[Row], name: str) -> int:
+    return next(row.benchmarks[name].k for row in rows if name in row.benchmarks)
+
+
+def _title(rows: Sequence[Row], name: str, key: str) -> str:
+    return f"{ACCURACIES[key]}{_k(rows, name)}"
+
+
+def _name(row: Row) -> str:
+    if row.finished == row.seeds:
+        return row.cell
+    failed = f", {len(row.failed)} failed" if row.failed else ""
+    return f"{row.cell} ({row.finished} of {row.seeds} seeds{failed})"
+
+
+def _estimate(row: Row, name: str, key: str, rank: int, mark: Mark, interval: bool) -> str:
+    if name not in row.benchmarks:
+        return "–"
+    found = Estimate(**asdict(row.benchmarks[name])[key])
+    text = mark(f"{100 * found.mean:.2f}", rank)
+    return f"{text}\n[{100 * found.low:.1f}, {100 * found.high:.1f}]" if interval else text
+
+
+def _length(found: Benchmark | None) -> str:
+    return "–" if found is None else f"{found.mean_length:.0f}"
+
+
+def _training(row: Row, columns: Sequence[str]) -> list[str]:
+    return [
+        format(row.training[column], TRAINING[column][1]) if column in row.training else "–"
+        for column in columns
+    ]
+
+
+def _paper(found: dict[str, paper.Figures], name: str, key: str) -> str:
+    return f"{100 * asdict(found[name])[key]:.2f}" if name in found else ""
+
+
+def _flat(row: Row) -> dict[str, object]:
+    flat: dict[str, object] = {"cell": row.cell, "seeds": row.seeds, "finished": row.finished}
+    for name, found in row.benchmarks.items():
+        for key, title in ACCURACIES.items():
+            estimate = asdict(found)[key]
+            flat |= {
+                f"{name} {title}{found.k}{part.removeprefix(' mean')}": estimate[part.strip()]
+                for part in (" mean", " low", " high")
+            }
+        flat[f"{name} length"] = found.mean_length
+        if row.of_paper is not None and name in row.of_paper:
+            theirs: dict[str, object] = {
+                f"{name} paper {title}{paper.k()}": asdict(row.of_paper[name])[key]
+                for key, title in ACCURACIES.items()
+            }
+            flat |= {**theirs, f"{name} paper length": row.of_paper[name].mean_length}
+    return flat | {f"training {key}": value for key, value in row.training.items()}

@@ -1,0 +1,27 @@
+"""One training of a sweep, in its own process; its gradients measured at both ends if wanted."""
+
+import json
+from pathlib import Path
+
+from poweropd import gradient_quality
+from poweropd.config import Config
+from poweropd.records import write_atomically
+from poweropd.sweep.cells import Training
+from poweropd.trainer import Result, Trainer
+
+
+def train(config_path: Path, snr: int) -> Result:
+    """Trains on from where the run directory is; `snr`: batches for the quality of gradients."""
+    trainer = Trainer(Config.load(config_path))
+    if snr and trainer.steps_done == 0:
+        _measure(trainer, "start", snr)
+    result = trainer.train()
+    if snr and result.final is not None:
+        _measure(trainer, "end", snr)
+    return result
+
+
+def _measure(trainer: Trainer, when: str, batches: int) -> None:
+    training = Training("", trainer.config.train.seed, trainer.config)
+    found = training.gradients() | {when: gradient_quality.measure(trainer, batches)}
+    write_atomically(training.gradients_path, json.dumps(found, indent=2) + "\n")
