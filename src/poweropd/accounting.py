@@ -1,13 +1,58 @@
-"""Where the time of a step goes, and how much memory it took."""
+"""Where the time of a step goes, how much memory it took, and what share of the device it used."""
 
+import re
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from poweropd.batching import Example
+from poweropd.costs import flops
+from poweropd.costs.geometry import Geometry
+from poweropd.errors import UsageError
+
 PHASES = ("rollout", "score", "update", "sync")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What its maker states: memory in GiB, and FLOP/s of dense bf16 matmuls."""
+
+    memory: float
+    peak_flops: float
+
+
+GPUS = {
+    "H100": Gpu(80, 989e12),
+    "H100 PCIe": Gpu(80, 756e12),
+    "H100 NVL": Gpu(94, 835e12),
+    "H200": Gpu(141, 989e12),
+    "B200": Gpu(180, 2250e12),
+    "A100": Gpu(80, 312e12),
+    "L40S": Gpu(48, 362e12),
+    "L4": Gpu(24, 121e12),
+    "A10": Gpu(24, 125e12),
+    "RTX 4090": Gpu(24, 165e12),
+    "RTX 3090": Gpu(24, 71e12),
+}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s of dense matmuls in bf16 or float16; None where they are not known."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return peak_flops_of(torch.cuda.get_device_name(device))
+
+
+def peak_flops_of(device_name: str) -> float | None:
+    """Of a device by the name its driver gives, as "NVIDIA H100 80GB HBM3"; None if unknown."""
+    words = set(re.split(r"[\s-]+", device_name))
+    found = [name for name in GPUS if set(name.split()) <= words]
+    return GPUS[max(found, key=len)].peak_flops if found else None
 
 
 class StepClock:
@@ -41,3 +86,43 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@dataclass(frozen=True)
+class Utilization:
+    """Model FLOPs utilisation of a process: scoring and update, against its device's peak.
+
+    Sampling is left out, for memory bounds it, and so is what checkpointing computes again.
+    """
+
+    student: Geometry
+    teacher: Geometry | None  # None where another machine computes it
+    passes: flops.Passes
+    peak: float  # FLOP/s
+
+    @classmethod
+    def of(
+        cls,
+        student_config: Any,
+        teacher_config: Any | None,
+        passes: flops.Passes,
+        peak: float | None,
+    ) -> "Utilization | None":
+        """From transformers configs; None for models that `costs` does not model, or no peak."""
+        if peak is None:
+            return None
+        try:
+            student, teacher = (
+                None if c is None else Geometry.from_fields("", c.get_text_config().to_dict())
+                for c in (student_config, teacher_config)
+            )
+        except UsageError:
+            return None
+        return None if student is None else cls(student, teacher, passes, peak)
+
+    def metrics(self, examples: Iterable[Example], clock: StepClock) -> dict[str, float]:
+        """`mfu` of this process's examples of a step; nothing where it had none."""
+        sequences = [(e.student_length, e.num_tokens) for e in examples]
+        busy = clock.seconds["score"] + clock.seconds["update"]
+        done = flops.update(self.student, self.teacher, sequences, self.passes).total
+        return {"mfu": done / busy / self.peak} if sequences else {}

@@ -1,4 +1,4 @@
-"""The command line: `poweropd demo | train | eval | sweep | push`, also as `python -m poweropd`.
+"""The command line: `poweropd demo | train | eval | sweep | plan | push`, or `python -m poweropd`.
 
 Exit status: 0 done; 1 the run failed; 2 wrong usage, recipe or input (one line, no traceback);
 128 + n stopped by signal n, with a checkpoint written.
@@ -121,6 +121,54 @@ def evaluate(
         model, selection, settings, folder, dtype, trust_remote_code, k, batch_size
     )
     command.show(report, json_file, compare)
+
+
+@app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="Whose memory and peak count, such as A100.")] = "H100",
+    gpu_memory: Annotated[
+        float | None, typer.Option(min=1, help="GiB, instead of its own.")
+    ] = None,
+    tflops: Annotated[float | None, typer.Option(min=0.001, help="Peak, not its own.")] = None,
+    utilization: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Of the peak, in scoring and update: a guess.")
+    ] = 0.4,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(min=0.001, help="Of rollouts, on one GPU.")
+    ] = None,
+    measured: Annotated[
+        Path | None, typer.Option(help="A run directory whose steps say how fast it goes.")
+    ] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Mean.")] = None,
+    completion_tokens: Annotated[int | None, typer.Option(min=1, help="Mean; the cap.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="As many as are needed.")] = None,
+    compare: Annotated[str, typer.Option(help="Such as sampled,full_vocab.")] = "",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write it here too.")] = None,
+) -> None:
+    """Check a recipe and say what it costs, before any weight is loaded."""
+    from poweropd.config import Config
+    from poweropd.plan import command, table
+
+    options = command.Options(
+        gpu=gpu,
+        gpu_memory=gpu_memory,
+        tflops=tflops,
+        utilization=utilization,
+        tokens_per_second=tokens_per_second,
+        measured=measured,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        gpus=gpus,
+        compare=[kind.strip() for kind in compare.split(",") if kind.strip()],
+    )
+    made = command.make(Config.load(recipe, overrides or []), options)
+    table.show(made)
+    if json_file is not None:
+        made.write(json_file)
+    if made.failed:
+        raise UsageError("; ".join(f"{check.name}: {check.detail}" for check in made.failed))
 
 
 @app.command()
