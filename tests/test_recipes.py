@@ -1,11 +1,13 @@
-"""The shipped recipes load, and the README's snippet does what it says."""
+"""The shipped recipes load, are planned and train, and the README's snippets do what they say."""
 
 import re
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 
-from poweropd import Config
+from poweropd import Config, Trainer
+from poweropd.plan import command
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -16,6 +18,42 @@ def test_every_recipe_is_valid(path: Path) -> None:
     config = Config.load(path)
     assert config.run.dir == f"runs/{path.stem}"
     assert config.reward.create()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_is_planned_offline_and_fits_one_gpu(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    plan = command.make(Config.load(path), command.Options(gpu="H100", tokens_per_second=1000))
+    assert plan.failed == []
+    assert plan.gpus_needed == 1
+    hours = plan.estimates[0].gpu_hours(plan.config.train.steps)
+    assert hours is not None
+    assert hours > 0
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_trains_two_steps_with_tiny_models(
+    path: Path, student_dir: Path, teacher_dir: Path, prompts: Path, tmp_path: Path
+) -> None:
+    tiny = {
+        "run.dir": tmp_path / "run",
+        "model.student": student_dir,
+        "model.dtype": "float32",
+        "teacher.model": teacher_dir,
+        "teacher.dtype": "float32",
+        "data.prompts": prompts,
+        "data.column": "problem",
+        "rollout.max_new_tokens": 6,
+        "train.steps": 2,
+        "train.prompts_per_step": 2,
+        "evaluate": "null",
+    }
+    config = Config.load(path, [f"{key}={value}" for key, value in tiny.items()])
+    result = Trainer(config, progress=False).train()
+    assert result.steps == 2
+    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
 
 
 def test_the_recipe_in_the_readme_is_the_quickstart(tmp_path: Path) -> None:

@@ -138,13 +138,15 @@ def forward_workspace(geometry: Geometry, number: int, tokens: int, mask: int) -
 def head_chunk(geometry: Geometry, setup: Setup, tokens: int, buffers: int) -> int:
     """The [n, V] float32 buffers of a head over `tokens`, by the rule of `kernels.head.chunk_rows`.
 
-    With them their copy for low-precision matmuls, and a tile of the softmax.
+    With them their copy for low-precision matmuls and a tile of the softmax, or five, with the
+    probabilities, the reward and what it and its divergence make on their way.
     """
     row = geometry.vocab * FLOAT32
     fitting = CHUNK_BYTES[setup.device] // (row * buffers)
     rows = min(max(64, fitting // 64 * 64), tokens)
     low = geometry.vocab * setup.compute if setup.compute < FLOAT32 else 0
-    return rows * (row * buffers + low) + min(TILE_BYTES[setup.device], rows * row)
+    tiles = 1 if buffers == 1 else 5
+    return rows * (row * buffers + low) + tiles * min(TILE_BYTES[setup.device], rows * row)
 
 
 def head_gradient(geometry: Geometry, setup: Setup, tokens: int) -> int:

@@ -128,7 +128,7 @@ def make(config: Config, options: Options) -> Plan:
         gpu_bytes=gpu_bytes,
         gpus_needed=needed,
         estimates=[estimate(c, student, teacher, workload, throughput, gpus) for c in configs],
-        advice=advice(student, teacher, setup(config, student, workload, gpus)),
+        advice=advice(student, teacher, setup(config, student, workload, options.gpus or 1)),
     )
 
 

@@ -157,7 +157,8 @@ def fit(plan: Plan) -> list[str]:
             f"{peak}; of {size} GiB, {usable} count as usable. GPUs needed: {plan.gpus_needed}."
         ]
     if plan.gpus_needed != 1:
-        lines += [f"  {key} lowers the peak to {_gib(low)} GiB" for key, low in plan.advice]
+        where = f"on {own.gpus} GPUs" if plan.gpus_needed is None else "on one GPU"
+        lines += [f"  {key}: {_gib(low)} GiB {where}" for key, low in plan.advice]
     return lines
 
 
