@@ -6,8 +6,10 @@ Bytes throughout. Not counted: the CUDA context, libraries, and what an allocato
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from poweropd.costs.geometry import Geometry
-from poweropd.kernels.head import CHUNK_BYTES
+from poweropd.kernels.head import chunk_rows
 from poweropd.kernels.softmax import TILE_BYTES
 
 GIB = 2**30
@@ -136,14 +138,14 @@ def forward_workspace(geometry: Geometry, number: int, tokens: int, mask: int) -
 
 
 def head_chunk(geometry: Geometry, setup: Setup, tokens: int, buffers: int) -> int:
-    """The [n, V] float32 buffers of a head over `tokens`, by the rule of `kernels.head.chunk_rows`.
+    """The [n, V] float32 buffers of a head over `tokens`, with one more in low precision.
 
-    With them their copy for low-precision matmuls and a tile of the softmax, or five, with the
-    probabilities, the reward and what it and its divergence make on their way.
+    With them a tile of the softmax, or five of a full-vocabulary one: probabilities, reward, and
+    what it and its divergence make on their way.
     """
     row = geometry.vocab * FLOAT32
-    fitting = CHUNK_BYTES[setup.device] // (row * buffers)
-    rows = min(max(64, fitting // 64 * 64), tokens)
+    like = torch.empty(tokens, 0, device="cpu" if setup.device == "cpu" else "meta")
+    rows = chunk_rows(like, geometry.vocab, buffers, None)
     low = geometry.vocab * setup.compute if setup.compute < FLOAT32 else 0
     tiles = 1 if buffers == 1 else 5
     return rows * (row * buffers + low) + tiles * min(TILE_BYTES[setup.device], rows * row)
