@@ -97,7 +97,7 @@ def predicted(geometry: Geometry, path: str, lengths: str) -> memory.Memory:
         compute=compute,
         master=memory.FLOAT32,
         teacher=compute,
-        full_vocab=path == "full_vocab",
+        reads_along=path == "full_vocab",
         padded=lengths != "fixed",
         device="cuda" if CUDA else "cpu",
     )

@@ -1,15 +1,23 @@
 """The clock of a step, and the share of a device's peak that it reports."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
-from poweropd.accounting import GPUS, StepClock, Utilization, peak_flops, peak_flops_of
+from poweropd import assembly
+from poweropd.accounting import (
+    GPUS,
+    StepClock,
+    Utilization,
+    geometry_of,
+    peak_flops,
+    peak_flops_of,
+)
 from poweropd.batching import Example, Rollout
+from poweropd.config import Config
 from poweropd.costs import flops
-from poweropd.costs.geometry import Geometry
-from poweropd.models import load_config
 
 CPU = torch.device("cpu")
 
@@ -45,25 +53,28 @@ def example(prompt: int, completion: int) -> Example:
     return Example(rollout, torch.arange(completion), targets, targets)
 
 
-def test_mfu_is_the_models_flops_over_scoring_and_update(student_dir, teacher_dir) -> None:
-    configs = load_config(str(student_dir)), load_config(str(teacher_dir))
-    utilization = Utilization.of(*configs, flops.Passes(), peak=1e9)
+@pytest.fixture
+def pair(recipe: Callable[..., Config]) -> assembly.Models:
+    return assembly.load_models(recipe(), CPU)
+
+
+def test_mfu_is_the_models_flops_over_scoring_and_update(pair: assembly.Models) -> None:
+    utilization = Utilization.of(pair.student, pair.teacher, False, peak=1e9)
     assert utilization is not None
     clock = StepClock(CPU)
     clock.seconds |= {"rollout": 9.0, "score": 0.5, "update": 1.5}
     examples = [example(5, 7), example(3, 2)]
-    pair = [Geometry.from_fields("", c.to_dict()) for c in configs]
     # The last token of a completion is predicted, not read.
-    total = flops.update(pair[0], pair[1], [(11, 7), (4, 2)]).total
+    geometries = geometry_of(pair.student), geometry_of(pair.teacher)
+    total = flops.update(*geometries, [(11, 7), (4, 2)]).total
     assert utilization.metrics(examples, clock)["mfu"] == pytest.approx(total / 2.0 / 1e9)
     assert utilization.metrics([], clock) == {}
     remote = replace(utilization, teacher=None)
     assert remote.metrics(examples, clock)["mfu"] < utilization.metrics(examples, clock)["mfu"]
 
 
-def test_without_a_peak_there_is_no_utilization(student_dir, teacher_dir) -> None:
-    configs = load_config(str(student_dir)), load_config(str(teacher_dir))
-    assert Utilization.of(*configs, flops.Passes(), peak=None) is None
+def test_without_a_peak_there_is_no_utilization(pair: assembly.Models) -> None:
+    assert Utilization.of(pair.student, pair.teacher, False) is None
 
 
 def test_the_clock_tells_phases_apart() -> None:

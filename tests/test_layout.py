@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "rewards": set(),
     "stops": set(),
     "costs": {"kernels"},
-    "accounting": {"costs", "batching"},
+    "accounting": {"costs", "batching", "models"},
     "plan": {"accounting", "config", "costs", "data", "models", "records", "stops"},
     "progress": set(),
     "embedded": set(),

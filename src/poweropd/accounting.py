@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -14,6 +13,7 @@ from poweropd.batching import Example
 from poweropd.costs import flops
 from poweropd.costs.geometry import Geometry
 from poweropd.errors import UsageError
+from poweropd.models import LanguageModel
 
 PHASES = ("rollout", "score", "update", "sync")
 
@@ -103,22 +103,24 @@ class Utilization:
     @classmethod
     def of(
         cls,
-        student_config: Any,
-        teacher_config: Any | None,
-        passes: flops.Passes,
-        peak: float | None,
+        student: LanguageModel,
+        teacher: LanguageModel | None,
+        needs_statistics: bool,
+        peak: float | None = None,
     ) -> "Utilization | None":
-        """From transformers configs; None for models that `costs` does not model, or no peak."""
+        """For loaded models; None where the peak, or a model's geometry, is not known.
+
+        `peak` in FLOP/s; the device's own, if it is in `GPUS`, where none is given.
+        """
+        peak = peak or peak_flops(student.device, student.compute_dtype)
         if peak is None:
             return None
         try:
-            student, teacher = (
-                None if c is None else Geometry.from_fields("", c.get_text_config().to_dict())
-                for c in (student_config, teacher_config)
-            )
+            own = geometry_of(student)
+            other = None if teacher is None else geometry_of(teacher)
         except UsageError:
             return None
-        return None if student is None else cls(student, teacher, passes, peak)
+        return cls(own, other, flops.Passes.of(student.lora, needs_statistics), peak)
 
     def metrics(self, examples: Iterable[Example], clock: StepClock) -> dict[str, float]:
         """`mfu` of this process's examples of a step; nothing where it had none."""
@@ -126,3 +128,8 @@ class Utilization:
         busy = clock.seconds["score"] + clock.seconds["update"]
         done = flops.update(self.student, self.teacher, sequences, self.passes).total
         return {"mfu": done / busy / self.peak} if sequences else {}
+
+
+def geometry_of(model: LanguageModel) -> Geometry:
+    config = model.causal_lm.config
+    return Geometry.from_fields(config.name_or_path, config.get_text_config().to_dict())

@@ -30,7 +30,7 @@ class Setup:
     master: int
     teacher: int
     rollout_batch: int = 128
-    full_vocab: bool = False
+    reads_along: bool = False  # the teacher, in the update: its hidden states are needed there
     checkpointing: bool = False
     lora_rank: int | None = None
     lora_parameters: int = 0
@@ -181,15 +181,15 @@ def of_step(student: Geometry, teacher: Geometry, setup: Setup) -> Memory:
     trained = setup.lora_parameters if setup.lora_rank else student.parameters
     weights = student.parameters + (setup.lora_parameters if setup.lora_rank else 0)
     rows, teacher_rows = setup.rows(setup.max_tokens), setup.rows(setup.teacher_max_tokens)
-    if setup.full_vocab:  # the teacher reads the student's micro-batches
+    if setup.reads_along:  # the teacher reads the student's micro-batches
         teacher_rows = rows
     read, scored = rows * setup.length, teacher_rows * setup.length
     loss, scored_loss = rows * setup.completion, teacher_rows * setup.completion
     mask = setup.length if setup.padded else 0
     update, score, rollout = ("update",), ("score",), ("rollout",)
-    chunk = head_chunk(student, setup, loss, buffers=2 if setup.full_vocab else 1)
-    teacher_hidden = loss * teacher.hidden * setup.teacher if setup.full_vocab else 0
-    teacher_chunk = 0 if setup.full_vocab else head_chunk(teacher, setup, scored_loss, buffers=1)
+    chunk = head_chunk(student, setup, loss, buffers=2 if setup.reads_along else 1)
+    teacher_hidden = loss * teacher.hidden * setup.teacher if setup.reads_along else 0
+    teacher_chunk = 0 if setup.reads_along else head_chunk(teacher, setup, scored_loss, buffers=1)
     return Memory(
         [
             Part("student weights", weights * setup.master),

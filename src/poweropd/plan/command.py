@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from poweropd.accounting import GPUS
+from poweropd.accounting import GPUS, Gpu
 from poweropd.config import Config
 from poweropd.costs import flops
 from poweropd.costs.memory import GIB
@@ -51,10 +51,10 @@ class Options:
         """As given or assumed, without a measured run."""
         peak = self.tflops * 1e12 if self.tflops else self._gpu().peak_flops
         what = "--tflops" if self.tflops else f"an {self.gpu}'s peak"
-        source = f"{self.utilization:.0%} of {peak / 1e12:.0f} TFLOP/s ({what}), assumed"
+        source = f"at {self.utilization:.0%} of {peak / 1e12:.0f} TFLOP/s ({what}), assumed"
         return Throughput(self.tokens_per_second, self.utilization * peak, 0.0, source)
 
-    def _gpu(self) -> Any:
+    def _gpu(self) -> Gpu:
         found = {name.lower(): gpu for name, gpu in GPUS.items()}
         if self.gpu.lower() not in found:
             raise UsageError(
@@ -143,7 +143,7 @@ def rates(measured: Measured, prompt: float, source: str) -> Throughput:
         rollout=workload.tokens / measured.rollout,
         flops=done / measured.busy,
         sync=measured.sync,
-        source=f"measured in {source}, on one device",
+        source=f"as measured in {source}, on one device",
     )
 
 

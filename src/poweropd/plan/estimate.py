@@ -136,7 +136,7 @@ def setup(
         master=BYTES[config.model.master_dtype],
         teacher=BYTES[config.teacher.dtype],
         rollout_batch=config.rollout.batch_size,
-        full_vocab=config.objective.kind == "full_vocab",
+        reads_along=config.needs_local_teacher is not None,
         checkpointing=config.model.gradient_checkpointing,
         lora_rank=lora.r if lora else None,
         lora_parameters=lora_parameters(student, lora) if lora else 0,

@@ -168,7 +168,7 @@ def cost(plan: Plan, own: Estimate) -> list[str]:
     lines = [
         f"A step: {work.completions} prompts of {work.prompt} tokens ({plan.prompt_source}) and "
         f"completions of {work.completion}.",
-        f"Scoring and update: {own.seconds['score and update']:.2f} s at {rate.source}.",
+        f"Scoring and update: {own.seconds['score and update']:.2f} s, {rate.source}.",
     ]
     rollout, hours = own.seconds["rollout"], own.gpu_hours(plan.config.train.steps)
     if rollout is None or hours is None:
