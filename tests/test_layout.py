@@ -36,8 +36,11 @@ MAY_IMPORT = {
     "validation": {"config", "evaluation", "records"},
     "trackers": set(),
     "card": {"config", "records"},
+    "task_reward": {"batching", "config", "data", "evaluation", "rewards"},
+    "engines": {"batching", "config", "data", "models", "rewards", "rollouts", "update"},
     "assembly": {
-        *("config", "data", "kernels", "models", "objectives", "rollouts", "selection", "stops"),
+        *("config", "data", "engines", "kernels", "models", "objectives", "rollouts", "selection"),
+        *("stops", "task_reward"),
         *("teachers", "update", "validation"),
     },
     "trainer": {

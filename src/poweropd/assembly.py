@@ -1,6 +1,5 @@
 """The parts of a run, built from its recipe: what can be checked cheaply first, then weights."""
 
-import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,11 +8,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from poweropd import data, models, objectives, selection, stops
+from poweropd import data, engines, models, objectives, selection, stops
 from poweropd.config import Config
+from poweropd.errors import UsageError
 from poweropd.kernels import Support
+from poweropd.rollouts import ahead
 from poweropd.rollouts.base import RolloutEngine, Sampling
-from poweropd.rollouts.transformers import TransformersEngine
+from poweropd.task_reward import TaskRewards
 from poweropd.teachers.base import TeacherScorer, Unscored
 from poweropd.teachers.local import LocalTeacher
 from poweropd.update import Updater
@@ -123,22 +124,17 @@ def make_objective(
     )
 
 
-def make_engine(config: Config, student: models.Student) -> RolloutEngine:
-    """The engine samples from the student itself, or from a copy in the compute dtype."""
-    model, batch_size = student.model, config.rollout.batch_size
-    if model.dtype == student.compute_dtype:
-        return TransformersEngine(model, vocab_size=student.vocab_size, batch_size=batch_size)
-    twin = copy.deepcopy(model).requires_grad_(False)
-    for parameter in twin.parameters():
-        # Not `twin.to(dtype)`: that would round the buffers of rotary embeddings as well.
-        parameter.data = parameter.data.to(student.compute_dtype)
-
-    @torch.no_grad()
-    def sync() -> None:
-        for own, trained in zip(twin.parameters(), model.parameters(), strict=True):
-            own.copy_(trained)
-
-    return TransformersEngine(twin, vocab_size=student.vocab_size, batch_size=batch_size, sync=sync)
+def make_engine(
+    config: Config,
+    inputs: Inputs,
+    student: models.Student,
+    updater: Updater,
+    accelerator: Accelerator,
+) -> RolloutEngine:
+    tokenizer, prompts, context = inputs.tokenizer, inputs.prompts, inputs.student_context
+    return engines.make(
+        engines.Parts(config, student, tokenizer, prompts, context, updater, accelerator)
+    )
 
 
 def make_sampling(config: Config, inputs: Inputs) -> Sampling:
@@ -149,6 +145,21 @@ def make_sampling(config: Config, inputs: Inputs) -> Sampling:
         top_p=config.rollout.top_p,
         top_k=config.rollout.top_k,
     )
+
+
+def make_schedule(config: Config, engine: RolloutEngine, sample: ahead.Sample) -> ahead.Schedule:
+    staleness = config.rollout.staleness
+    if staleness and not engine.concurrent:
+        raise UsageError(
+            f"rollout.staleness: {staleness} needs an engine that samples while the student is "
+            f"trained, such as vllm_server; {config.rollout.engine} does not"
+        )
+    return ahead.SCHEDULES[staleness](sample, config.train.steps)
+
+
+def make_task_rewards(config: Config, inputs: Inputs) -> TaskRewards | None:
+    section = config.rollout.task_reward
+    return None if section is None else TaskRewards(section, inputs.tokenizer, inputs.prompts)
 
 
 def make_validation(config: Config, accelerator: Accelerator, inputs: Inputs) -> Validation | None:

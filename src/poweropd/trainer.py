@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -75,9 +75,14 @@ class Trainer:
         self.student = self.models.student
         self.teacher = assembly.make_teacher(config, self.models)
         self.updater = assembly.make_updater(config, self.models, self.inputs, self.accelerator)
-        self.engine = assembly.make_engine(config, self.student)
+        self.engine = assembly.make_engine(
+            config, self.inputs, self.student, self.updater, self.accelerator
+        )
         self.sampling = assembly.make_sampling(config, self.inputs)
+        self.rollouts = assembly.make_schedule(config, self.engine, self.sample)
+        self.task_rewards = assembly.make_task_rewards(config, self.inputs)
         self.steps_done = self._resume()
+        self.engine.sync()
         options = trackers.options(config.log.trackers, self.run.path)
         self.accelerator.init_trackers("poweropd", config.flat_text(), options)
 
@@ -116,14 +121,17 @@ class Trainer:
         clock = StepClock(self.accelerator.device)
         reward = self.reward.at(step)
         with clock.phase("rollout"):
-            rollouts = list(self._submitted(self.sample(step), self.prompts(step)))
+            rollouts = list(self._submitted(self.rollouts.take(step), self.prompts(step)))
+        self.rollouts.begin(step + 1)
         with clock.phase("score"):
-            examples = self._collected()
+            examples, task_rewards = self._collected()
         with clock.phase("update"):
             outcome = self.updater.update(examples, reward, step)
+        with clock.phase("rollout"):
+            self.rollouts.finish()
         with clock.phase("sync"):
             self.engine.sync()
-        return self._metrics(step, rollouts, outcome, clock)
+        return self._metrics(step, rollouts, task_rewards, outcome, clock)
 
     def prompts(self, step: int) -> list[Prompt]:
         """The prompts of a step, over all processes; a completion's prompt_index is into them."""
@@ -154,7 +162,7 @@ class Trainer:
     def scored(self, rollouts: Iterable[Rollout], prompts: Sequence[Prompt]) -> list[Example]:
         """Completions as the updater takes them: what is trained on, with the teacher's scores."""
         list(self._submitted(rollouts, prompts))
-        return self._collected()
+        return self._collected()[0]
 
     def _submitted(
         self, rollouts: Iterable[Rollout], prompts: Sequence[Prompt]
@@ -162,6 +170,8 @@ class Trainer:
         """Yields completions as they end, each already on its way to the teacher."""
         inputs, policy = self.inputs, self.config.objective.stop
         for rollout in rollouts:
+            if self.task_rewards is not None:
+                self.task_rewards.submit(rollout, prompts[rollout.prompt_index])
             example = make_example(
                 rollout, inputs.student_stop_ids, inputs.teacher_stop_ids, policy
             )
@@ -169,9 +179,17 @@ class Trainer:
                 self.teacher.submit(example)
             yield rollout
 
-    def _collected(self) -> list[Example]:
-        """The submitted examples, scored, in an order that does not depend on who ended first."""
-        return sorted(self.teacher.collect(), key=lambda e: e.rollout.place)
+    def _collected(self) -> tuple[list[Example], list[float]]:
+        """The submitted examples, scored, in an order that does not depend on who ended first.
+
+        And the task rewards of all completions, where the recipe has one.
+        """
+        examples = sorted(self.teacher.collect(), key=lambda e: e.rollout.place)
+        if self.task_rewards is None:
+            return examples, []
+        found, weight = self.task_rewards.collect(), self.task_rewards.weight
+        examples = [replace(e, bonus=weight * found[e.rollout.place]) for e in examples]
+        return examples, list(found.values())
 
     def subject(self) -> Subject:
         """The current student as something to evaluate."""
@@ -181,12 +199,20 @@ class Trainer:
         return Subject(self.engine, tokenizer, self.sampling.stop_ids, context, identity)
 
     def _metrics(
-        self, step: int, rollouts: list[Rollout], outcome: Outcome | None, clock: StepClock
+        self,
+        step: int,
+        rollouts: list[Rollout],
+        task_rewards: list[float],
+        outcome: Outcome | None,
+        clock: StepClock,
     ) -> dict[str, Any]:
         ends = gather_object([(len(r.completion_ids), r.stopped) for r in rollouts])
         completions = completion_metrics([n for n, _ in ends], [stopped for _, stopped in ends])
         learning_rate = self.updater.learning_rate(step)
         row = {"step": step + 1, **completions, "learning_rate": learning_rate}
+        if self.task_rewards is not None:
+            found = gather_object(task_rewards)
+            row["task_reward/mean"] = sum(found) / len(found)
         row |= token_metrics(outcome)
         row |= self._sampler_metrics(outcome)
         row |= clock.metrics(sum(n for n, _ in ends))
@@ -225,13 +251,14 @@ class Trainer:
     # Saving and resuming.
 
     def _save_checkpoint(self) -> None:
+        pending = gather_object(self.rollouts.pending())
         if self.accelerator.is_main_process:
             checkpoint.save(
                 self.run.checkpoints,
                 self.steps_done,
                 weights=self.student.trained_weights(),
                 optimizer=self.updater.optimizer.state_dict(),
-                state={"max_tokens": self.updater.max_tokens},
+                state={"max_tokens": self.updater.max_tokens, "rollouts": pending},
                 keep=self.config.checkpoint.keep,
             )
         self.accelerator.wait_for_everyone()
@@ -245,8 +272,11 @@ class Trainer:
             self.student.load_trained_weights(weights)
             self.updater.optimizer.load_state_dict(optimizer)
             self.updater.max_tokens = state["max_tokens"]
-            self.engine.sync()
             steps = state["step"]
+            mine = {(r.prompt_index, r.sample_index) for r in self._requests(steps)}
+            self.rollouts.restore(
+                [r for r in state["rollouts"] if (r["prompt_index"], r["sample_index"]) in mine]
+            )
             logger.info("resuming %s at step %d", self.run.path, steps)
         if self.accelerator.is_main_process:
             self.run.truncate_metrics(steps)

@@ -15,10 +15,11 @@ from accelerate.utils import gather_object
 from transformers import get_scheduler
 
 from poweropd import config as configuration
+from poweropd import rewards
 from poweropd.batching import Batch, Example, collate, pack
 from poweropd.errors import RunError
 from poweropd.models import Student, Teacher
-from poweropd.objectives import Maker, TokenRecord
+from poweropd.objectives import Maker, Sampled, TokenRecord
 from poweropd.rewards import Reward
 
 # transformers ignores warm-up for its plain "constant".
@@ -150,6 +151,18 @@ class Updater:
         self.max_tokens = max(self.max_tokens // 2, longest)
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    @torch.no_grad()
+    def log_probs(self, examples: Sequence[Example]) -> list[list[float]]:
+        """The student's log-probs of each example's trained tokens, in one batch.
+
+        With several processes all of them call it: the student may be sharded.
+        """
+        scored = [e.scored(torch.zeros(e.num_tokens)) for e in examples]
+        batch = collate(scored).to(self.accelerator.device)
+        _, record = self.student(batch, Sampled(rewards.create("log_ratio"), 0.0))
+        parts = record.student_log_probs.split([e.num_tokens for e in examples])
+        return [part.tolist() for part in parts]
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of optimizer step `step`, counted from 0."""
