@@ -113,7 +113,7 @@ class Trainer:
             if self.steps_done < steps:
                 return Result(self.run.path, self.steps_done, None)
             self._export(self.run.final)
-        self.accelerator.end_training()
+        self._end_trackers()
         return Result(self.run.path, self.steps_done, self.run.final)
 
     def step(self, step: int) -> dict[str, Any]:
@@ -247,6 +247,14 @@ class Trainer:
             self.run.append_metrics(metrics)
         numbers = {key: value for key, value in metrics.items() if value is not None}
         self.accelerator.log(numbers, step=numbers.pop("step"))
+
+    def _end_trackers(self) -> None:
+        if self.accelerator.num_processes > 1:
+            self.accelerator.end_training()
+            return
+        # That would end process groups, too: here they can only be another's, an engine's.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     # Saving and resuming.
 

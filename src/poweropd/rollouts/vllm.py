@@ -1,8 +1,8 @@
 """Sampling with vLLM in this process, on the device that trains.
 
-The engine starts with random weights and is given the student's at the first sync, cut to the
-vocabulary that student and teacher share: ids past it do not exist for vLLM. Where the platform
-can, it sleeps between rollouts (its weights moved to the host, its KV cache freed).
+vLLM starts with random weights and is given the student's at the first sync, cut to the vocabulary
+that student and teacher share: ids past it do not exist for it. Where the platform can, it sleeps
+between rollouts (its weights moved to the host, its KV cache freed).
 """
 
 import importlib.util
@@ -30,42 +30,26 @@ class VllmEngine:
     concurrent = False
 
     def __init__(self, model: str, weights: Weights, options: Mapping[str, Any]) -> None:
-        check_installed()
-        # In this process, so that weights can be handed over as tensors.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        import vllm
-        from vllm.platforms import current_platform
-
-        self.weights, self.sleeps = weights, current_platform.is_sleep_mode_available()
-        try:
-            self.llm = vllm.LLM(
-                model,
-                load_format="dummy",
-                skip_tokenizer_init=True,
-                enable_sleep_mode=self.sleeps,
-                **options,
-            )
-        except (TypeError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise UsageError(f"rollout.vllm: vLLM refuses these options: {reason}") from error
-        self._sleep()
+        self.model, self.weights, self.options = model, weights, dict(options)
+        _process.llm_for(self)
 
     def sync(self) -> None:
         # No KV cache yet: beside the trainer's gradients there may be no room for it.
-        self._wake_up(["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.weights()})
-        self.llm.reset_prefix_cache()
+        llm = _process.awake(self, ["weights"])
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.weights()})
+        llm.reset_prefix_cache()
+        _process.synced = self
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Rollout]:
-        self._wake_up()
-        engine = self.llm.llm_engine
-        prompts = engine.renderer.render_cmpl(
-            [{"prompt_token_ids": r.prompt_ids} for r in requests]
-        )
+        if _process.synced is not self:
+            self.sync()
+        llm = _process.awake(self)
+        _check_room(llm.model_config.max_model_len, requests, sampling)
+        engine = llm.llm_engine
+        ids = [{"prompt_token_ids": request.prompt_ids} for request in requests]
         waiting = {str(number): request for number, request in enumerate(requests)}
-        for (name, request), prompt in zip(waiting.items(), prompts, strict=True):
-            engine.add_request(name, prompt, _sampling_params(sampling, request.seed))
+        for name, prompt in zip(waiting, engine.renderer.render_cmpl(ids), strict=True):
+            engine.add_request(name, prompt, _sampling_params(sampling, waiting[name].seed))
         try:
             while waiting:
                 for output in engine.step():
@@ -73,20 +57,70 @@ class VllmEngine:
                         yield _rollout(waiting.pop(output.request_id), output.outputs[0], sampling)
         finally:  # also where the caller has seen enough
             engine.abort_request(list(waiting))
-            self._sleep()
+            _process.sleep()
 
-    def _sleep(self) -> None:
+
+class _Process:
+    """vLLM keeps its process groups in globals, so a process has one LLM, handed from run to run.
+
+    `synced` is the engine whose student's weights it holds.
+    """
+
+    def __init__(self) -> None:
+        self.llm: Any = None
+        self.loaded: tuple[str, dict[str, Any]] | None = None
+        self.synced: VllmEngine | None = None
+        self.sleeps = False
+
+    def llm_for(self, engine: VllmEngine) -> Any:
+        if self.loaded != (engine.model, engine.options):
+            if self.llm is not None:
+                self.llm.llm_engine.engine_core.shutdown()
+            self.llm = self.loaded = self.synced = None
+            self.llm = self._load(engine.model, engine.options)
+            self.loaded = (engine.model, engine.options)
+            self.sleep()
+        return self.llm
+
+    def _load(self, model: str, options: dict[str, Any]) -> Any:
+        if importlib.util.find_spec("vllm") is None:
+            raise UsageError("rollout.engine: vllm needs vLLM: pip install 'poweropd[vllm]'")
+        # In this process, so that weights can be handed over as tensors.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        import vllm
+        from vllm.platforms import current_platform
+
+        self.sleeps = current_platform.is_sleep_mode_available()
+        fixed = {"load_format": "dummy", "skip_tokenizer_init": True}
+        try:
+            return vllm.LLM(model, **fixed, enable_sleep_mode=self.sleeps, **options)
+        except (TypeError, ValueError) as error:
+            reason = str(error).strip().replace("\n", " ")[:300]
+            raise UsageError(f"rollout.vllm: vLLM refuses these options: {reason}") from error
+
+    def awake(self, engine: VllmEngine, tags: list[str] | None = None) -> Any:
+        llm = self.llm_for(engine)
+        if self.sleeps:
+            llm.wake_up(tags)
+        return llm
+
+    def sleep(self) -> None:
         if self.sleeps:
             self.llm.sleep(level=1)
 
-    def _wake_up(self, tags: list[str] | None = None) -> None:
-        if self.sleeps:
-            self.llm.wake_up(tags)
+
+_process = _Process()
 
 
-def check_installed() -> None:
-    if importlib.util.find_spec("vllm") is None:
-        raise UsageError("rollout.engine: vllm needs vLLM: pip install 'poweropd[vllm]'")
+def _check_room(room: int, requests: Sequence[Request], sampling: Sampling) -> None:
+    """vLLM would end a completion at its limit without a word."""
+    longest = max((len(request.prompt_ids) for request in requests), default=0)
+    if longest + sampling.max_new_tokens > room:
+        raise UsageError(
+            f"rollout.vllm.max_model_len: {room} tokens do not hold a prompt of {longest} and "
+            f"{sampling.max_new_tokens} new ones; raise it"
+        )
 
 
 def _sampling_params(sampling: Sampling, seed: int) -> Any:
