@@ -1,4 +1,4 @@
-"""The in-process vLLM engine, for real: what it samples, and that it holds the student's weights."""
+"""The in-process vLLM engine, for real: what it samples, and whose weights it holds."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import build_model
 from torch import Tensor
 
 from poweropd import Config, Trainer
@@ -16,7 +17,6 @@ from poweropd.embedded.build import END_OF_TEXT
 from poweropd.errors import RunError, UsageError
 from poweropd.rollouts.base import Request, Sampling, completion_seed
 from poweropd.rollouts.vllm import VllmEngine
-from tests.conftest import build_model
 
 # vLLM's own imports warn.
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,17 @@ def _vllm(parts: Parts) -> RolloutEngine:
         options["enforce_eager"] = student.device.type != "cuda"
     if options["max_model_len"] is None:
         options["max_model_len"] = _longest(parts)
-    options = {"dtype": config.model.dtype, "trust_remote_code": config.model.trust_remote_code} | {
-        **({"hf_overrides": {"vocab_size": student.vocab_size}} if _is_cut(student) else {}),
-        **options,
+    defaults: dict[str, Any] = {
+        "dtype": config.model.dtype,
+        "trust_remote_code": config.model.trust_remote_code,
     }
+    if student.causal_lm.get_output_embeddings().weight.shape[0] > student.vocab_size:
+        defaults["hf_overrides"] = {"vocab_size": student.vocab_size}
+    if parts.accelerator.num_processes > 1:  # each process has an engine, on its own device
+        defaults["distributed_executor_backend"] = "external_launcher"
     model = models.resolve(config.model.student)
-    return _verified(parts, vllm.VllmEngine(model, lambda: shared_weights(student), options))
+    weights = partial(shared_weights, student)
+    return _verified(parts, vllm.VllmEngine(model, weights, defaults | options))
 
 
 def _vllm_server(parts: Parts) -> RolloutEngine:
@@ -85,7 +91,7 @@ def _vllm_server(parts: Parts) -> RolloutEngine:
     accelerator = parts.accelerator
     engine = VllmServerEngine(
         Server(section.url, section.timeout, section.patience, section.api_key_env),
-        lambda: shared_weights(parts.student),
+        partial(shared_weights, parts.student),
         Path(section.weights_dir or f"{run}/weights"),
         section.concurrency,
         is_main=accelerator.is_main_process,
@@ -153,11 +159,6 @@ def shared_weights(student: models.Student) -> Iterator[tuple[str, Tensor]]:
     names = {name for name, parameter in named if id(parameter) in cut}
     for name, tensor in student.gathered_weights():
         yield name, tensor[: student.vocab_size] if name in names else tensor
-
-
-def _is_cut(student: models.Student) -> bool:
-    rows = student.causal_lm.get_output_embeddings().weight.shape[0]
-    return bool(rows > student.vocab_size)
 
 
 def _longest(parts: Parts) -> int | None:

@@ -249,10 +249,10 @@ class Trainer:
         self.accelerator.log(numbers, step=numbers.pop("step"))
 
     def _end_trackers(self) -> None:
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1 and self.config.rollout.engine != "vllm":
             self.accelerator.end_training()
             return
-        # That would end process groups, too: here they can only be another's, an engine's.
+        # That would end process groups, too, which vLLM in this process shares and ends at exit.
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
