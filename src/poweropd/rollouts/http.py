@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import time
+import weakref
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -47,6 +48,7 @@ class Server:
             timeout=httpx2.Timeout(timeout, connect=CONNECT_SECONDS),
             limits=limits,
         )
+        weakref.finalize(self, self.client.close)
 
     def get(self, path: str) -> Any:
         return self._request("GET", path)
