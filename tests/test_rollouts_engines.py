@@ -103,9 +103,7 @@ def test_what_was_sampled_ahead_survives_an_interruption(recipe: MAKES, tmp_path
 
 
 def test_an_engine_that_shares_the_students_weights_cannot_be_ahead(recipe: MAKES) -> None:
-    with pytest.raises(
-        UsageError, match=r"rollout.staleness: 1 needs an engine that samples"
-    ):
+    with pytest.raises(UsageError, match=r"rollout.staleness: 1 needs an engine that samples"):
         Trainer(recipe(**{"rollout.staleness": 1}), progress=False)
 
 

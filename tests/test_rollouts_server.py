@@ -1,11 +1,5 @@
 """The vllm_server engine against a real server that is killed, restarted and shared for real."""
 
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,55 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import build_model
+from test_rollouts_vllm import OPTIONS, generate, metrics, worst
+from vllm_server import VllmServer, require_vllm
 
 from poweropd import Config, Trainer
 from poweropd.embedded.build import END_OF_TEXT
 from poweropd.errors import RunError, UsageError
-from tests.conftest import build_model
-from tests.test_rollouts_vllm import OPTIONS, generate, metrics, worst
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 MAKES = Callable[..., Config]
-PYTHON = os.environ.get("POWEROPD_VLLM_PYTHON", sys.executable)
 TOGETHER = {"train.steps": 6, "train.prompts_per_step": 4}
-
-
-class RolloutServer:
-    """`python -m vllm...api_server` on a free port, in a process group of its own."""
-
-    def __init__(self, model: Path, log: Path) -> None:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            self.port = listener.getsockname()[1]
-        self.model, self.log, self.url = model, log, f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model)]
-        command += ["--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32"]
-        command += ["--enforce-eager", "--kv-cache-memory-bytes", str(1 << 26)]
-        with self.log.open("a") as log:
-            self.process = subprocess.Popen(
-                command,
-                env={**os.environ, "VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def kill(self) -> None:
-        """All of it at once: without its API process the engine would live on."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def wait(self) -> None:
-        for _ in range(1200):
-            assert self.process.poll() is None, self.log.read_text()[-2000:]
-            with socket.socket() as client:
-                if client.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
-            time.sleep(0.1)
-        raise TimeoutError(self.log.read_text()[-2000:])
 
 
 @pytest.fixture(scope="module")
@@ -70,19 +26,15 @@ def wide_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(
-    wide_student: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RolloutServer]:
-    running = RolloutServer(wide_student, tmp_path_factory.mktemp("server") / "log")
-    try:
-        running.wait()
+def server(wide_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    require_vllm()
+    log = tmp_path_factory.mktemp("server") / "log"
+    with VllmServer(wide_student, log, environment={"VLLM_SERVER_DEV_MODE": "1"}) as running:
         yield running
-    finally:
-        running.kill()
 
 
 @pytest.fixture
-def served(recipe: MAKES, server: RolloutServer, wide_student: Path, tmp_path: Path) -> MAKES:
+def served(recipe: MAKES, server: VllmServer, wide_student: Path, tmp_path: Path) -> MAKES:
     def make(name: str, **overrides: Any) -> Config:
         own = {"run.dir": str(tmp_path / name), "model.student": str(wide_student)}
         own |= {"rollout.engine": "vllm_server", "rollout.server": {"url": server.url}}
@@ -113,7 +65,7 @@ def assert_same_losses(one: Path, two: Path) -> None:
 
 
 def test_a_server_killed_in_a_rollout_and_restarted_changes_nothing(
-    served: MAKES, server: RolloutServer, tmp_path: Path
+    served: MAKES, server: VllmServer, tmp_path: Path
 ) -> None:
     long = {"train.steps": 4, "rollout.max_new_tokens": 200}
     long["rollout.server"] = {"url": server.url, "concurrency": 2}
@@ -124,9 +76,9 @@ def test_a_server_killed_in_a_rollout_and_restarted_changes_nothing(
 
     def restart() -> None:
         time.sleep(0.15)  # in the midst of the third step's rollout
-        server.kill()
+        server.kill_group()
         killed.set()
-        server.start()
+        server.launch()
 
     threading.Thread(target=restart).start()
     trainer.train()
@@ -158,10 +110,9 @@ def test_a_server_that_is_not_there_or_serves_another_model_is_named(
     served: MAKES, tmp_path: Path
 ) -> None:
     nowhere = {"rollout.server": {"url": "http://127.0.0.1:9"}}
-    with pytest.raises(UsageError, match=r"no vLLM server answers at http://127.0.0.1:9 .*vllm ser"):
+    with pytest.raises(UsageError, match=r"no vLLM server answers at http://127.0.0.1:9 .*vllm s"):
         Trainer(served("nowhere", **nowhere), progress=False)
+    # The last test: vLLM does not recover from weights that do not fit.
     other = build_model(tmp_path / "other", END_OF_TEXT, 96, seed=1)
-    with pytest.raises(RunError, match="reload_weights failed .* must serve the student's archit"):
+    with pytest.raises(RunError, match=r"reload_weights failed .* must serve the student's archit"):
         Trainer(served("wider", **{"model.student": str(other)}), progress=False)
-    # Its weights are half another model's now; the next run's sync makes them whole.
-    Trainer(served("after"), progress=False).step(0)

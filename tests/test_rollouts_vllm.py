@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import build_model
+from conftest import build_model
 from torch import Tensor
 
 from poweropd import Config, Trainer

@@ -107,7 +107,7 @@ class VllmServerEngine:
                 raise
             raise RunError(
                 f"{self.server.url}: {method} failed ({error}): the server must serve the "
-                f"student's architecture and see {self.target} under that path; its log says more. "
+                f"student's architecture and see {self.target} under that path; start it again. "
                 "If the student's embeddings have more rows than the teacher's, start it with "
                 """--hf-overrides '{"vocab_size": ROWS_OF_THE_SMALLER}' --load-format dummy"""
             ) from None
