@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "progress": set(),
     "embedded": set(),
     "kernels": set(),
+    "sharding": set(),
     "data": {"embedded"},
     "batching": {"stops"},
     "recipe_file": set(),
@@ -26,7 +27,7 @@ MAY_IMPORT = {
     "checkpoint": {"records"},
     "selection": {"batching"},
     "objectives": {"rewards", "batching", "kernels", "selection"},
-    "models": {"objectives", "kernels", "batching", "config", "embedded"},
+    "models": {"objectives", "kernels", "batching", "config", "embedded", "sharding"},
     "rollouts": {"batching", "stops"},
     "teachers": {"models", "batching"},
     "diagnostics": {"models", "kernels", "objectives", "batching", "rewards"},
@@ -40,7 +41,7 @@ MAY_IMPORT = {
     },
     "trainer": {
         *("accounting", "assembly", "batching", "checkpoint", "config", "data", "evaluation"),
-        *("models", "objectives", "progress", "records", "rollouts", "update"),
+        *("models", "objectives", "progress", "records", "rollouts", "sharding", "update"),
     },
     "demo": {
         *("batching", "config", "data", "diagnostics", "evaluation", "records", "report"),
