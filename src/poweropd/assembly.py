@@ -1,6 +1,7 @@
 """The parts of a run, built from its recipe: what can be checked cheaply first, then weights."""
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -128,12 +129,13 @@ def make_engine(
     config: Config,
     inputs: Inputs,
     student: models.Student,
-    updater: Updater,
     accelerator: Accelerator,
+    log_probs: engines.LogProbs,
 ) -> RolloutEngine:
+    """`log_probs` are the student's own, for engines that are compared with it."""
     tokenizer, prompts, context = inputs.tokenizer, inputs.prompts, inputs.student_context
     return engines.make(
-        engines.Parts(config, student, tokenizer, prompts, context, updater, accelerator)
+        engines.Parts(config, student, tokenizer, prompts, context, accelerator, log_probs)
     )
 
 
@@ -154,6 +156,11 @@ def make_schedule(config: Config, engine: RolloutEngine, sample: ahead.Sample) -
             f"rollout.staleness: {staleness} needs an engine that samples while the student is "
             f"trained, such as vllm_server; {config.rollout.engine} does not"
         )
+    if staleness and config.rollout.correction == "none":
+        logger.warning(
+            "rollout.staleness: 1 trains on completions of the student one step ago; "
+            "rollout.correction=truncated weights them as its own"
+        )
     return ahead.SCHEDULES[staleness](sample, config.train.steps)
 
 
@@ -168,3 +175,13 @@ def make_validation(config: Config, accelerator: Accelerator, inputs: Inputs) ->
     return Validation(
         config, config.evaluate, accelerator, inputs.tokenizer, inputs.student_context
     )
+
+
+def check_launch() -> None:
+    """accelerate would shard the student its own way, or on a CPU not at all without a word."""
+    for plugin in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{plugin}", "false") == "true":
+            raise UsageError(
+                f"accelerate launch: expected plain data parallelism, got --use_{plugin.lower()} "
+                "(or an accelerate config that says so): leave it out and set train.sharding=fsdp2"
+            )

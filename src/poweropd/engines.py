@@ -7,12 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from poweropd import models
-from poweropd.batching import Rollout, make_example
+from poweropd.batching import Example, Rollout, make_example
 from poweropd.config import Config
 from poweropd.data import Prompt
 from poweropd.errors import UsageError
@@ -23,7 +22,8 @@ from poweropd.rollouts.checks import TOLERANCES, CheckedEngine, VerifiedEngine
 from poweropd.rollouts.http import Server
 from poweropd.rollouts.transformers import TransformersEngine
 from poweropd.rollouts.vllm_server import VllmServerEngine
-from poweropd.update import Updater
+
+LogProbs = Callable[[Sequence[Example]], list[list[float]]]
 
 PROBES, PROBE_TOKENS = 4, 16  # what a verification samples
 
@@ -37,8 +37,8 @@ class Parts:
     tokenizer: Any
     prompts: Sequence[Prompt]
     context: int  # tokens of the student's
-    updater: Updater
     accelerator: Accelerator
+    log_probs: LogProbs  # the student's own of each example's tokens, once it is trained
 
 
 def make(parts: Parts) -> RolloutEngine:
@@ -51,17 +51,19 @@ def _transformers(parts: Parts) -> RolloutEngine:
     """Samples from the student itself, or from a copy in the compute dtype."""
     student = parts.student
     model, batch_size = student.model, parts.config.rollout.batch_size
-    if model.dtype == student.compute_dtype:
+    if model.dtype == student.compute_dtype and parts.config.train.sharding == "none":
         return TransformersEngine(model, vocab_size=student.vocab_size, batch_size=batch_size)
     twin = copy.deepcopy(model).requires_grad_(False)
+    if student.lora:
+        twin = twin.merge_and_unload()
     for parameter in twin.parameters():
         # Not `twin.to(dtype)`: that would round the buffers of rotary embeddings as well.
         parameter.data = parameter.data.to(student.compute_dtype)
+    own = twin.state_dict()
 
-    @torch.no_grad()
     def sync() -> None:
-        for own, trained in zip(twin.parameters(), model.parameters(), strict=True):
-            own.copy_(trained)
+        for name, tensor in student.gathered_weights():
+            own[name].copy_(tensor)
 
     return TransformersEngine(twin, vocab_size=student.vocab_size, batch_size=batch_size, sync=sync)
 
@@ -139,7 +141,7 @@ def _verified(parts: Parts, engine: RolloutEngine) -> RolloutEngine:
     def log_probs(rollouts: Sequence[Rollout]) -> list[list[float]]:
         # Without stops every token counts.
         examples = [make_example(rollout, (), (0,), "raw") for rollout in rollouts]
-        return parts.updater.log_probs([e for e in examples if e is not None])
+        return parts.log_probs([e for e in examples if e is not None])
 
     return VerifiedEngine(
         engine,

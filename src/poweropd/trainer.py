@@ -31,6 +31,7 @@ from poweropd.records import (
     replaced_directory,
 )
 from poweropd.rollouts.base import Request, completion_seed
+from poweropd.sharding import collected, load_optimizer_state, optimizer_state
 from poweropd.update import Outcome
 
 logger = logging.getLogger("poweropd")
@@ -59,6 +60,7 @@ class Trainer:
 
     def __init__(self, config: Config, progress: bool = True) -> None:
         self.config = config
+        assembly.check_launch()
         trackers.check(config.log.trackers)
         self.accelerator = Accelerator(
             log_with=config.log.trackers or None,
@@ -74,10 +76,10 @@ class Trainer:
         self.models = assembly.load_models(config, self.accelerator.device)
         self.student = self.models.student
         self.teacher = assembly.make_teacher(config, self.models)
-        self.updater = assembly.make_updater(config, self.models, self.inputs, self.accelerator)
         self.engine = assembly.make_engine(
-            config, self.inputs, self.student, self.updater, self.accelerator
+            config, self.inputs, self.student, self.accelerator, self.student_log_probs
         )
+        self.updater = assembly.make_updater(config, self.models, self.inputs, self.accelerator)
         self.sampling = assembly.make_sampling(config, self.inputs)
         self.rollouts = assembly.make_schedule(config, self.engine, self.sample)
         self.task_rewards = assembly.make_task_rewards(config, self.inputs)
@@ -191,6 +193,10 @@ class Trainer:
         examples = [replace(e, bonus=weight * found[e.rollout.place]) for e in examples]
         return examples, list(found.values())
 
+    def student_log_probs(self, examples: Sequence[Example]) -> list[list[float]]:
+        """The student's own of each example's trained tokens; all processes call it."""
+        return self.updater.log_probs(examples)
+
     def subject(self) -> Subject:
         """The current student as something to evaluate."""
         context = context_length(self.student.model.config)
@@ -260,12 +266,15 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         pending = gather_object(self.rollouts.pending())
-        if self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        weights = collected(self.student.trained_weights().items(), keep=main)
+        optimizer = optimizer_state(self.updater.optimizer, keep=main)
+        if main:
             checkpoint.save(
                 self.run.checkpoints,
                 self.steps_done,
-                weights=self.student.trained_weights(),
-                optimizer=self.updater.optimizer.state_dict(),
+                weights=weights,
+                optimizer=optimizer,
                 state={"max_tokens": self.updater.max_tokens, "rollouts": pending},
                 keep=self.config.checkpoint.keep,
             )
@@ -278,7 +287,7 @@ class Trainer:
         if path is not None:
             weights, optimizer, state = checkpoint.load(path)
             self.student.load_trained_weights(weights)
-            self.updater.optimizer.load_state_dict(optimizer)
+            load_optimizer_state(self.updater.optimizer, optimizer)
             self.updater.max_tokens = state["max_tokens"]
             steps = state["step"]
             mine = {(r.prompt_index, r.sample_index) for r in self._requests(steps)}
@@ -293,11 +302,12 @@ class Trainer:
 
     def _export(self, folder: Path) -> None:
         """The student as a plain Hugging Face model directory, whole or not at all."""
+        lora = self.config.model.lora
+        merge = lora is not None and lora.merge
+        weights = collected(self.student.exported(merge), keep=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
             with replaced_directory(folder) as temporary:
-                lora = self.config.model.lora
-                stop_ids = list(self.sampling.stop_ids)
-                self.student.save(temporary, stop_ids, merge=lora is not None and lora.merge)
+                self.student.save(temporary, weights, list(self.sampling.stop_ids), merge)
                 self.inputs.tokenizer.save_pretrained(temporary)
                 card.write(temporary, self.config, self.steps_done)
         self.accelerator.wait_for_everyone()
