@@ -13,8 +13,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,7 +36,13 @@ from poweropd.rollouts.transformers import TransformersEngine
 PROMPTS, TOKENS, REPEATS = 64, 128, 7
 OPTIONS = {"kv_cache_memory_bytes": 1 << 28}
 ENGINES = ("transformers", "vllm")
+GENERATE = "model.generate"  # of transformers, for comparison: not an engine of ours
 CLOCKS = ("wall", "cpu")
+
+
+def random_student(out: Path, hidden: int, layers: int) -> Path:
+    options = {"num_hidden_layers": layers, "max_position_embeddings": 512}
+    return build_model(out / "student", END_OF_TEXT, hidden, seed=1, **options)
 
 
 def job_config(job: Job, student: Path, **rollout: Any) -> Config:
@@ -48,6 +53,26 @@ def job_config(job: Job, student: Path, **rollout: Any) -> Config:
     return Config.from_dict(tree)
 
 
+class Generate:
+    """transformers' own sampling loop behind an engine's method; no log-probs are recorded."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[int]]:
+        width = max(len(r.prompt_ids) for r in requests)
+        rows = [[0] * (width - len(r.prompt_ids)) + r.prompt_ids for r in requests]
+        mask = [[int(i >= width - len(r.prompt_ids)) for i in range(width)] for r in requests]
+        options = {"do_sample": True, "top_k": 0, "eos_token_id": None, "pad_token_id": 0}
+        ids = self.model.generate(
+            input_ids=torch.tensor(rows),
+            attention_mask=torch.tensor(mask),
+            max_new_tokens=sampling.max_new_tokens,
+            **options,
+        )
+        return ids[:, width:].tolist()
+
+
 def speed(student: Path, out: Path) -> list[dict[str, float]]:
     """Seconds of wall clock and CPU for 64 prompts x 128 tokens, the engines taking turns."""
     options = {"engine": "vllm", "vllm": OPTIONS, "max_new_tokens": TOKENS}
@@ -55,6 +80,7 @@ def speed(student: Path, out: Path) -> list[dict[str, float]]:
     engines = {
         "transformers": TransformersEngine(trainer.student.model, vocab_size=103),
         "vllm": trainer.engine,
+        GENERATE: Generate(trainer.student.model),
     }
     prompts = trainer.inputs.prompts[:PROMPTS]
     found = []
@@ -65,8 +91,7 @@ def speed(student: Path, out: Path) -> list[dict[str, float]]:
         ]
         for name, engine in engines.items():
             wall, cpu = time.perf_counter(), time.process_time()
-            rollouts = list(engine.generate(requests, Sampling(TOKENS, stop_ids=())))
-            assert sum(len(r.completion_ids) for r in rollouts) == PROMPTS * TOKENS
+            assert len(list(engine.generate(requests, Sampling(TOKENS, stop_ids=())))) == PROMPTS
             seconds = (time.perf_counter() - wall, time.process_time() - cpu)
             if repeat > 0:  # the first compiles
                 found.append({"engine": name, "wall": seconds[0], "cpu": seconds[1]})
@@ -78,10 +103,11 @@ def show_speed(student: Path, out: Path) -> None:
     tokens = PROMPTS * TOKENS
     medians = {
         name: [statistics.median(f[key] for f in found if f["engine"] == name) for key in CLOCKS]
-        for name in ENGINES
+        for name in (*ENGINES, GENERATE)
     }
     rows = [
-        [name, *(f"{tokens / seconds:,.0f}" for seconds in medians[name])] for name in ENGINES
+        [name, *(f"{tokens / seconds:,.0f}" for seconds in found)]
+        for name, found in medians.items()
     ]
     ratios = [a / b for a, b in zip(medians["transformers"], medians["vllm"], strict=True)]
     rows.append(["vllm / transformers", *(f"{ratio:.1f}" for ratio in ratios)])
@@ -124,10 +150,7 @@ def step_seconds(staleness: int, url: str, student: Path, out: Path, steps: int)
 
 def show_staleness(out: Path, steps: int, hidden: int, layers: int) -> None:
     """A student large enough that its update costs about what its rollout does."""
-    student = build_model(
-        out / "student", END_OF_TEXT, hidden, seed=1, num_hidden_layers=layers,
-        max_position_embeddings=512,
-    )  # fmt: skip
+    student = random_student(out, hidden, layers)
     rows = []
     with VllmServer(student, out / "log", environment={"VLLM_SERVER_DEV_MODE": "1"}) as server:
         assert server.process is not None
@@ -147,20 +170,22 @@ def main() -> None:
     parser.add_argument("--accuracy", action="store_true")
     parser.add_argument("--staleness", action="store_true")
     parser.add_argument("--steps", type=int, default=24, help="of each arm of --staleness")
-    parser.add_argument("--hidden", type=int, default=256, help="of the student of --staleness")
-    parser.add_argument("--layers", type=int, default=4, help="of the student of --staleness")
+    parser.add_argument("--hidden", type=int, help="another, random student's; --staleness: 256")
+    parser.add_argument("--layers", type=int, default=4, help="with --hidden")
     arguments = parser.parse_args()
     print(machine())
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
         out = Path(folder)
-        show: Callable[[], None]
+        hidden, layers = arguments.hidden, arguments.layers
         if arguments.staleness:
-            show = partial(show_staleness, out, arguments.steps, arguments.hidden, arguments.layers)
+            show_staleness(out, arguments.steps, hidden or 256, layers)
+        elif arguments.accuracy:
+            show_accuracy(widened_student(out / "student"), out)
+        elif hidden is None:
+            show_speed(widened_student(out / "student"), out)
         else:
-            student = widened_student(out / "student")
-            show = partial(show_accuracy if arguments.accuracy else show_speed, student, out)
-        show()
+            show_speed(random_student(out, hidden, layers), out)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,14 @@ import pytest
 import torch
 from conftest import build_model
 from torch import Tensor
+from vllm_models import widened_student
 
 from poweropd import Config, Trainer
 from poweropd.batching import Rollout
+from poweropd.demo import Job, measure_accuracy
 from poweropd.embedded.build import END_OF_TEXT
 from poweropd.errors import RunError, UsageError
+from poweropd.evaluation.runner import load_subject
 from poweropd.rollouts.base import Request, Sampling, completion_seed
 from poweropd.rollouts.vllm import VllmEngine
 
@@ -153,3 +156,15 @@ def test_a_run_is_repeatable_and_resumes_exactly(sampled: MAKES, tmp_path: Path)
 def test_options_that_vllm_does_not_know_are_refused(wide_student: Path) -> None:
     with pytest.raises(UsageError, match=r"rollout.vllm: vLLM refuses these options: .*max_lem"):
         VllmEngine(str(wide_student), lambda: (), {"max_lem": 3})
+
+
+def test_the_demos_training_gets_somewhere_with_vllm(tmp_path: Path) -> None:
+    """A fifth of its steps at five times its rate; benchmarks/rollouts.py has the whole of it."""
+    student = widened_student(tmp_path / "student")
+    before = measure_accuracy(load_subject(str(student), "float32"), 128, tmp_path / "before")
+    tree = Job("power", 0, 40, 128, tmp_path, learning_rate=1e-4).config().model_dump()
+    tree["model"]["student"] = str(student)
+    tree["rollout"] |= {"engine": "vllm", "vllm": OPTIONS}
+    final = Trainer(Config.from_dict(tree), progress=False).train().final
+    after = measure_accuracy(load_subject(str(final), "float32"), 128, tmp_path / "after")
+    assert after["accuracy"] > before["accuracy"] + 0.1
