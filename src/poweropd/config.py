@@ -90,7 +90,7 @@ class TaskReward(Section):
     """`name`: the grader, or package.module:function of (prompt's row, completion) -> number."""
 
     name: str
-    weight: float = 1.0
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     answer_column: str = "answer"  # for the grader
 
     @model_validator(mode="after")
