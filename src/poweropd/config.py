@@ -24,6 +24,9 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+ENGINES = ("transformers", "vllm", "vllm_server")
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -65,16 +68,57 @@ class Data(Section):
     shuffle: bool = True
 
 
+class Vllm(Section):
+    """Keyword arguments of `vllm.LLM`; any other of its arguments may stand here, too."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.3  # training has the rest
+    max_model_len: PositiveInt | None = None  # null: what prompts and completions need
+    enforce_eager: bool | None = None  # null: where there is no GPU
+
+
+class RolloutServer(Section):
+    url: str = "http://127.0.0.1:8000"
+    weights_dir: str | None = None  # a directory that the server sees, too; null: in run.dir
+    concurrency: PositiveInt = 64  # requests at once, of one process
+    timeout: PositiveFloat = 600.0  # seconds, of one request
+    patience: PositiveFloat = 300.0  # seconds for which the server may be away
+    api_key_env: str | None = None  # the environment variable that holds its key
+
+
+class TaskReward(Section):
+    """`name`: the grader, or package.module:function of (prompt's row, completion) -> number."""
+
+    name: str
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    answer_column: str = "answer"  # for the grader
+
+    @model_validator(mode="after")
+    def _valid(self) -> Self:
+        _check_choice("name", self.name, ("grader",))
+        return self
+
+
 class Rollout(Section):
-    engine: Literal["transformers"] = "transformers"
+    engine: str = "transformers"  # or vllm, vllm_server, package.module:factory
     max_new_tokens: PositiveInt = 1024
     temperature: NonNegativeFloat = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0  # 0: all
     per_prompt: PositiveInt = 1
-    batch_size: PositiveInt = 128  # completions sampled at once
+    batch_size: PositiveInt = 128  # completions sampled at once by transformers
     correction: Literal["none", "truncated"] = "none"  # importance weights, student over sampler
     score: Literal["full", "truncated"] = "full"  # softmax over all, or over top_k's and top_p's
+    vllm: Vllm = Field(default_factory=Vllm)
+    server: RolloutServer = Field(default_factory=RolloutServer)
+    verify_every: PositiveInt = 10  # syncs, of a vLLM engine
+    staleness: Literal[0, 1] = 0  # optimizer steps by which the sampling weights lag behind
+    task_reward: TaskReward | None = None
+
+    @model_validator(mode="after")
+    def _valid(self) -> Self:
+        _check_choice("engine", self.engine, ENGINES)
+        return self
 
 
 class Reward(Section):
@@ -110,6 +154,7 @@ class Train(Section):
     steps: PositiveInt = 1500
     prompts_per_step: PositiveInt = 32  # over all processes
     max_tokens_per_batch: PositiveInt = 16384
+    sharding: Literal["none", "fsdp2"] = "none"  # of the student, over the processes
     learning_rate: PositiveFloat = 5e-7
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -275,6 +320,12 @@ class Config(Section):
             for key in sorted({*mine, *theirs})
             if mine.get(key, missing) != theirs.get(key, missing)
         ]
+
+
+def _check_choice(key: str, value: str, known: Sequence[str]) -> None:
+    if ":" not in value and value not in known:
+        expected = ", ".join([*known, "package.module:function"])
+        raise ValueError(f"{key}: expected one of {expected}, got {value!r}")
 
 
 def _parameters(reward: rewards.Reward) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,6 +31,7 @@ from poweropd.records import (
     replaced_directory,
 )
 from poweropd.rollouts.base import Request, completion_seed
+from poweropd.sharding import collected, load_optimizer_state, optimizer_state
 from poweropd.update import Outcome
 
 logger = logging.getLogger("poweropd")
@@ -59,6 +60,7 @@ class Trainer:
 
     def __init__(self, config: Config, progress: bool = True) -> None:
         self.config = config
+        assembly.check_launch()
         trackers.check(config.log.trackers)
         self.accelerator = Accelerator(
             log_with=config.log.trackers or None,
@@ -74,10 +76,15 @@ class Trainer:
         self.models = assembly.load_models(config, self.accelerator.device)
         self.student = self.models.student
         self.teacher = assembly.make_teacher(config, self.models)
+        self.engine = assembly.make_engine(
+            config, self.inputs, self.student, self.accelerator, self.student_log_probs
+        )
         self.updater = assembly.make_updater(config, self.models, self.inputs, self.accelerator)
-        self.engine = assembly.make_engine(config, self.student)
         self.sampling = assembly.make_sampling(config, self.inputs)
+        self.rollouts = assembly.make_schedule(config, self.engine, self.sample)
+        self.task_rewards = assembly.make_task_rewards(config, self.inputs)
         self.steps_done = self._resume()
+        self.engine.sync()
         options = trackers.options(config.log.trackers, self.run.path)
         self.accelerator.init_trackers("poweropd", config.flat_text(), options)
 
@@ -108,7 +115,7 @@ class Trainer:
             if self.steps_done < steps:
                 return Result(self.run.path, self.steps_done, None)
             self._export(self.run.final)
-        self.accelerator.end_training()
+        self._end_trackers()
         return Result(self.run.path, self.steps_done, self.run.final)
 
     def step(self, step: int) -> dict[str, Any]:
@@ -116,14 +123,17 @@ class Trainer:
         clock = StepClock(self.accelerator.device)
         reward = self.reward.at(step)
         with clock.phase("rollout"):
-            rollouts = list(self._submitted(self.sample(step), self.prompts(step)))
+            rollouts = list(self._submitted(self.rollouts.take(step), self.prompts(step)))
+        self.rollouts.begin(step + 1)
         with clock.phase("score"):
-            examples = self._collected()
+            examples, task_rewards = self._collected()
         with clock.phase("update"):
             outcome = self.updater.update(examples, reward, step)
+        with clock.phase("rollout"):
+            self.rollouts.finish()
         with clock.phase("sync"):
             self.engine.sync()
-        return self._metrics(step, rollouts, outcome, clock)
+        return self._metrics(step, rollouts, task_rewards, outcome, clock)
 
     def prompts(self, step: int) -> list[Prompt]:
         """The prompts of a step, over all processes; a completion's prompt_index is into them."""
@@ -154,7 +164,7 @@ class Trainer:
     def scored(self, rollouts: Iterable[Rollout], prompts: Sequence[Prompt]) -> list[Example]:
         """Completions as the updater takes them: what is trained on, with the teacher's scores."""
         list(self._submitted(rollouts, prompts))
-        return self._collected()
+        return self._collected()[0]
 
     def _submitted(
         self, rollouts: Iterable[Rollout], prompts: Sequence[Prompt]
@@ -162,6 +172,8 @@ class Trainer:
         """Yields completions as they end, each already on its way to the teacher."""
         inputs, policy = self.inputs, self.config.objective.stop
         for rollout in rollouts:
+            if self.task_rewards is not None:
+                self.task_rewards.submit(rollout, prompts[rollout.prompt_index])
             example = make_example(
                 rollout, inputs.student_stop_ids, inputs.teacher_stop_ids, policy
             )
@@ -169,9 +181,21 @@ class Trainer:
                 self.teacher.submit(example)
             yield rollout
 
-    def _collected(self) -> list[Example]:
-        """The submitted examples, scored, in an order that does not depend on who ended first."""
-        return sorted(self.teacher.collect(), key=lambda e: e.rollout.place)
+    def _collected(self) -> tuple[list[Example], list[float]]:
+        """The submitted examples, scored, in an order that does not depend on who ended first.
+
+        And the task rewards of all completions, where the recipe has one.
+        """
+        examples = sorted(self.teacher.collect(), key=lambda e: e.rollout.place)
+        if self.task_rewards is None:
+            return examples, []
+        found, weight = self.task_rewards.collect(), self.task_rewards.weight
+        examples = [replace(e, bonus=weight * found[e.rollout.place]) for e in examples]
+        return examples, list(found.values())
+
+    def student_log_probs(self, examples: Sequence[Example]) -> list[list[float]]:
+        """The student's own of each example's trained tokens; all processes call it."""
+        return self.updater.log_probs(examples)
 
     def subject(self) -> Subject:
         """The current student as something to evaluate."""
@@ -181,12 +205,20 @@ class Trainer:
         return Subject(self.engine, tokenizer, self.sampling.stop_ids, context, identity)
 
     def _metrics(
-        self, step: int, rollouts: list[Rollout], outcome: Outcome | None, clock: StepClock
+        self,
+        step: int,
+        rollouts: list[Rollout],
+        task_rewards: list[float],
+        outcome: Outcome | None,
+        clock: StepClock,
     ) -> dict[str, Any]:
         ends = gather_object([(len(r.completion_ids), r.stopped) for r in rollouts])
         completions = completion_metrics([n for n, _ in ends], [stopped for _, stopped in ends])
         learning_rate = self.updater.learning_rate(step)
         row = {"step": step + 1, **completions, "learning_rate": learning_rate}
+        if self.task_rewards is not None:
+            found = gather_object(task_rewards)
+            row["task_reward/mean"] = sum(found) / len(found)
         row |= token_metrics(outcome)
         row |= self._sampler_metrics(outcome)
         row |= clock.metrics(sum(n for n, _ in ends))
@@ -222,16 +254,28 @@ class Trainer:
         numbers = {key: value for key, value in metrics.items() if value is not None}
         self.accelerator.log(numbers, step=numbers.pop("step"))
 
+    def _end_trackers(self) -> None:
+        if self.accelerator.num_processes > 1 and self.config.rollout.engine != "vllm":
+            self.accelerator.end_training()
+            return
+        # That would end process groups, too, which vLLM in this process shares and ends at exit.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
     # Saving and resuming.
 
     def _save_checkpoint(self) -> None:
-        if self.accelerator.is_main_process:
+        pending = gather_object(self.rollouts.pending())
+        main = self.accelerator.is_main_process
+        weights = collected(self.student.trained_weights().items(), keep=main)
+        optimizer = optimizer_state(self.updater.optimizer, keep=main)
+        if main:
             checkpoint.save(
                 self.run.checkpoints,
                 self.steps_done,
-                weights=self.student.trained_weights(),
-                optimizer=self.updater.optimizer.state_dict(),
-                state={"max_tokens": self.updater.max_tokens},
+                weights=weights,
+                optimizer=optimizer,
+                state={"max_tokens": self.updater.max_tokens, "rollouts": pending},
                 keep=self.config.checkpoint.keep,
             )
         self.accelerator.wait_for_everyone()
@@ -243,10 +287,13 @@ class Trainer:
         if path is not None:
             weights, optimizer, state = checkpoint.load(path)
             self.student.load_trained_weights(weights)
-            self.updater.optimizer.load_state_dict(optimizer)
+            load_optimizer_state(self.updater.optimizer, optimizer)
             self.updater.max_tokens = state["max_tokens"]
-            self.engine.sync()
             steps = state["step"]
+            mine = {(r.prompt_index, r.sample_index) for r in self._requests(steps)}
+            self.rollouts.restore(
+                [r for r in state["rollouts"] if (r["prompt_index"], r["sample_index"]) in mine]
+            )
             logger.info("resuming %s at step %d", self.run.path, steps)
         if self.accelerator.is_main_process:
             self.run.truncate_metrics(steps)
@@ -255,11 +302,12 @@ class Trainer:
 
     def _export(self, folder: Path) -> None:
         """The student as a plain Hugging Face model directory, whole or not at all."""
+        lora = self.config.model.lora
+        merge = lora is not None and lora.merge
+        weights = collected(self.student.exported(merge), keep=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
             with replaced_directory(folder) as temporary:
-                lora = self.config.model.lora
-                stop_ids = list(self.sampling.stop_ids)
-                self.student.save(temporary, stop_ids, merge=lora is not None and lora.merge)
+                self.student.save(temporary, weights, list(self.sampling.stop_ids), merge)
                 self.inputs.tokenizer.save_pretrained(temporary)
                 card.write(temporary, self.config, self.steps_done)
         self.accelerator.wait_for_everyone()

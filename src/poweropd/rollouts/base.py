@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from poweropd.batching import Rollout
 
@@ -30,14 +30,28 @@ class Request:
     seed: int
 
 
+@runtime_checkable
 class RolloutEngine(Protocol):
-    """Samples from the current student."""
+    """Samples from the current student. Any object with these three is one.
+
+    `concurrent`: whether it may sample, in another thread, while the student's weights change.
+    Such an engine has a copy of its own, which only `sync` replaces.
+    """
+
+    concurrent: bool
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Rollout]:
-        """Yields one rollout per request as it ends, in any order."""
+        """Yields one rollout per request as it ends, in any order.
+
+        It hands on the request's prompt_index, sample_index, prompt_ids and teacher_prompt_ids. In
+        a completion of several turns, tokens that the environment wrote (a tool's answer, the next
+        user turn) are part of `completion_ids` like any others, and False in `completion_mask`:
+        student and teacher read them, nothing is trained on them, and their entries in
+        `sampling_log_probs` are ignored.
+        """
 
     def sync(self) -> None:
-        """Takes over the student's weights as they are now."""
+        """Takes over the student's weights as they are now. With several processes, all call it."""
 
 
 def completion_seed(seed: int, step: int, prompt_index: int, sample_index: int) -> int:

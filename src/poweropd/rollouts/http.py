@@ -1,0 +1,98 @@
+"""A server that may be away for a while: JSON over HTTP, repeated until it is back."""
+
+import logging
+import os
+import random
+import time
+import weakref
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any, TypeVar
+
+import httpx2
+
+from poweropd.errors import RunError, UsageError
+
+logger = logging.getLogger("poweropd")
+Answer = TypeVar("Answer")
+
+CONNECT_SECONDS = 10.0
+FIRST_PAUSE_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 10.0
+
+
+class Unavailable(Exception):
+    """The server did not answer as it should; it may later."""
+
+
+class Server:
+    """`timeout` bounds one request and `patience` how long the server may be away, in seconds.
+
+    The API key is read from the environment variable `api_key_env`. Raises UsageError where that is
+    not set; RunError, naming the URL, where the server refuses a request or stays away.
+    """
+
+    def __init__(
+        self, url: str, timeout: float, patience: float, api_key_env: str | None = None
+    ) -> None:
+        self.url, self.patience = url.rstrip("/"), patience
+        headers = {}
+        if api_key_env is not None:
+            if api_key_env not in os.environ:
+                raise UsageError(f"rollout.server.api_key_env: {api_key_env} is not set")
+            headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+        self.client = httpx2.Client(
+            base_url=self.url,
+            headers=headers,
+            timeout=httpx2.Timeout(timeout, connect=CONNECT_SECONDS),
+            limits=limits,
+        )
+        weakref.finalize(self, self.client.close)
+
+    def get(self, path: str) -> Any:
+        return self._request("GET", path)
+
+    def post(self, path: str, body: dict[str, Any], **query: str) -> Any:
+        return self._request("POST", path, json=body, params=query)
+
+    def is_healthy(self) -> bool:
+        try:
+            return self.client.get("/health").status_code == HTTPStatus.OK
+        except httpx2.TransportError:
+            return False
+
+    def _request(self, method: str, path: str, **options: Any) -> Any:
+        try:
+            response = self.client.request(method, path, **options)
+        except httpx2.TransportError as error:
+            raise Unavailable(f"{type(error).__name__}: {error}") from error
+        status = response.status_code
+        if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            raise Unavailable(f"HTTP {status} from {path}: {response.text[:300]}")
+        if status == HTTPStatus.NOT_FOUND and not path.startswith("/v1/"):
+            raise RunError(
+                f"{self.url}{path}: not found: start vLLM with VLLM_SERVER_DEV_MODE=1 in its "
+                "environment, on an address that only you can reach"
+            )
+        if status >= HTTPStatus.BAD_REQUEST:
+            raise RunError(f"{self.url}{path}: HTTP {status}: {response.text[:300]}")
+        return response.json() if response.content else None
+
+    def patiently(self, ask: Callable[[], Answer]) -> Answer:
+        """`ask()`, again after every Unavailable, with growing pauses, until patience is out."""
+        pause, since = FIRST_PAUSE_SECONDS, None
+        while True:
+            try:
+                return ask()
+            except Unavailable as error:
+                since = since or time.monotonic()
+                waited = time.monotonic() - since
+                if waited > self.patience:
+                    raise RunError(
+                        f"{self.url}: no good answer for {waited:.0f} s (last: {error}): start the "
+                        "server again and repeat the command; the run goes on from its checkpoint"
+                    ) from error
+                logger.warning("%s: %s; trying again", self.url, error)
+                time.sleep(pause * random.uniform(0.5, 1.0))
+                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)

@@ -1,0 +1,157 @@
+"""Sampling with vLLM in this process, on the device that trains.
+
+vLLM starts with random weights and is given the student's at the first sync, cut to the vocabulary
+that student and teacher share: ids past it do not exist for it. Where the platform can, it sleeps
+between rollouts (its weights moved to the host, its KV cache freed).
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from poweropd.batching import Rollout
+from poweropd.errors import UsageError
+from poweropd.rollouts.base import Request, Sampling
+
+Weights = Callable[[], Iterable[tuple[str, Tensor]]]
+
+
+class VllmEngine:
+    """An offline `vllm.LLM` for the model directory or Hub name `model`.
+
+    `weights()` yields the student's weights in the checkpoint's names, merged and unsharded, a tied
+    head under its own name, too: vLLM keeps the old one otherwise. `options` are keyword arguments
+    of `vllm.LLM`. Raises UsageError where vLLM is missing or refuses them.
+    """
+
+    concurrent = False
+
+    def __init__(self, model: str, weights: Weights, options: Mapping[str, Any]) -> None:
+        self.model, self.weights, self.options = model, weights, dict(options)
+        _process.llm_for(self)
+
+    def sync(self) -> None:
+        # No KV cache yet: beside the trainer's gradients there may be no room for it.
+        llm = _process.awake(self, ["weights"])
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.weights()})
+        llm.reset_prefix_cache()
+        _process.synced = self
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Rollout]:
+        if _process.synced is not self:
+            self.sync()
+        llm = _process.awake(self)
+        _check_room(llm.model_config.max_model_len, requests, sampling)
+        engine = llm.llm_engine
+        ids = [{"prompt_token_ids": request.prompt_ids} for request in requests]
+        waiting = {str(number): request for number, request in enumerate(requests)}
+        for name, prompt in zip(waiting, engine.renderer.render_cmpl(ids), strict=True):
+            engine.add_request(name, prompt, _sampling_params(sampling, waiting[name].seed))
+        try:
+            while waiting:
+                for output in engine.step():
+                    if output.finished:
+                        yield _rollout(waiting.pop(output.request_id), output.outputs[0], sampling)
+        finally:  # also where the caller has seen enough
+            engine.abort_request(list(waiting))
+            _process.sleep()
+
+
+class _Process:
+    """vLLM keeps its process groups in globals, so a process has one LLM, handed from run to run.
+
+    `synced` is the engine whose student's weights it holds.
+    """
+
+    def __init__(self) -> None:
+        self.llm: Any = None
+        self.loaded: tuple[str, dict[str, Any]] | None = None
+        self.synced: VllmEngine | None = None
+        self.sleeps = False
+
+    def llm_for(self, engine: VllmEngine) -> Any:
+        if self.loaded != (engine.model, engine.options):
+            if self.llm is not None:
+                self.llm.llm_engine.engine_core.shutdown()
+            self.llm = self.loaded = self.synced = None
+            self.llm = self._load(engine.model, engine.options)
+            self.loaded = (engine.model, engine.options)
+            self.sleep()
+        return self.llm
+
+    def _load(self, model: str, options: dict[str, Any]) -> Any:
+        if importlib.util.find_spec("vllm") is None:
+            raise UsageError("rollout.engine: vllm needs vLLM: pip install 'poweropd[vllm]'")
+        # In this process, so that weights can be handed over as tensors.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        import vllm
+        from vllm.platforms import current_platform
+
+        self.sleeps = current_platform.is_sleep_mode_available()
+        fixed = {"load_format": "dummy", "skip_tokenizer_init": True}
+        try:
+            return vllm.LLM(model, **fixed, enable_sleep_mode=self.sleeps, **options)
+        except (TypeError, ValueError) as error:
+            reason = str(error).strip().replace("\n", " ")[:300]
+            raise UsageError(f"rollout.vllm: vLLM refuses these options: {reason}") from error
+
+    def awake(self, engine: VllmEngine, tags: list[str] | None = None) -> Any:
+        llm = self.llm_for(engine)
+        if self.sleeps:
+            llm.wake_up(tags)
+        return llm
+
+    def sleep(self) -> None:
+        if self.sleeps:
+            self.llm.sleep(level=1)
+
+
+_process = _Process()
+
+
+def _check_room(room: int, requests: Sequence[Request], sampling: Sampling) -> None:
+    """vLLM would end a completion at its limit without a word."""
+    longest = max((len(request.prompt_ids) for request in requests), default=0)
+    if longest + sampling.max_new_tokens > room:
+        raise UsageError(
+            f"rollout.vllm.max_model_len: {room} tokens do not hold a prompt of {longest} and "
+            f"{sampling.max_new_tokens} new ones; raise it"
+        )
+
+
+def _sampling_params(sampling: Sampling, seed: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=seed,
+        # Ours are all the stop ids there are: not the model's own besides.
+        ignore_eos=True,
+        stop_token_ids=list(sampling.stop_ids),
+        logprobs=0,  # of the sampled token: raw, at temperature 1
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _rollout(request: Request, output: Any, sampling: Sampling) -> Rollout:
+    ids = list(output.token_ids)
+    return Rollout(
+        prompt_index=request.prompt_index,
+        sample_index=request.sample_index,
+        prompt_ids=request.prompt_ids,
+        teacher_prompt_ids=request.teacher_prompt_ids,
+        completion_ids=ids,
+        sampling_log_probs=[
+            found[i].logprob for i, found in zip(ids, output.logprobs, strict=True)
+        ],
+        stopped=ids[-1] in sampling.stop_ids,
+    )

@@ -1,0 +1,236 @@
+"""One's own engines and task rewards, and rollouts one step ahead, in whole runs."""
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from poweropd import Config, Trainer
+from poweropd.batching import Rollout
+from poweropd.errors import RunError, UsageError
+from poweropd.rollouts.base import Request, Sampling
+from poweropd.rollouts.transformers import TransformersEngine
+
+MAKES = Callable[..., Config]
+CLOCKS = ("seconds/", "tokens_per_second", "memory/")
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in rows]
+
+
+def test_the_engine_of_the_docs_trains_on_the_students_tokens_alone(
+    recipe: MAKES, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "rollouts.md").read_text()
+    (tmp_path / "docs_engine.py").write_text(re.findall(r"```python\n(.*?)```", text, re.S)[0])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = recipe(
+        **{"rollout.engine": "docs_engine:make_engine", "rollout.max_new_tokens": 90},
+        **{"train.prompts_per_step": 16, "train.steps": 1},
+    )
+    trainer = Trainer(config, progress=False)
+    rollouts = list(trainer.sample(0))
+    two = [r for r in rollouts if r.completion_mask is not None]
+    assert len(two) > 0
+    question = trainer.engine.engine.question
+    for rollout in two:
+        start = rollout.completion_mask.index(False)
+        assert rollout.completion_ids[start : start + len(question)] == question
+    trained = sum(len(r.completion_ids) - r.stopped - len(question) * (r in two) for r in rollouts)
+    (example,) = trainer.scored([two[0]], trainer.prompts(0))
+    asked = [i for i, own in enumerate(two[0].completion_mask) if not own]
+    assert not set(asked) & set(example.positions.tolist())
+    assert trainer.step(0)["num_tokens"] == trained
+
+
+class Copied:
+    """Samples from a copy of the student, so also beside an update; remembers whose tokens."""
+
+    concurrent = True
+
+    def __init__(self, student: Any, config: Config, tokenizer: Any) -> None:
+        self.student = student
+        self.model = type(student.model)(student.model.config).eval()
+        self.engine = TransformersEngine(self.model, vocab_size=student.vocab_size)
+        self.sampled_by: list[float] = []
+
+    def mark(self) -> float:
+        return self.model.get_output_embeddings().weight.double().sum().item()
+
+    def sync(self) -> None:
+        self.model.load_state_dict(self.student.model.state_dict())
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Rollout]:
+        self.sampled_by.append(self.mark())
+        return self.engine.generate(requests, sampling)
+
+
+AHEAD = {"rollout.engine": f"{__name__}:Copied", "rollout.staleness": 1, "train.steps": 6}
+
+
+def test_one_step_ahead_every_step_is_sampled_by_the_weights_before_the_last(
+    recipe: MAKES,
+) -> None:
+    trainer = Trainer(recipe(**AHEAD), progress=False)
+    engine = trainer.engine.engine
+    after = [engine.mark()]
+    for step in range(6):
+        trainer.step(step)
+        after.append(engine.mark())
+    # Step 0 has no choice; step s + 1 is sampled by what the sync of step s - 1 left.
+    assert engine.sampled_by == [after[0], *after[:5]]
+    assert len(set(after)) == 7
+
+
+def test_what_was_sampled_ahead_survives_an_interruption(recipe: MAKES, tmp_path: Path) -> None:
+    Trainer(recipe(**AHEAD), progress=False).train()
+    parts = recipe(**AHEAD, **{"run.dir": str(tmp_path / "parts")})
+    for until in (1, 4, None):
+        Trainer(parts, progress=False).train(until=until)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "parts")
+    on_time = recipe(**{**AHEAD, "rollout.staleness": 0, "run.dir": str(tmp_path / "on-time")})
+    Trainer(on_time, progress=False).train()
+    first, second, *_ = metrics(tmp_path / "on-time")
+    assert first == metrics(tmp_path / "run")[0]
+    assert second != metrics(tmp_path / "run")[1]
+
+
+def test_an_engine_that_shares_the_students_weights_cannot_be_ahead(recipe: MAKES) -> None:
+    with pytest.raises(UsageError, match=r"rollout.staleness: 1 needs an engine that samples"):
+        Trainer(recipe(**{"rollout.staleness": 1}), progress=False)
+
+
+Change = Callable[[Rollout], list[Rollout]]
+BROKEN: dict[str, tuple[Change, str]] = {
+    "none": (lambda r: [], "none, nor of 3 others"),
+    "twice": (lambda r: [r, r], "a rollout that was not asked for, or its second"),
+    "stranger": (lambda r: [replace(r, prompt_index=9)], "prompt 9, sample 0, got a rollout that"),
+    "prompt": (lambda r: [replace(r, prompt_ids=[1])], "another prompt_ids than the request's"),
+    "teacher": (lambda r: [replace(r, teacher_prompt_ids=[1])], "another teacher_prompt_ids"),
+    "empty": (lambda r: [replace(r, completion_ids=[])], "no completion_ids"),
+    "short": (lambda r: [replace(r, sampling_log_probs=[-1.0])], "1 sampling_log_probs"),
+    "mask": (lambda r: [replace(r, completion_mask=[True])], "a completion_mask of 1"),
+    "id": (
+        lambda r: [replace(r, completion_ids=[103] * len(r.completion_ids))],
+        "token id 103, outside the vocabulary of 103",
+    ),
+    "nan": (
+        lambda r: [replace(r, sampling_log_probs=[float("nan")] * len(r.completion_ids))],
+        "a sampling log-prob that is not finite",
+    ),
+    "long": (
+        lambda r: [replace(r, completion_ids=[5] * 300, sampling_log_probs=[-1.0] * 300)],
+        "300 tokens, more than the student's context of 256 holds",
+    ),
+}
+
+
+class Broken(Copied):
+    change: Change
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Rollout]:
+        for rollout in super().generate(requests, sampling):
+            yield from Broken.change(rollout)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_an_engine_yields_is_checked(
+    recipe: MAKES, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, message = BROKEN[name]
+    monkeypatch.setattr(Broken, "change", staticmethod(change), raising=False)
+    trainer = Trainer(recipe(**{"rollout.engine": f"{__name__}:Broken"}), progress=False)
+    with pytest.raises(RunError, match=re.escape(message)) as raised:
+        trainer.step(0)
+    assert f"rollout.engine {__name__}:Broken: expected one whole rollout" in str(raised.value)
+
+
+def not_an_engine(student: Any, config: Config, tokenizer: Any) -> object:
+    return object()
+
+
+def test_engines_that_cannot_be_had_are_refused(recipe: MAKES) -> None:
+    for engine, message in (
+        ("vlm", r"rollout.engine: expected one of transformers, vllm, vllm_server, package.module"),
+        ("no_such_module:f", "rollout.engine: cannot import no_such_module:f"),
+        (f"{__name__}:nothing", "has no 'nothing'"),
+        (f"{__name__}:not_an_engine", "to return an object with concurrent, generate and sync"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            Trainer(recipe(**{"rollout.engine": engine}), progress=False)
+
+
+# Task rewards.
+
+
+def mentions_7(row: Mapping[str, Any], completion: str) -> float:
+    assert set(row) >= {"problem"}
+    return float("7" in completion)
+
+
+def undefined(row: Mapping[str, Any], completion: str) -> float:
+    return float("nan")
+
+
+def task_reward(name: str, **options: Any) -> dict[str, Any]:
+    return {"rollout.task_reward": {"name": name, "weight": 0.5, **options}}
+
+
+def test_a_task_reward_is_added_with_its_weight_to_each_completion(recipe: MAKES) -> None:
+    name = f"{__name__}:mentions_7"
+    trainer = Trainer(recipe(**task_reward(name), **{"train.prompts_per_step": 64}), progress=False)
+    rollouts = list(trainer.sample(0))
+    examples = trainer.scored(rollouts, trainer.prompts(0))
+    texts = [
+        trainer.inputs.tokenizer.decode(e.rollout.completion_ids, skip_special_tokens=True)
+        for e in examples
+    ]
+    expected = [0.5 * ("7" in text) for text in texts]
+    assert [e.bonus for e in examples] == expected
+    assert len(set(expected)) == 2
+    all_texts = trainer.inputs.tokenizer.batch_decode(
+        [r.completion_ids for r in rollouts], skip_special_tokens=True
+    )
+    mean = sum(("7" in text) for text in all_texts) / len(all_texts)
+    assert trainer.step(0)["task_reward/mean"] == pytest.approx(mean)
+
+
+def test_the_grader_is_a_task_reward(recipe: MAKES) -> None:
+    config = recipe(
+        **task_reward("grader"), **{"data.prompts": "embedded:train", "train.prompts_per_step": 2}
+    )
+    trainer = Trainer(config, progress=False)
+    prompts = trainer.prompts(0)
+    right = trainer.inputs.tokenizer(f"\\boxed{{{prompts[0].row['answer']}}}")["input_ids"]
+    rollouts = [
+        replace(r, completion_ids=right, sampling_log_probs=[-1.0] * len(right), stopped=False)
+        for r in trainer.sample(0)
+    ]
+    bonus = {e.rollout.prompt_index: e.bonus for e in trainer.scored(rollouts, prompts)}
+    same = prompts[0].row["answer"] == prompts[1].row["answer"]
+    assert bonus == {0: 0.5, 1: 0.5 * same}
+
+
+def test_task_rewards_that_cannot_be_had_are_refused(recipe: MAKES) -> None:
+    with pytest.raises(UsageError, match=r"rollout.task_reward.name: expected one of grader, pack"):
+        recipe(**task_reward("judge"))
+    with pytest.raises(UsageError, match="answer_column: expected text in column 'solution' of"):
+        Trainer(recipe(**task_reward("grader", answer_column="solution")), progress=False)
+    with pytest.raises(UsageError, match=r"rollout.task_reward.name: .* has no 'nothing'"):
+        Trainer(recipe(**task_reward(f"{__name__}:nothing")), progress=False)
+    trainer = Trainer(recipe(**task_reward(f"{__name__}:undefined")), progress=False)
+    with pytest.raises(RunError, match="undefined: expected a finite number, got nan"):
+        trainer.step(0)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is here")
+def test_a_missing_vllm_is_named_with_its_extra(recipe: MAKES) -> None:
+    with pytest.raises(UsageError, match=r"vllm needs vLLM: pip install 'poweropd\[vllm\]'"):
+        Trainer(recipe(**{"rollout.engine": "vllm"}), progress=False)
