@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "progress": set(),
     "embedded": set(),
     "kernels": set(),
+    "sharding": set(),
     "data": {"embedded"},
     "batching": {"stops"},
     "recipe_file": set(),
@@ -28,7 +29,7 @@ MAY_IMPORT = {
     "checkpoint": {"records"},
     "selection": {"batching"},
     "objectives": {"rewards", "batching", "kernels", "selection"},
-    "models": {"objectives", "kernels", "batching", "config", "embedded"},
+    "models": {"objectives", "kernels", "batching", "config", "embedded", "sharding"},
     "rollouts": {"batching", "stops"},
     "teachers": {"models", "batching"},
     "diagnostics": {"models", "kernels", "objectives", "batching", "rewards"},
@@ -44,8 +45,8 @@ MAY_IMPORT = {
     },
     "trainer": {
         *("accounting", "assembly", "batching", "card", "checkpoint", "config", "data"),
-        *("evaluation", "models", "objectives", "progress", "records", "rollouts", "trackers"),
-        "update",
+        *("evaluation", "models", "objectives", "progress", "records", "rollouts", "sharding"),
+        *("trackers", "update"),
     },
     "gradient_quality": {
         *("batching", "data", "diagnostics", "objectives", "rewards", "rollouts", "trainer"),

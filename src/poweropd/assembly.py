@@ -129,14 +129,16 @@ def make_engine(config: Config, student: models.Student) -> RolloutEngine:
     if model.dtype == student.compute_dtype:
         return TransformersEngine(model, vocab_size=student.vocab_size, batch_size=batch_size)
     twin = copy.deepcopy(model).requires_grad_(False)
+    if student.lora:
+        twin = twin.merge_and_unload()
     for parameter in twin.parameters():
         # Not `twin.to(dtype)`: that would round the buffers of rotary embeddings as well.
         parameter.data = parameter.data.to(student.compute_dtype)
+    own = twin.state_dict()
 
-    @torch.no_grad()
     def sync() -> None:
-        for own, trained in zip(twin.parameters(), model.parameters(), strict=True):
-            own.copy_(trained)
+        for name, tensor in student.gathered_weights():
+            own[name].copy_(tensor)
 
     return TransformersEngine(twin, vocab_size=student.vocab_size, batch_size=batch_size, sync=sync)
 

@@ -4,9 +4,9 @@ The head is never called on a whole batch. `LanguageModel.hidden_states` gives t
 that predict trained tokens; objectives run the head over chunks of them.
 """
 
-import copy
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from poweropd.batching import Batch, Sequences
 from poweropd.errors import UsageError
 from poweropd.kernels import Head, linear_log_prob
 from poweropd.objectives import Objective, TokenRecord
+from poweropd.sharding import whole
 
 if TYPE_CHECKING:  # so that models, and benchmarks of them, need no pydantic
     from poweropd import config as configuration
@@ -222,20 +223,52 @@ class Student(LanguageModel):
         """Name -> trained parameter, tied ones once."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def save(self, folder: Path, stop_ids: list[int], merge: bool = False) -> None:
+    @torch.no_grad()
+    def gathered_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, full tensor) of the whole model as it is now, by its names in transformers.
+
+        Parameters come in the compute dtype, unsharded, adapters merged in (the trained module
+        stays as it is); a tied head comes under both names. Every process must iterate to the end
+        where parameters are sharded.
+        """
+        deltas = {}
+        if self.lora:
+            from peft.tuners.lora import LoraLayer
+
+            layers = self.causal_lm.named_modules()
+            deltas = {
+                f"{name}.base_layer.weight": m for name, m in layers if isinstance(m, LoraLayer)
+            }
+        parameters = {name for name, _ in self.causal_lm.named_parameters(remove_duplicate=False)}
+        for name, tensor in self.causal_lm.state_dict().items():
+            if ".lora_" in name:
+                continue
+            full = whole(tensor)
+            if name in deltas:
+                (adapter,) = deltas[name].active_adapters
+                full = full + whole(deltas[name].get_delta_weight(adapter)).to(full.dtype)
+            dtype = self.compute_dtype if name in parameters else full.dtype
+            yield name.replace(".base_layer.", "."), full.to(dtype)
+
+    def exported(self, merge: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """What `save` writes: all weights, tied ones once, or the adapter's unless merged."""
+        if self.lora and not merge:
+            return iter(self.trained_weights().items())
+        tied = self.causal_lm.all_tied_weights_keys
+        return ((name, tensor) for name, tensor in self.gathered_weights() if name not in tied)
+
+    def save(
+        self, folder: Path, weights: dict[str, Tensor], stop_ids: list[int], merge: bool = False
+    ) -> None:
         """Saves a Hugging Face model in the compute dtype, or a peft adapter unless merged.
 
-        Its generation config stops where it was trained to.
+        `weights` are those of `exported`. The generation config stops where it was trained to.
         """
         self.causal_lm.generation_config.eos_token_id = stop_ids
         if self.lora and not merge:
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=weights)
             return
-        model = copy.deepcopy(self.model).merge_and_unload() if self.lora else self.model
-        whole = model.state_dict()
-        cast = {v.data_ptr(): v.to(self.compute_dtype) for v in whole.values()}  # tied ones once
-        state = {k: cast[v.data_ptr()] for k, v in whole.items()}
-        model.save_pretrained(folder, state_dict=state)
+        self.causal_lm.save_pretrained(folder, state_dict=weights)
         # transformers writes the dtype of the model, not that of the weights it was given.
         path = folder / "config.json"
         config = json.loads(path.read_text()) | {"dtype": str(self.compute_dtype).split(".")[1]}

@@ -31,6 +31,7 @@ from poweropd.records import (
     replaced_directory,
 )
 from poweropd.rollouts.base import Request, completion_seed
+from poweropd.sharding import collected
 from poweropd.update import Outcome
 
 logger = logging.getLogger("poweropd")
@@ -255,11 +256,12 @@ class Trainer:
 
     def _export(self, folder: Path) -> None:
         """The student as a plain Hugging Face model directory, whole or not at all."""
+        lora = self.config.model.lora
+        merge = lora is not None and lora.merge
+        weights = collected(self.student.exported(merge), keep=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
             with replaced_directory(folder) as temporary:
-                lora = self.config.model.lora
-                stop_ids = list(self.sampling.stop_ids)
-                self.student.save(temporary, stop_ids, merge=lora is not None and lora.merge)
+                self.student.save(temporary, weights, list(self.sampling.stop_ids), merge)
                 self.inputs.tokenizer.save_pretrained(temporary)
                 card.write(temporary, self.config, self.steps_done)
         self.accelerator.wait_for_everyone()
