@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "rollouts": {"batching", "stops"},
     "teachers": {"models", "batching"},
     "diagnostics": {"models", "kernels", "objectives", "batching", "rewards"},
-    "update": {"models", "objectives", "batching", "rewards", "config"},
+    "update": {"models", "objectives", "batching", "rewards", "config", "sharding"},
     "evaluation": {"rollouts", "batching", "models", "data", "embedded", "records", "stops"},
     "report": {"records", "rewards", "config"},
     "validation": {"config", "evaluation", "records"},

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -126,7 +127,7 @@ def make_objective(
 def make_engine(config: Config, student: models.Student) -> RolloutEngine:
     """The engine samples from the student itself, or from a copy in the compute dtype."""
     model, batch_size = student.model, config.rollout.batch_size
-    if model.dtype == student.compute_dtype:
+    if model.dtype == student.compute_dtype and config.train.sharding == "none":
         return TransformersEngine(model, vocab_size=student.vocab_size, batch_size=batch_size)
     twin = copy.deepcopy(model).requires_grad_(False)
     if student.lora:
@@ -159,3 +160,13 @@ def make_validation(config: Config, accelerator: Accelerator, inputs: Inputs) ->
     return Validation(
         config, config.evaluate, accelerator, inputs.tokenizer, inputs.student_context
     )
+
+
+def check_launch() -> None:
+    """accelerate would shard the student its own way, or on a CPU not at all without a word."""
+    for plugin in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{plugin}", "false") == "true":
+            raise UsageError(
+                f"accelerate launch: expected plain data parallelism, got --use_{plugin.lower()} "
+                "(or an accelerate config that says so): leave it out and set train.sharding=fsdp2"
+            )

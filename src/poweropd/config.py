@@ -110,6 +110,7 @@ class Train(Section):
     steps: PositiveInt = 1500
     prompts_per_step: PositiveInt = 32  # over all processes
     max_tokens_per_batch: PositiveInt = 16384
+    sharding: Literal["none", "fsdp2"] = "none"  # of the student, over the processes
     learning_rate: PositiveFloat = 5e-7
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0

@@ -20,7 +20,7 @@ from poweropd.batching import Batch, Sequences
 from poweropd.errors import UsageError
 from poweropd.kernels import Head, linear_log_prob
 from poweropd.objectives import Objective, TokenRecord
-from poweropd.sharding import whole
+from poweropd.sharding import like, whole
 
 if TYPE_CHECKING:  # so that models, and benchmarks of them, need no pydantic
     from poweropd import config as configuration
@@ -181,6 +181,12 @@ class LanguageModel(nn.Module):
         return self.model.get_base_model() if self.lora else self.model
 
     @property
+    def layers(self) -> list[nn.Module]:
+        """Its decoder layers."""
+        kinds = self.causal_lm._no_split_modules or ()
+        return [m for m in self.causal_lm.modules() if type(m).__name__ in kinds]
+
+    @property
     def device(self) -> torch.device:
         return self.model.device
 
@@ -277,7 +283,7 @@ class Student(LanguageModel):
     @torch.no_grad()
     def load_trained_weights(self, weights: dict[str, Tensor]) -> None:
         for name, parameter in self.trained_weights().items():
-            parameter.copy_(weights[name])
+            parameter.copy_(like(weights[name], parameter))
 
 
 class Teacher(LanguageModel):

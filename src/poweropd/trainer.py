@@ -31,7 +31,7 @@ from poweropd.records import (
     replaced_directory,
 )
 from poweropd.rollouts.base import Request, completion_seed
-from poweropd.sharding import collected
+from poweropd.sharding import collected, load_optimizer_state, optimizer_state
 from poweropd.update import Outcome
 
 logger = logging.getLogger("poweropd")
@@ -60,6 +60,7 @@ class Trainer:
 
     def __init__(self, config: Config, progress: bool = True) -> None:
         self.config = config
+        assembly.check_launch()
         trackers.check(config.log.trackers)
         self.accelerator = Accelerator(
             log_with=config.log.trackers or None,
@@ -75,8 +76,8 @@ class Trainer:
         self.models = assembly.load_models(config, self.accelerator.device)
         self.student = self.models.student
         self.teacher = assembly.make_teacher(config, self.models)
-        self.updater = assembly.make_updater(config, self.models, self.inputs, self.accelerator)
         self.engine = assembly.make_engine(config, self.student)
+        self.updater = assembly.make_updater(config, self.models, self.inputs, self.accelerator)
         self.sampling = assembly.make_sampling(config, self.inputs)
         self.steps_done = self._resume()
         options = trackers.options(config.log.trackers, self.run.path)
@@ -226,12 +227,15 @@ class Trainer:
     # Saving and resuming.
 
     def _save_checkpoint(self) -> None:
-        if self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        weights = collected(self.student.trained_weights().items(), keep=main)
+        optimizer = optimizer_state(self.updater.optimizer, keep=main)
+        if main:
             checkpoint.save(
                 self.run.checkpoints,
                 self.steps_done,
-                weights=self.student.trained_weights(),
-                optimizer=self.updater.optimizer.state_dict(),
+                weights=weights,
+                optimizer=optimizer,
                 state={"max_tokens": self.updater.max_tokens},
                 keep=self.config.checkpoint.keep,
             )
@@ -244,7 +248,7 @@ class Trainer:
         if path is not None:
             weights, optimizer, state = checkpoint.load(path)
             self.student.load_trained_weights(weights)
-            self.updater.optimizer.load_state_dict(optimizer)
+            load_optimizer_state(self.updater.optimizer, optimizer)
             self.updater.max_tokens = state["max_tokens"]
             self.engine.sync()
             steps = state["step"]

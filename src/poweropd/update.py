@@ -20,6 +20,7 @@ from poweropd.errors import RunError
 from poweropd.models import Student, Teacher
 from poweropd.objectives import Maker, TokenRecord
 from poweropd.rewards import Reward
+from poweropd.sharding import shard, whole
 
 # transformers ignores warm-up for its plain "constant".
 SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
@@ -51,18 +52,20 @@ class Updater:
         self.accelerator, self.train, self.make_objective = accelerator, train, make_objective
         self.teacher = teacher
         self.max_tokens = train.max_tokens_per_batch
-        parameters = [p for p in student.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameters,
+        self.student = student
+        if train.sharding == "fsdp2" and accelerator.num_processes > 1:
+            shard(student, student.layers, student.compute_dtype)
+        else:
+            self.student = accelerator.prepare(student)
+        self.optimizer = torch.optim.AdamW(
+            [p for p in student.parameters() if p.requires_grad],
             lr=train.learning_rate,
             weight_decay=train.weight_decay,
             fused=accelerator.device.type == "cuda",
         )
-        self.student, self.optimizer = accelerator.prepare(student, optimizer)
-        # Only its factor is used, as a pure function of the step: accelerate's wrapper would step
-        # it once per process, and a state would have to be resumed.
+        # Only its factor is used, as a pure function of the step: a state would have to be resumed.
         schedule = get_scheduler(
-            SCHEDULES[train.schedule], self.optimizer.optimizer, train.warmup_steps, train.steps
+            SCHEDULES[train.schedule], self.optimizer, train.warmup_steps, train.steps
         )
         self._factor = schedule.lr_lambdas[0]
 
@@ -83,19 +86,20 @@ class Updater:
                 self._shrink(examples, error)
         record = _check_finite(TokenRecord.cat(gather_object([record])), reward)
         clip = self.train.clip_grad_norm
-        grad_norm = self.accelerator.clip_grad_norm_(
+        norm = torch.nn.utils.clip_grad_norm_(
             self.student.parameters(), float("inf") if clip is None else clip
         )
+        grad_norm = float(whole(norm))
         if not math.isfinite(grad_norm):
             raise RunError(
-                f"the gradient of step {step + 1} is not finite (norm {float(grad_norm)}): lower "
+                f"the gradient of step {step + 1} is not finite (norm {grad_norm}): lower "
                 "train.learning_rate, or compute in another model.dtype"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.optimizer.step()
         self.optimizer.zero_grad()  # frees them for the rollout
-        return Outcome(loss, float(grad_norm), num_tokens, num_tokens / sum(lengths), record)
+        return Outcome(loss, grad_norm, num_tokens, num_tokens / sum(lengths), record)
 
     def accumulate(
         self, examples: Sequence[Example], reward: Reward, num_tokens: int
@@ -111,6 +115,7 @@ class Updater:
         losses, records = [], []
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
+            # A sharded student has no such context: see `shard`.
             with nullcontext() if last else self.accelerator.no_sync(self.student):
                 loss, record = self.student(self._prepared(batch), objective)
                 self.accelerator.backward(loss)
