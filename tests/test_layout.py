@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "selection": {"batching"},
     "objectives": {"rewards", "batching", "kernels", "selection"},
     "models": {"objectives", "kernels", "batching", "config", "embedded", "sharding"},
+    "attention": {"models", "batching"},
     "rollouts": {"batching", "stops"},
     "teachers": {"models", "batching"},
     "diagnostics": {"models", "kernels", "objectives", "batching", "rewards"},
@@ -40,6 +41,7 @@ MAY_IMPORT = {
     "trackers": set(),
     "card": {"config", "records"},
     "assembly": {
+        "attention",
         *("config", "data", "kernels", "models", "objectives", "rollouts", "selection", "stops"),
         *("teachers", "update", "validation"),
     },

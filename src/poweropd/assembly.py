@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from poweropd import data, models, objectives, selection, stops
+from poweropd import attention, data, models, objectives, selection, stops
 from poweropd.config import Config
 from poweropd.kernels import Support
 from poweropd.rollouts.base import RolloutEngine, Sampling
@@ -77,10 +77,14 @@ def load_models(config: Config, device: torch.device) -> Models:
     ).to(device)
     vocab_size = models.shared_vocab_size(model, teacher_model)
     lora = config.model.lora is not None
-    return Models(
+    loaded = Models(
         models.Student(model, vocab_size, models.DTYPES[config.model.dtype], lora=lora),
         models.Teacher(teacher_model, vocab_size, models.DTYPES[config.teacher.dtype]),
     )
+    for who, language_model in vars(loaded).items():
+        attention.set_attention(language_model, config.model.attention)
+        language_model.flat = attention.packs_flat(language_model, config.train.packing, who)
+    return loaded
 
 
 def make_teacher(config: Config, loaded: Models) -> TeacherScorer:
@@ -92,6 +96,11 @@ def make_teacher(config: Config, loaded: Models) -> TeacherScorer:
 def make_updater(
     config: Config, loaded: Models, inputs: Inputs, accelerator: Accelerator
 ) -> Updater:
+    if config.model.compile:
+        if not loaded.student.layers:
+            raise UsageError("model.compile: this model does not say which its layers are")
+        for layer in loaded.student.layers:
+            layer.compile(dynamic=True)
     return Updater(
         accelerator,
         loaded.student,
@@ -125,9 +134,14 @@ def make_objective(
 
 
 def make_engine(config: Config, student: models.Student) -> RolloutEngine:
-    """The engine samples from the student itself, or from a copy in the compute dtype."""
+    """The engine samples from the student itself where it can, or from a plain copy of it.
+
+    To be called before the student is compiled or sharded.
+    """
     model, batch_size = student.model, config.rollout.batch_size
-    if model.dtype == student.compute_dtype and config.train.sharding == "none":
+    as_it_is = config.train.sharding == "none" and not config.model.compile
+    decodes = attention.implementation(student) in attention.PADDED
+    if model.dtype == student.compute_dtype and as_it_is and decodes:
         return TransformersEngine(model, vocab_size=student.vocab_size, batch_size=batch_size)
     twin = copy.deepcopy(model).requires_grad_(False)
     if student.lora:
@@ -135,6 +149,8 @@ def make_engine(config: Config, student: models.Student) -> RolloutEngine:
     for parameter in twin.parameters():
         # Not `twin.to(dtype)`: that would round the buffers of rotary embeddings as well.
         parameter.data = parameter.data.to(student.compute_dtype)
+    if not decodes:
+        twin.set_attn_implementation("sdpa")
     own = twin.state_dict()
 
     def sync() -> None:
