@@ -62,7 +62,7 @@ def language_model(model: Any) -> LanguageModel:
 SHAPE: dict[str, Any] = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2}
 
 
-def test_a_model_whose_layers_mix_sequences_is_found_out() -> None:
+def test_a_model_whose_layers_mix_sequences_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     config = Lfm2Config(
         **SHAPE,
@@ -75,7 +75,7 @@ def test_a_model_whose_layers_mix_sequences_is_found_out() -> None:
     hybrid = language_model(Lfm2ForCausalLM(config))
     assert mixing(hybrid) > 0.01
     assert why_not_flat(hybrid) == "has layers of type conv"
-    config.layer_types = None  # of a model that does not say
+    monkeypatch.setattr("poweropd.attention.LAYER_TYPES", {"conv", "full_attention"})
     reason = why_not_flat(hybrid)
     assert reason is not None
     assert "computes other hidden states in a flat row" in reason

@@ -62,7 +62,7 @@ class Updater:
             [p for p in student.parameters() if p.requires_grad],
             lr=train.learning_rate,
             weight_decay=train.weight_decay,
-            fused=accelerator.device.type == "cuda",
+            fused=True,
         )
         # Only its factor is used, as a pure function of the step: a state would have to be resumed.
         schedule = get_scheduler(
