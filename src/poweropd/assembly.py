@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from poweropd import attention, data, models, objectives, selection, stops
 from poweropd.config import Config
+from poweropd.errors import UsageError
 from poweropd.kernels import Support
 from poweropd.rollouts.base import RolloutEngine, Sampling
 from poweropd.rollouts.transformers import TransformersEngine

@@ -269,5 +269,5 @@ def pack(lengths: Sequence[int], max_tokens: int, flat: bool = False) -> list[li
 
 def halved(max_tokens: int, lengths: Sequence[int]) -> int | None:
     """A token budget to go on with after running out of memory; None where none is left."""
-    longest = max(lengths)
+    longest = max(lengths, default=1)
     return max(max_tokens // 2, longest) if max_tokens > longest else None

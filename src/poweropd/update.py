@@ -151,7 +151,7 @@ class Updater:
         if self.accelerator.num_processes > 1 or smaller is None:
             raise RunError(
                 f"out of memory in an update with train.max_tokens_per_batch={self.max_tokens} "
-                f"(longest sequence: {max(lengths)} tokens): lower train.max_tokens_per_batch or "
+                f"(longest sequence: {max(lengths, default=0)} tokens): lower it or "
                 "rollout.max_new_tokens, or set model.gradient_checkpointing=true"
             ) from error
         self.max_tokens = smaller
