@@ -35,7 +35,7 @@ def test_a_batch_aligns_both_models_on_the_completion() -> None:
         assert view.targets.tolist() == [9, stop, 7, 8, stop, stop]
         before = view.input_ids.flatten()[view.index]  # the token read just before each target
         assert before[[1, 3, 4]].tolist() == [9, 7, 8]
-        assert view.attention_mask.flatten()[view.index].all()
+        assert view.inputs["attention_mask"].flatten()[view.index].all()
     assert batch.positions.tolist() == [0, 1, 0, 1, 2, 0]
     assert batch.rows.tolist() == [0, 0, 1, 1, 1, 2]
     assert batch.student.input_ids[1].tolist() == [1, 7, 8, 0]

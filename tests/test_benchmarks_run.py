@@ -26,7 +26,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Makes the modules of benchmarks/ importable, for one test."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     yield
-    for name in ("update", "scaling", "common", "objectives"):
+    for name in ("update", "scaling", "common", "objectives", "packing"):
         sys.modules.pop(name, None)
 
 
@@ -137,3 +137,14 @@ def test_head_costs_show_the_gradient_of_autograd(scaling: ModuleType) -> None:
     rows = scaling.head_costs(scaling.GEOMETRIES["tiny"], repeats=1)
     assert len(rows) == len(scaling.ALPHAS)
     assert all(float(row["error to autograd"]) < 1e-5 for row in rows)
+
+
+def test_flat_micro_batches_hold_the_tokens_and_no_padding(
+    benchmarks: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["packing.py", "--geometry", "tiny", "--repeats", "1"])
+    importlib.import_module("packing").main()
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    computed = {row.split()[0]: int(row.split()[3]) for row in rows}
+    assert f"{computed['flat']} tokens in 4 rows" in head
+    assert computed["padded"] > computed["flat"]

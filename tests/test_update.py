@@ -168,7 +168,7 @@ def test_memory_that_never_suffices_is_said_with_advice(
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(trainer.student, "forward", no_memory)
-    with pytest.raises(RunError, match=r"lower train\.max_tokens_per_batch"):
+    with pytest.raises(RunError, match=r"lower it or rollout\.max_new_tokens"):
         trainer.updater.update(examples, trainer.reward, 0)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from poweropd import data, engines, models, objectives, selection, stops
+from poweropd import attention, data, engines, models, objectives, selection, stops
 from poweropd.config import Config
 from poweropd.errors import UsageError
 from poweropd.kernels import Support
@@ -78,10 +78,14 @@ def load_models(config: Config, device: torch.device) -> Models:
     ).to(device)
     vocab_size = models.shared_vocab_size(model, teacher_model)
     lora = config.model.lora is not None
-    return Models(
+    loaded = Models(
         models.Student(model, vocab_size, models.DTYPES[config.model.dtype], lora=lora),
         models.Teacher(teacher_model, vocab_size, models.DTYPES[config.teacher.dtype]),
     )
+    for who, language_model in vars(loaded).items():
+        attention.set_attention(language_model, config.model.attention)
+        language_model.flat = attention.packs_flat(language_model, config.train.packing, who)
+    return loaded
 
 
 def make_teacher(config: Config, loaded: Models) -> TeacherScorer:
@@ -93,6 +97,11 @@ def make_teacher(config: Config, loaded: Models) -> TeacherScorer:
 def make_updater(
     config: Config, loaded: Models, inputs: Inputs, accelerator: Accelerator
 ) -> Updater:
+    if config.model.compile:
+        if not loaded.student.layers:
+            raise UsageError("model.compile: this model does not say which its layers are")
+        for layer in loaded.student.layers:
+            layer.compile(dynamic=True)
     return Updater(
         accelerator,
         loaded.student,

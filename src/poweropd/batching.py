@@ -1,8 +1,11 @@
 """From completions to micro-batches: `Rollout`, `Example`, `Batch`, packing by token budget.
 
 A `Rollout` is what an engine yields. An `Example` adds what is trained: the positions in the
-loss and each model's targets there. A `Batch` is one padded micro-batch of examples, seen by
-the student and by the teacher, with the trained tokens flattened to N.
+loss and each model's targets there. A `Batch` is one micro-batch of examples, seen by the
+student and by the teacher, with the trained tokens flattened to N.
+
+A micro-batch is padded, one row to a sequence, or flat: one row of all sequences, one after the
+other, without padding, in which position ids that start again from 0 say where each begins.
 """
 
 import hashlib
@@ -117,15 +120,39 @@ def make_examples(
 
 @dataclass(frozen=True)
 class Sequences:
-    """One model's view of a micro-batch, right-padded."""
+    """One model's view of a micro-batch: right-padded, or flat."""
 
-    input_ids: Tensor  # [B, T]
-    attention_mask: Tensor  # [B, T]
+    inputs: dict[str, Tensor]  # input_ids [B, T]; attention_mask, or position_ids of a flat row
     index: Tensor  # [N] into the flattened B * T: where each trained token is predicted
     targets: Tensor  # [N]
 
+    @classmethod
+    def of_rows(
+        cls, rows: Sequence[list[int]], indices: Sequence[Tensor], targets: Tensor, flat: bool
+    ) -> "Sequences":
+        """From the ids of each sequence, and where in it its trained tokens are predicted."""
+        lengths = torch.tensor([len(row) for row in rows])
+        ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+        if flat:
+            positions = torch.cat([torch.arange(len(row)) for row in rows])
+            inputs = {"input_ids": torch.cat(ids)[None], "position_ids": positions[None]}
+            starts = (lengths.cumsum(0) - lengths).tolist()
+        else:
+            padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+            width = padded.shape[1]
+            mask = (torch.arange(width) < lengths[:, None]).long()
+            inputs = {"input_ids": padded, "attention_mask": mask}
+            starts = [row * width for row in range(len(rows))]
+        index = [start + own for start, own in zip(starts, indices, strict=True)]
+        return cls(inputs, torch.cat(index), targets)
+
+    @property
+    def input_ids(self) -> Tensor:
+        return self.inputs["input_ids"]
+
     def to(self, device: torch.device | str) -> "Sequences":
-        return Sequences(*(tensor.to(device) for tensor in vars(self).values()))
+        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        return Sequences(inputs, self.index.to(device), self.targets.to(device))
 
     def of(self, tokens: Tensor) -> "Sequences":
         return replace(self, index=self.index[tokens], targets=self.targets[tokens])
@@ -162,17 +189,18 @@ class Batch:
         )
 
 
-def collate(examples: Sequence[Example]) -> Batch:
+def collate(examples: Sequence[Example], flat: bool = False, teacher_flat: bool = False) -> Batch:
     """One micro-batch; without examples, one with a single untrained token and N = 0.
 
-    The empty one lets a process take part in a collective backward with nothing to train on.
+    `flat` and `teacher_flat` say how each model takes it. The empty one lets a process take part in
+    a collective backward with nothing to train on.
     """
     if not examples:
         return _empty_batch()
     counts = torch.tensor([e.num_tokens for e in examples])
     return Batch(
-        student=student_sequences(examples),
-        teacher=teacher_sequences(examples),
+        student=student_sequences(examples, flat),
+        teacher=teacher_sequences(examples, teacher_flat),
         teacher_log_probs=_cat([e.teacher_log_probs for e in examples]),
         positions=torch.cat([e.positions for e in examples]),
         rows=torch.arange(len(examples)).repeat_interleave(counts),
@@ -188,50 +216,58 @@ def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(known) if len(known) == len(parts) else None
 
 
-def student_sequences(examples: Sequence[Example]) -> Sequences:
+def student_sequences(examples: Sequence[Example], flat: bool = False) -> Sequences:
     rows = [(e.rollout.prompt_ids, e, e.student_length) for e in examples]
-    return _sequences(rows, torch.cat([e.student_targets for e in examples]))
+    return _sequences(rows, torch.cat([e.student_targets for e in examples]), flat)
 
 
-def teacher_sequences(examples: Sequence[Example]) -> Sequences:
+def teacher_sequences(examples: Sequence[Example], flat: bool = False) -> Sequences:
     rows = [(e.rollout.teacher_prompt_ids, e, e.teacher_length) for e in examples]
-    return _sequences(rows, torch.cat([e.teacher_targets for e in examples]))
+    return _sequences(rows, torch.cat([e.teacher_targets for e in examples]), flat)
 
 
-def _sequences(rows: Sequence[tuple[list[int], Example, int]], targets: Tensor) -> Sequences:
-    ids = _pad([(prompt + e.rollout.completion_ids)[:length] for prompt, e, length in rows])
-    lengths = torch.tensor([length for _, _, length in rows])
-    width = ids.shape[1]
+def _sequences(
+    rows: Sequence[tuple[list[int], Example, int]], targets: Tensor, flat: bool
+) -> Sequences:
+    ids = [(prompt + e.rollout.completion_ids)[:length] for prompt, e, length in rows]
     # The hidden state before a token predicts it.
-    index = [row * width + len(prompt) - 1 + e.positions for row, (prompt, e, _) in enumerate(rows)]
-    mask = (torch.arange(width) < lengths[:, None]).long()
-    return Sequences(ids, mask, torch.cat(index), targets)
+    indices = [len(prompt) - 1 + e.positions for prompt, e, _ in rows]
+    return Sequences.of_rows(ids, indices, targets, flat)
 
 
 def _empty_batch() -> Batch:
     none = torch.empty(0, dtype=torch.long)
-    one = torch.zeros(1, 1, dtype=torch.long)
-    sequences = Sequences(one, torch.ones_like(one), none, none)
+    sequences = Sequences.of_rows([[0]], [none], none, flat=False)
     zeros = torch.empty(0)
     return Batch(sequences, sequences, zeros, none, none, zeros, none, zeros)
 
 
-def _pad(rows: Sequence[list[int]]) -> Tensor:
-    """[B, T] ids, right-padded with 0, which the masks hide."""
-    return torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True
-    )
+def pack(lengths: Sequence[int], max_tokens: int, flat: bool = False) -> list[list[int]]:
+    """Groups indices so that each group, padded to its longest or flat, fits in `max_tokens`.
 
-
-def pack(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Groups indices so that rows padded to a group's longest fit in `max_tokens`.
-
-    Longest first: neighbours in length waste the least padding, and a batch that does not fit
-    in memory fails at once. A row longer than the budget makes a group of its own.
+    Longest first: neighbours in length waste the least padding, short ones fill up flat rows, and a
+    batch that does not fit in memory fails at once. A sequence longer than the budget makes a group
+    of its own.
     """
     groups: list[list[int]] = []
+    totals: list[int] = []  # tokens of each group, without padding
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > max_tokens:
+        if flat:
+            fitting = (k for k, total in enumerate(totals) if total + lengths[i] <= max_tokens)
+        else:
+            last = len(groups) - 1
+            fits = groups and (len(groups[last]) + 1) * lengths[groups[last][0]] <= max_tokens
+            fitting = (k for k in [last] if fits)
+        k = next(fitting, len(groups))
+        if k == len(groups):
             groups.append([])
-        groups[-1].append(i)
+            totals.append(0)
+        groups[k].append(i)
+        totals[k] += lengths[i]
     return groups
+
+
+def halved(max_tokens: int, lengths: Sequence[int]) -> int | None:
+    """A token budget to go on with after running out of memory; None where none is left."""
+    longest = max(lengths, default=1)
+    return max(max_tokens // 2, longest) if max_tokens > longest else None

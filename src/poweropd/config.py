@@ -18,6 +18,9 @@ from poweropd.errors import UsageError
 from poweropd.recipe_file import Where, apply_override, flatten, plain, read_yaml
 
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"]
+Attention = Literal[
+    "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
+]
 Dtype = Literal["bfloat16", "float16", "float32"]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -48,6 +51,8 @@ class Model(Section):
     master_dtype: Dtype = "float32"  # of the trained weights and the optimizer
     lora: Lora | None = None
     gradient_checkpointing: bool = False
+    attention: Attention = "auto"  # of transformers, for student and teacher
+    compile: bool = False  # the student's decoder layers, by torch.compile
     trust_remote_code: bool = False
 
 
@@ -154,6 +159,7 @@ class Train(Section):
     steps: PositiveInt = 1500
     prompts_per_step: PositiveInt = 32  # over all processes
     max_tokens_per_batch: PositiveInt = 16384
+    packing: Literal["auto", "padded", "flat"] = "auto"  # of sequences in a micro-batch
     sharding: Literal["none", "fsdp2"] = "none"  # of the student, over the processes
     learning_rate: PositiveFloat = 5e-7
     schedule: Literal["constant", "linear", "cosine"] = "constant"

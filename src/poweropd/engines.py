@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from poweropd import models
+from poweropd import attention, models
 from poweropd.batching import Example, Rollout, make_example
 from poweropd.config import Config
 from poweropd.data import Prompt
@@ -48,10 +48,12 @@ def make(parts: Parts) -> RolloutEngine:
 
 
 def _transformers(parts: Parts) -> RolloutEngine:
-    """Samples from the student itself, or from a copy in the compute dtype."""
-    student = parts.student
-    model, batch_size = student.model, parts.config.rollout.batch_size
-    if model.dtype == student.compute_dtype and parts.config.train.sharding == "none":
+    """Samples from the student itself where it can, or from a plain copy in the compute dtype."""
+    config, student = parts.config, parts.student
+    model, batch_size = student.model, config.rollout.batch_size
+    as_it_is = config.train.sharding == "none" and not config.model.compile
+    decodes = attention.implementation(student) in attention.PADDED
+    if model.dtype == student.compute_dtype and as_it_is and decodes:
         return TransformersEngine(model, vocab_size=student.vocab_size, batch_size=batch_size)
     twin = copy.deepcopy(model).requires_grad_(False)
     if student.lora:
@@ -59,6 +61,8 @@ def _transformers(parts: Parts) -> RolloutEngine:
     for parameter in twin.parameters():
         # Not `twin.to(dtype)`: that would round the buffers of rotary embeddings as well.
         parameter.data = parameter.data.to(student.compute_dtype)
+    if not decodes:
+        twin.set_attn_implementation("sdpa")
     own = twin.state_dict()
 
     def sync() -> None:

@@ -171,6 +171,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model, self.lora = model, lora
         self.vocab_size, self.compute_dtype = vocab_size, compute_dtype
+        self.flat = False  # whether its micro-batches are flat rows, see `batching`
         options = model.config.to_dict()
         # Cohere multiplies logits, Granite divides them, Gemma 2 and 3 soft-cap them.
         self.scale = options.get("logit_scale", 1.0) / options.get("logits_scaling", 1.0)
@@ -197,11 +198,7 @@ class LanguageModel(nn.Module):
     def hidden_states(self, sequences: Sequences) -> Tensor:
         """[N, H] hidden states that predict the trained tokens, in the compute dtype."""
         with self.autocast():
-            output = self.causal_lm.base_model(
-                input_ids=sequences.input_ids,
-                attention_mask=sequences.attention_mask,
-                use_cache=False,
-            )
+            output = self.causal_lm.base_model(**sequences.inputs, use_cache=False)
         flat = output.last_hidden_state.flatten(0, 1)
         return flat.index_select(0, sequences.index).to(self.compute_dtype)
 
@@ -304,7 +301,7 @@ class Teacher(LanguageModel):
 def _check_head(model: Any, name: str) -> None:
     """Refuses a model whose logits are not its head applied to its last hidden states."""
     ids = torch.arange(1, 5, device=model.device)[None]
-    sequences = Sequences(ids, torch.ones_like(ids), torch.arange(4, device=model.device), ids[0])
+    sequences = Sequences({"input_ids": ids}, torch.arange(4, device=model.device), ids[0])
     language_model = LanguageModel(
         model, model.get_output_embeddings().weight.shape[0], model.dtype
     )

@@ -16,7 +16,7 @@ from transformers import get_scheduler
 
 from poweropd import config as configuration
 from poweropd import rewards
-from poweropd.batching import Batch, Example, collate, pack
+from poweropd.batching import Batch, Example, collate, halved, pack
 from poweropd.errors import RunError
 from poweropd.models import Student, Teacher
 from poweropd.objectives import Maker, Sampled, TokenRecord
@@ -53,6 +53,7 @@ class Updater:
         self.accelerator, self.train, self.make_objective = accelerator, train, make_objective
         self.teacher = teacher
         self.max_tokens = train.max_tokens_per_batch
+        self.flat = student.flat, teacher is not None and teacher.flat
         self.student = student
         if train.sharding == "fsdp2" and accelerator.num_processes > 1:
             shard(student, student.layers, student.compute_dtype)
@@ -62,7 +63,7 @@ class Updater:
             [p for p in student.parameters() if p.requires_grad],
             lr=train.learning_rate,
             weight_decay=train.weight_decay,
-            fused=accelerator.device.type == "cuda",
+            fused=True,
         )
         # Only its factor is used, as a pure function of the step: a state would have to be resumed.
         schedule = get_scheduler(
@@ -126,8 +127,8 @@ class Updater:
         return total.item() / world, TokenRecord.cat(records)
 
     def _micro_batches(self, examples: Sequence[Example]) -> list[Batch]:
-        groups = pack([e.student_length for e in examples], self.max_tokens)
-        batches = [collate([examples[i] for i in group]) for group in groups]
+        groups = pack([e.student_length for e in examples], self.max_tokens, self.flat[0])
+        batches = [collate([examples[i] for i in group], *self.flat) for group in groups]
         # A collective backward needs the same number on every process.
         most = max(gather_object([len(batches)]))
         return batches + [collate([]) for _ in range(most - len(batches))]
@@ -146,14 +147,15 @@ class Updater:
 
     def _shrink(self, examples: Sequence[Example], error: torch.OutOfMemoryError) -> None:
         """Prepares a restart of the whole update at half the token budget, or gives up."""
-        longest = max(e.student_length for e in examples)
-        if self.accelerator.num_processes > 1 or self.max_tokens <= longest:
+        lengths = [e.student_length for e in examples]
+        smaller = halved(self.max_tokens, lengths)
+        if self.accelerator.num_processes > 1 or smaller is None:
             raise RunError(
                 f"out of memory in an update with train.max_tokens_per_batch={self.max_tokens} "
-                f"(longest sequence: {longest} tokens): lower train.max_tokens_per_batch or "
+                f"(longest sequence: {max(lengths, default=0)} tokens): lower it or "
                 "rollout.max_new_tokens, or set model.gradient_checkpointing=true"
             ) from error
-        self.max_tokens = max(self.max_tokens // 2, longest)
+        self.max_tokens = smaller
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
 

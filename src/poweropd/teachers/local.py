@@ -1,11 +1,18 @@
 """A teacher in this process: one forward without a cache, batched under its own token budget."""
 
-from poweropd.batching import Example, pack, teacher_sequences
+import torch
+
+from poweropd.batching import Example, halved, pack, teacher_sequences
+from poweropd.errors import RunError
 from poweropd.models import Teacher
 
 
 class LocalTeacher:
-    """Scores with a `Teacher` module; `max_tokens` bounds the padded tokens of one forward."""
+    """Scores with a `Teacher` module; `max_tokens` bounds the tokens of one forward.
+
+    Where that is too much for the memory, all waiting examples are scored at half the budget, so
+    that scores do not depend on the moment at which it was found out.
+    """
 
     def __init__(self, teacher: Teacher, max_tokens: int) -> None:
         self.teacher, self.max_tokens = teacher, max_tokens
@@ -16,12 +23,33 @@ class LocalTeacher:
 
     def collect(self) -> list[Example]:
         waiting, self._waiting = self._waiting, []
+        while True:
+            try:
+                return self._scored(waiting)
+            except torch.OutOfMemoryError as error:
+                self._shrink([e.teacher_length for e in waiting], error)
+
+    def _scored(self, waiting: list[Example]) -> list[Example]:
         scored = list(waiting)
-        for group in pack([e.teacher_length for e in waiting], self.max_tokens):
+        flat = self.teacher.flat
+        for group in pack([e.teacher_length for e in waiting], self.max_tokens, flat):
             members = [waiting[i] for i in group]
-            log_probs = self.teacher.log_probs(teacher_sequences(members).to(self.teacher.device))
+            sequences = teacher_sequences(members, flat).to(self.teacher.device)
             # A clone made here is an ordinary tensor, not one of inference mode.
-            parts = log_probs.cpu().clone().split([e.num_tokens for e in members])
+            log_probs = self.teacher.log_probs(sequences).cpu().clone()
+            parts = log_probs.split([e.num_tokens for e in members])
             for i, part in zip(group, parts, strict=True):
                 scored[i] = waiting[i].scored(part)
         return scored
+
+    def _shrink(self, lengths: list[int], error: torch.OutOfMemoryError) -> None:
+        smaller = halved(self.max_tokens, lengths)
+        if smaller is None:
+            raise RunError(
+                f"out of memory in scoring with teacher.max_tokens_per_batch={self.max_tokens} "
+                f"(longest sequence: {max(lengths)} tokens): lower rollout.max_new_tokens, or use "
+                "a smaller teacher.dtype"
+            ) from error
+        self.max_tokens = smaller
+        if self.teacher.device.type == "cuda":
+            torch.cuda.empty_cache()
