@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "objectives": {"rewards", "batching", "kernels", "selection"},
     "models": {"objectives", "kernels", "batching", "config", "embedded"},
     "rollouts": {"batching", "stops"},
-    "teachers": {"models", "batching"},
+    "teachers": {"models", "batching", "config", "records", "rewards", "stops"},
     "diagnostics": {"models", "kernels", "objectives", "batching", "rewards"},
     "update": {"models", "objectives", "batching", "rewards", "config"},
     "evaluation": {"rollouts", "batching", "models", "data", "embedded", "records", "stops"},
@@ -37,8 +37,8 @@ MAY_IMPORT = {
     "trackers": set(),
     "card": {"config", "records"},
     "assembly": {
-        *("config", "data", "kernels", "models", "objectives", "rollouts", "selection", "stops"),
-        *("teachers", "update", "validation"),
+        *("config", "data", "kernels", "models", "objectives", "records", "rollouts", "selection"),
+        *("stops", "teachers", "update", "validation"),
     },
     "trainer": {
         *("accounting", "assembly", "batching", "card", "checkpoint", "config", "data"),

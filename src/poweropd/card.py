@@ -36,7 +36,7 @@ def write(folder: Path, config: Config, step: int) -> None:
         name=run.path.name,
         adapter=adapter,
         student=config.model.student,
-        teacher=config.teacher.model,
+        teacher=" and ".join(teacher.model for teacher in config.teachers.values()),
         prompts=config.data.prompts,
         objective=config.objective.kind,
         reward=", ".join(f"{k} {v}" for k, v in config.reward.model_dump().items() if k != "name"),

@@ -9,8 +9,17 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 from ruamel.yaml import YAML
 
 from poweropd import rewards
@@ -49,10 +58,68 @@ class Model(Section):
 
 
 class Teacher(Section):
-    model: str
+    """One teacher, in this process or, with `servers`, behind vLLM servers."""
+
+    model: str  # a directory or Hub model; with servers, its name there
+    trust_remote_code: bool = False
+    # In this process.
     dtype: Dtype = "bfloat16"
     max_tokens_per_batch: PositiveInt = 32768
-    trust_remote_code: bool = False
+    quantization: dict[str, Any] | None = None  # as transformers takes it, with a quant_method
+    measure_quantization: bool = False  # its effect on the first step's rewards
+    offload: bool = False  # to the CPU between uses
+    # Behind servers; times in seconds.
+    servers: list[str] = Field(default_factory=list)  # such as http://127.0.0.1:8000
+    tokenizer: str | None = None  # a directory or Hub model; null: that of `model`
+    api_key_env: str | None = None  # the environment variable that holds the servers' key
+    timeout: PositiveFloat = 120.0  # of one request
+    concurrency: PositiveInt = 32  # requests at once, of each server and process
+    give_up_after: PositiveFloat = 900.0  # for which the servers may be away
+
+    @model_validator(mode="after")
+    def _valid(self) -> Self:
+        for url in self.servers:
+            parts = urlsplit(url)
+            known = parts.scheme in ("http", "https") and parts.hostname
+            if not known or parts.username or parts.query:
+                raise ValueError(
+                    "servers: expected base URLs such as http://127.0.0.1:8000, without a key or "
+                    f"password (see api_key_env), got ...{url.rpartition('@')[2].partition('?')[0]}"
+                )
+        local = {"quantization": self.quantization is not None, "offload": self.offload}
+        for key, is_set in local.items():
+            if is_set and self.servers:
+                raise ValueError(f"{key}: it belongs to a teacher in this process, not on servers")
+        if self.quantization is not None and self.offload:
+            raise ValueError("offload: a quantized teacher cannot be moved; drop one of the two")
+        if self.quantization is None and self.measure_quantization:
+            raise ValueError("measure_quantization: there is no teacher.quantization to measure")
+        return self
+
+
+class Teachers(Section):
+    """Several teachers, each under the value that column `by` has for its prompts."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    __pydantic_extra__: dict[str, Teacher] = Field(init=False)
+    by: str
+
+    @model_validator(mode="after")
+    def _valid(self) -> Self:
+        if not self.model_extra:
+            raise ValueError(f"by: expected a teacher for each value of column {self.by!r}")
+        return self
+
+
+def _how_many(teacher: Any) -> str:
+    several = "by" in teacher if isinstance(teacher, Mapping) else isinstance(teacher, Teachers)
+    return "(several)" if several else "(one)"
+
+
+AnyTeacher = Annotated[
+    Annotated[Teacher, Tag("(one)")] | Annotated[Teachers, Tag("(several)")],
+    Discriminator(_how_many),
+]
 
 
 class Data(Section):
@@ -145,7 +212,7 @@ class Config(Section):
 
     run: Run = Field(default_factory=Run)
     model: Model
-    teacher: Teacher
+    teacher: AnyTeacher
     data: Data
     rollout: Rollout = Field(default_factory=Rollout)
     reward: Reward = Field(default_factory=Reward)
@@ -165,6 +232,7 @@ class Config(Section):
     def _contradictions(self) -> list[tuple[bool, str]]:
         """Settings that cannot go together: whether they are there, and what the user is told."""
         objective, rollout, select = self.objective, self.rollout, self.objective.select
+        alone = isinstance(self.teacher, Teacher) and not self.teacher.servers
         full_vocab, truncated = objective.kind == "full_vocab", rollout.score == "truncated"
         return [
             (
@@ -200,7 +268,28 @@ class Config(Section):
                 "rollout.score: truncated needs rollout.temperature > 0, for the support of "
                 "greedy sampling is a single id",
             ),
+            (
+                self.needs_local_teacher is not None and not alone,
+                f"teacher: {self.needs_local_teacher} needs the teacher's hidden states, so a "
+                "single teacher in this process (teacher.model without servers and by)",
+            ),
+            (
+                self.needs_local_teacher is not None and alone and self.teachers[""].offload,
+                f"teacher.offload: {self.needs_local_teacher} reads the teacher during the update",
+            ),
         ]
+
+    @property
+    def teachers(self) -> dict[str, Teacher]:
+        """By the values of column `teacher.by`; a single teacher has the name ""."""
+        if isinstance(self.teacher, Teacher):
+            return {"": self.teacher}
+        return dict(self.teacher.__pydantic_extra__)
+
+    @property
+    def domain_column(self) -> str | None:
+        """The column of the data that says which of several teachers a prompt belongs to."""
+        return None if isinstance(self.teacher, Teacher) else self.teacher.by
 
     @property
     def truncates_scores(self) -> bool:
@@ -267,14 +356,25 @@ class Config(Section):
         }
 
     def differences(self, other: "Config") -> list[str]:
-        """The keys whose values differ, as "key: this != other"; run.dir is not compared."""
-        mine, theirs = (flatten(c.model_dump(exclude={"run"})) for c in (self, other))
+        """The keys whose values differ, as "key: this != other".
+
+        run.dir is not compared, nor where a teacher's servers are and how they are asked.
+        """
+        mine, theirs = (
+            {k: v for k, v in flatten(c.model_dump(exclude={"run"})).items() if not _is_access(k)}
+            for c in (self, other)
+        )
         missing = "(absent)"
         return [
             f"{key}: {mine.get(key, missing)!r} != {theirs.get(key, missing)!r}"
             for key in sorted({*mine, *theirs})
             if mine.get(key, missing) != theirs.get(key, missing)
         ]
+
+
+def _is_access(key: str) -> bool:
+    access = {"servers", "api_key_env", "timeout", "concurrency", "give_up_after"}
+    return key.startswith("teacher.") and key.rpartition(".")[2] in access
 
 
 def _parameters(reward: rewards.Reward) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +20,7 @@ from poweropd.assembly import Inputs
 from poweropd.batching import Example, Rollout, make_example
 from poweropd.config import Config
 from poweropd.data import Prompt
+from poweropd.errors import RunError
 from poweropd.evaluation.runner import Subject
 from poweropd.models import context_length
 from poweropd.objectives import TokenRecord
@@ -71,9 +72,11 @@ class Trainer:
         with self.accelerator.main_process_first():
             self.run = RunDirectory.open(config)
         set_seed(config.train.seed)  # a fresh LoRA adapter is random
-        self.models = assembly.load_models(config, self.accelerator.device)
+        self.models = assembly.load_models(config, self.inputs, self.accelerator.device)
         self.student = self.models.student
-        self.teacher = assembly.make_teacher(config, self.models)
+        self.teacher = assembly.make_teacher(
+            config, self.inputs, self.models, self.run, self.accelerator.device
+        )
         self.updater = assembly.make_updater(config, self.models, self.inputs, self.accelerator)
         self.engine = assembly.make_engine(config, self.student)
         self.sampling = assembly.make_sampling(config, self.inputs)
@@ -162,16 +165,29 @@ class Trainer:
         """Yields completions as they end, each already on its way to the teacher."""
         inputs, policy = self.inputs, self.config.objective.stop
         for rollout in rollouts:
-            example = make_example(
-                rollout, inputs.student_stop_ids, inputs.teacher_stop_ids, policy
-            )
+            prompt = prompts[rollout.prompt_index]
+            teacher_stop_ids = inputs.teacher_stop_ids(prompt.domain)
+            example = make_example(rollout, inputs.student_stop_ids, teacher_stop_ids, policy)
             if example is not None:
-                self.teacher.submit(example)
+                self.teacher.submit(replace(example, domain=prompt.domain, row=prompt.index))
             yield rollout
 
     def _collected(self) -> list[Example]:
-        """The submitted examples, scored, in an order that does not depend on who ended first."""
-        return sorted(self.teacher.collect(), key=lambda e: e.rollout.place)
+        """The submitted examples, scored, in an order that does not depend on who ended first.
+
+        Where one process cannot get its scores, all raise its RunError, with the steps before
+        this one in a checkpoint.
+        """
+        examples, failure = [], ""
+        try:
+            examples = self.teacher.collect()
+        except RunError as error:
+            failure = str(error)
+        failures = [text for text in gather_object([failure]) if text]
+        if failures:
+            self._save_checkpoint()
+            raise RunError(failures[0])
+        return sorted(examples, key=lambda e: e.rollout.place)
 
     def subject(self) -> Subject:
         """The current student as something to evaluate."""

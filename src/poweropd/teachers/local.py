@@ -1,14 +1,21 @@
 """A teacher in this process: one forward without a cache, batched under its own token budget."""
 
+import torch
+
 from poweropd.batching import Example, pack, teacher_sequences
 from poweropd.models import Teacher
 
 
 class LocalTeacher:
-    """Scores with a `Teacher` module; `max_tokens` bounds the padded tokens of one forward."""
+    """Scores with a `Teacher` module; `max_tokens` bounds the padded tokens of one forward.
 
-    def __init__(self, teacher: Teacher, max_tokens: int) -> None:
-        self.teacher, self.max_tokens = teacher, max_tokens
+    A teacher with an `offload_from` is on that device while it scores, else on the CPU.
+    """
+
+    def __init__(
+        self, teacher: Teacher, max_tokens: int, offload_from: torch.device | None = None
+    ) -> None:
+        self.teacher, self.max_tokens, self.offload_from = teacher, max_tokens, offload_from
         self._waiting: list[Example] = []
 
     def submit(self, example: Example) -> None:
@@ -16,6 +23,15 @@ class LocalTeacher:
 
     def collect(self) -> list[Example]:
         waiting, self._waiting = self._waiting, []
+        if self.offload_from is None:
+            return self._scored(waiting)
+        self.teacher.to(self.offload_from)
+        try:
+            return self._scored(waiting)
+        finally:
+            self.teacher.to("cpu")
+
+    def _scored(self, waiting: list[Example]) -> list[Example]:
         scored = list(waiting)
         for group in pack([e.teacher_length for e in waiting], self.max_tokens):
             members = [waiting[i] for i in group]

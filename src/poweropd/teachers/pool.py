@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any
 
 import httpx2
@@ -226,7 +227,7 @@ class Pool:
 
     async def contexts(self) -> list[int]:
         """The longest sequence that each server takes, in tokens."""
-        return [await _patiently(lambda s=server: self._context(s)) for server in self.servers]
+        return [await _patiently(partial(self._context, server)) for server in self.servers]
 
     async def _context(self, server: Server) -> int:
         try:
@@ -255,7 +256,7 @@ class Pool:
         """Whether the id is in the vocabulary of every server."""
         try:
             for server in self.servers:
-                await _patiently(lambda s=server: self._ask(s, [token, token], f"id {token}"))
+                await _patiently(partial(self._ask, server, [token, token], f"id {token}"))
         except Refusal:
             return False
         return True
@@ -267,8 +268,8 @@ class Pool:
         """
         found = []
         for server in [*self.servers, *self.servers]:
-            ask = [lambda s=server, i=ids: self._ask(s, i, "a prompt") for ids in sequences]
-            found.append([await _patiently(question) for question in ask])
+            questions = [partial(self._ask, server, ids, "a prompt") for ids in sequences]
+            found.append([await _patiently(question) for question in questions])
         first, *others = found
         self._known = (sequences[0], first[0])
         return max(

@@ -77,9 +77,7 @@ class ServerTeacher:
                 f"log-probs that differ by {difference:.3g} on average (more than {TOLERANCE}): "
                 "do all of teacher.servers serve the same weights?"
             )
-        logger.info(
-            "teacher: %s; prompts scored twice differ by %.2g nats", self.urls, difference
-        )
+        logger.info("teacher: %s; prompts scored twice differ by %.2g nats", self.urls, difference)
 
     def _wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
