@@ -4,6 +4,7 @@ be told to misbehave.
 
 import json
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,12 +30,19 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         owner = self.server.owner
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if owner.stopped.is_set():
+            self.close_connection = True
+            return
         with owner.lock:
             owner.requests.append(body["prompt"])
             owner.headers.append(dict(self.headers))
             owner.connections.add(self.client_address)
             fault = owner.faults.pop(0) if owner.faults else None
+            owner.in_flight += 1
+            owner.most_in_flight = max(owner.most_in_flight, owner.in_flight)
         owner.arrived.set()
+        if owner.gate is not None:
+            owner.gate.wait(10)
         if body["model"] != owner.name:
             self.answer(404, {"error": {"message": "The model does not exist."}})
         elif max(body["prompt"]) >= owner.vocab_size:
@@ -44,6 +52,8 @@ class Handler(BaseHTTPRequestHandler):
         else:
             answer = owner.completion(body["prompt"])
             (fault or Handler.answer)(self, 200, answer)
+        with owner.lock:
+            owner.in_flight -= 1
 
     def answer(self, status: int, body: Any, **headers: str) -> None:
         content = json.dumps(body).encode()
@@ -63,7 +73,9 @@ class HttpServer(ThreadingHTTPServer):
     owner: "TeacherServer"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that has gone is no news."""
+        """A client that has gone is no news; anything else is a mistake in this file."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 # Ways to misbehave, once each: (handler, status, the right answer) -> None.
@@ -103,6 +115,10 @@ def busy_429(handler: Handler, status: int, body: Any) -> None:
     handler.answer(429, {"error": {"message": "slow down"}}, Retry_After="1")
 
 
+def echoing_401(handler: Handler, status: int, body: Any) -> None:
+    handler.answer(401, {"error": {"message": f"bad key: {handler.headers['Authorization']}"}})
+
+
 def early_close(handler: Handler, status: int, body: Any) -> None:
     handler.close_connection = True
 
@@ -135,11 +151,10 @@ class TeacherServer:
         self.name, self.context = NAME, context
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         self.vocab_size = self.model.config.vocab_size
-        self.lock, self.arrived, self.stopped = (
-            threading.Lock(),
-            threading.Event(),
-            threading.Event(),
-        )
+        self.lock, self.arrived = threading.Lock(), threading.Event()
+        self.stopped = threading.Event()
+        self.gate: threading.Event | None = None  # answers wait for it
+        self.in_flight = self.most_in_flight = 0
         self.requests: list[list[int]] = []
         self.headers: list[dict[str, str]] = []
         self.connections: set[Any] = set()
