@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test check format clean
+.PHONY: install demo test test-quant check format clean
 
 install: $(INSTALLED)
 
@@ -22,6 +22,12 @@ demo: install
 
 test: install
 	$(BIN)/pytest $(ARGS)
+
+# Not in .venv: there torchao would be imported, and warn, wherever transformers loads a model.
+test-quant: install
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .quant \
+		bitsandbytes torchao
+	PYTHONPATH=.quant $(BIN)/pytest tests/test_teachers_quantized.py $(ARGS)
 
 check: install
 	$(BIN)/ruff check .

@@ -153,7 +153,7 @@ class Pool:
                 response = await self._client.request(method, f"{server.url}{path}", json=body)
         except (TimeoutError, httpx2.ReadTimeout):
             raise Fault(f"no answer within teacher.timeout={seconds:g} seconds") from None
-        except httpx2.RequestError as error:
+        except (httpx2.RequestError, httpx2.InvalidURL) as error:
             raise Fault(f"{type(error).__name__} {error}".strip()) from None
         if response.status_code in RETRIED:
             reason = f"HTTP {response.status_code}: {self._detail(response)}"
@@ -227,7 +227,7 @@ class Pool:
 
     async def contexts(self) -> list[int]:
         """The longest sequence that each server takes, in tokens."""
-        return [await _patiently(partial(self._context, server)) for server in self.servers]
+        return [await _patiently(server, partial(self._context, server)) for server in self.servers]
 
     async def _context(self, server: Server) -> int:
         try:
@@ -236,11 +236,6 @@ class Pool:
         except (KeyError, TypeError, ValueError):
             raise UsageError(
                 f"teacher.servers: {server.url} is not an OpenAI-compatible server"
-            ) from None
-        except Fault as fault:
-            raise Fault(
-                f"teacher server {server.url} is not there ({fault}): start it as docs/teachers.md "
-                "shows, or correct teacher.servers"
             ) from None
         if self.settings.model not in found:
             raise UsageError(
@@ -256,7 +251,7 @@ class Pool:
         """Whether the id is in the vocabulary of every server."""
         try:
             for server in self.servers:
-                await _patiently(partial(self._ask, server, [token, token], f"id {token}"))
+                await _patiently(server, partial(self._ask, server, [token, token], f"id {token}"))
         except Refusal:
             return False
         return True
@@ -269,7 +264,7 @@ class Pool:
         found = []
         for server in [*self.servers, *self.servers]:
             questions = [partial(self._ask, server, ids, "a prompt") for ids in sequences]
-            found.append([await _patiently(question) for question in questions])
+            found.append([await _patiently(server, question) for question in questions])
         first, *others = found
         self._known = (sequences[0], first[0])
         return max(
@@ -277,7 +272,7 @@ class Pool:
         )
 
 
-async def _patiently(ask: Callable[[], Awaitable[Any]]) -> Any:
+async def _patiently(server: Server, ask: Callable[[], Awaitable[Any]]) -> Any:
     """Asks until there is an answer, or no more patience."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + START_SECONDS
@@ -289,7 +284,10 @@ async def _patiently(ask: Callable[[], Awaitable[Any]]) -> Any:
             delay = max(fault.wait, backoff(failures))
             failures += 1
             if loop.time() + delay > deadline:
-                raise RunError(str(fault)) from None
+                raise RunError(
+                    f"teacher server {server.url} does not answer as it should ({fault}): start "
+                    "it as docs/teachers.md shows, or correct teacher.servers"
+                ) from None
             await asyncio.sleep(delay)
 
 
