@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "data": {"embedded"},
     "batching": {"stops"},
     "recipe_file": set(),
-    "config": {"rewards", "recipe_file"},
+    "contradictions": {"config"},  # for its type alone
+    "config": {"contradictions", "rewards", "recipe_file"},
     "records": {"config"},
     "checkpoint": {"records"},
     "selection": {"batching"},

@@ -154,7 +154,11 @@ TEACHERS = "  by: domain\n  math: {model: x}\n  code: {model: y, servers: [http:
             ["objective.stop=semantic"],
             "semantic needs",
         ),
-        ("  {model: x, offload: true}\n", ["objective.kind=full_vocab"], "teacher.offload: obj"),
+        (
+            "  {model: x, offload: true}\n",
+            ["objective.kind=full_vocab"],
+            "teacher.offload: it cannot",
+        ),
         (
             "  {model: x, servers: ['http://h:1'], offload: true}\n",
             [],

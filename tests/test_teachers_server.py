@@ -139,7 +139,11 @@ def test_another_model_under_the_same_name_after_a_restart_ends_the_run(
     ("change", "error", "message"),
     [
         ({"teacher.model": "other"}, UsageError, "teacher.model: {url} serves teacher, not other"),
-        ({"teacher.api_key_env": "NO_SUCH_KEY"}, UsageError, "api_key_env: NO_SUCH_KEY is not set"),
+        (
+            {"teacher.api_key_env": "NO_SUCH_KEY"},
+            UsageError,
+            "NO_SUCH_KEY, which is not set",
+        ),
         ({"rollout.max_new_tokens": 60}, UsageError, "exceed the teacher's context of 79 tokens"),
         ({"teacher.model": "./nowhere", "teacher.tokenizer": None}, UsageError, "set teacher.tok"),
     ],

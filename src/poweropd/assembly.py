@@ -106,18 +106,18 @@ def load_models(config: Config, inputs: Inputs, device: torch.device) -> Models:
 
 
 def make_teacher(
-    config: Config, inputs: Inputs, loaded: Models, run: RunDirectory, device: torch.device
+    config: Config, inputs: Inputs, loaded: Models, run: RunDirectory, accelerator: Accelerator
 ) -> TeacherScorer:
     if config.needs_local_teacher:  # then it reads along with the student's update
         return Unscored()
-    reward = config.reward.create().at(0)
+    reward, device = config.reward.create().at(0), accelerator.device
     scorers: dict[str, TeacherScorer] = {}
     for name, section in config.teachers.items():
         scorers[name] = inputs.teachers[name].server or setup.local(
             section, loaded.teachers[name], device
         )
-        if section.measure_quantization:
-            path = run.path / f"quantization{'-' if name else ''}{name}.json"
+        if section.measure_quantization and accelerator.is_main_process:
+            path = run.path / f"quantization{'-' if name else ''}{name.replace('/', '-')}.json"
             load = partial(setup.unquantized, section, loaded.student.vocab_size, device)
             scorers[name] = MeasuredTeacher(scorers[name], load, reward, path)
     return RoutedTeacher(scorers) if config.domain_column else scorers[""]

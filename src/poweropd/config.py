@@ -22,7 +22,7 @@ from pydantic import (
 )
 from ruamel.yaml import YAML
 
-from poweropd import rewards
+from poweropd import contradictions, rewards
 from poweropd.errors import UsageError
 from poweropd.recipe_file import Where, apply_override, flatten, plain, read_yaml
 
@@ -95,6 +95,11 @@ class Teacher(Section):
         if self.quantization is None and self.measure_quantization:
             raise ValueError("measure_quantization: there is no teacher.quantization to measure")
         return self
+
+    @property
+    def scoring_only(self) -> dict[str, bool]:
+        """Settings that need scoring to be a phase of its own, and whether they are there."""
+        return {"offload": self.offload, "measure_quantization": self.measure_quantization}
 
 
 class Teachers(Section):
@@ -224,60 +229,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for holds, message in self._contradictions():
+        for holds, message in contradictions.of(self):
             if holds:
                 raise ValueError(message)
         return self
-
-    def _contradictions(self) -> list[tuple[bool, str]]:
-        """Settings that cannot go together: whether they are there, and what the user is told."""
-        objective, rollout, select = self.objective, self.rollout, self.objective.select
-        alone = isinstance(self.teacher, Teacher) and not self.teacher.servers
-        full_vocab, truncated = objective.kind == "full_vocab", rollout.score == "truncated"
-        return [
-            (
-                full_vocab and self.reward.create().needs_statistics,
-                "objective.kind: full_vocab needs a pointwise reward, got zscore",
-            ),
-            (
-                full_vocab and objective.baseline != "none",
-                "objective.baseline: value needs objective.kind=sampled; full_vocab has no "
-                "sampling noise that a baseline could take away",
-            ),
-            (
-                not full_vocab and objective.top_k is not None,
-                f"objective.top_k: {objective.top_k} needs objective.kind=full_vocab; to sample "
-                "from the most probable ids set rollout.top_k",
-            ),
-            (
-                select is not None and select.name == "random" and select.beta != 1.0,
-                "objective.select.beta: it belongs to dial, and random has none",
-            ),
-            (
-                full_vocab and rollout.correction != "none",
-                "rollout.correction: truncated needs objective.kind=sampled; full_vocab does not "
-                "depend on how a token was sampled",
-            ),
-            (
-                truncated and objective.stop == "cross",
-                "rollout.score: truncated cannot go with objective.stop=cross, which scores the "
-                "teacher on an id that may be outside the student's support",
-            ),
-            (
-                truncated and rollout.temperature == 0,
-                "rollout.score: truncated needs rollout.temperature > 0, for the support of "
-                "greedy sampling is a single id",
-            ),
-            (
-                self.needs_local_teacher is not None and not alone,
-                f"teacher: {self.needs_local_teacher} needs the teacher's hidden states, so a "
-                "single teacher in this process (teacher.model without servers and by)",
-            ),
-            (
-                self.needs_local_teacher is not None and alone and self.teachers[""].offload,
-                f"teacher.offload: {self.needs_local_teacher} reads the teacher during the update",
-            ),
-        ]
 
     @property
     def teachers(self) -> dict[str, Teacher]:

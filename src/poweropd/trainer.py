@@ -75,7 +75,7 @@ class Trainer:
         self.models = assembly.load_models(config, self.inputs, self.accelerator.device)
         self.student = self.models.student
         self.teacher = assembly.make_teacher(
-            config, self.inputs, self.models, self.run, self.accelerator.device
+            config, self.inputs, self.models, self.run, self.accelerator
         )
         self.updater = assembly.make_updater(config, self.models, self.inputs, self.accelerator)
         self.engine = assembly.make_engine(config, self.student)

@@ -154,7 +154,7 @@ class Pool:
         except (TimeoutError, httpx2.ReadTimeout):
             raise Fault(f"no answer within teacher.timeout={seconds:g} seconds") from None
         except (httpx2.RequestError, httpx2.InvalidURL) as error:
-            raise Fault(f"{type(error).__name__} {error}".strip()) from None
+            raise Fault(self._without_key(f"{type(error).__name__} {error}").strip()) from None
         if response.status_code in RETRIED:
             reason = f"HTTP {response.status_code}: {self._detail(response)}"
             raise Fault(reason, wait=_retry_after(response))
@@ -167,8 +167,12 @@ class Pool:
         return response
 
     def _detail(self, response: httpx2.Response) -> str:
-        """What the server says, in one line, without the key that some servers repeat."""
-        text = " ".join(response.text.split())[:300] or response.reason_phrase
+        """What the server says, in one line."""
+        text = " ".join(self._without_key(response.text).split())
+        return text[:300] or response.reason_phrase
+
+    def _without_key(self, text: str) -> str:
+        """Some servers and libraries repeat the key in what they complain about."""
         key = self.settings.api_key
         return text if key is None else text.replace(key, "[key]")
 

@@ -51,9 +51,12 @@ def profile(section: configuration.Teacher) -> Profile:
 def connect(section: configuration.Teacher) -> ServerTeacher:
     key = None
     if section.api_key_env is not None:
-        key = os.environ.get(section.api_key_env)
-        if not key:
-            raise UsageError(f"teacher.api_key_env: {section.api_key_env} is not set")
+        key = os.environ.get(section.api_key_env, "").strip()
+        if not key or not key.isascii():
+            raise UsageError(
+                f"teacher.api_key_env: expected a key of ASCII characters in the variable "
+                f"{section.api_key_env}, which is {'not plain text' if key else 'not set'}"
+            )
     settings = Settings(
         section.model, section.timeout, section.concurrency, section.give_up_after, key
     )
