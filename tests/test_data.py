@@ -84,7 +84,7 @@ def test_the_teacher_may_see_another_prompt(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(student_dir)
     config = recipe(**{"data.prompts": str(jsonl), "data.teacher_column": "hint"})
-    first = data.load_prompts(config.data, tokenizer, tokenizer)[0]
+    first = data.load_prompts(config.data, tokenizer, {"": tokenizer})[0]
     assert "1+2" in tokenizer.decode(first.prompt_ids)
     assert "1+2" not in tokenizer.decode(first.teacher_prompt_ids)
 

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,11 +14,15 @@ from poweropd import attention, data, engines, models, objectives, selection, st
 from poweropd.config import Config
 from poweropd.errors import UsageError
 from poweropd.kernels import Support
+from poweropd.records import RunDirectory
 from poweropd.rollouts import ahead
 from poweropd.rollouts.base import RolloutEngine, Sampling
 from poweropd.task_reward import TaskRewards
+from poweropd.teachers import setup
 from poweropd.teachers.base import TeacherScorer, Unscored
-from poweropd.teachers.local import LocalTeacher
+from poweropd.teachers.measured import MeasuredTeacher
+from poweropd.teachers.routed import RoutedTeacher
+from poweropd.teachers.setup import Profile
 from poweropd.update import Updater
 from poweropd.validation import Validation
 
@@ -32,66 +37,97 @@ class Inputs:
     prompts: list[data.Prompt]
     order: data.PromptOrder
     student_stop_ids: list[int]
-    teacher_stop_ids: list[int]
+    teachers: dict[str, Profile]  # by domain; a single one under ""
     student_context: int  # tokens
 
     @classmethod
     def load(cls, config: Config, notify: bool = True) -> "Inputs":
-        """Raises UsageError where the two models and the prompts do not fit each other."""
+        """Raises UsageError where student, teachers and prompts do not fit each other."""
         student = (config.model.student, config.model.trust_remote_code)
-        teacher = (config.teacher.model, config.teacher.trust_remote_code)
-        tokenizer, teacher_tokenizer = (models.load_tokenizer(*m) for m in (student, teacher))
-        models.check_vocabularies(tokenizer, teacher_tokenizer)
-        prompts = data.load_prompts(config.data, tokenizer, teacher_tokenizer)
-        own, other = (models.context_length(models.load_config(*m)) for m in (student, teacher))
-        data.check_lengths(prompts, own, other, config.rollout.max_new_tokens)
-        student_stop_ids, teacher_stop_ids = (
-            stops.stop_ids(its, models.load_generation_config(name))
-            for its, (name, _) in ((tokenizer, student), (teacher_tokenizer, teacher))
-        )
-        notice = stops.difference(
-            student_stop_ids, teacher_stop_ids, config.objective.stop, tokenizer
-        )
-        if notice and notify:
-            logger.warning(notice)
+        tokenizer = models.load_tokenizer(*student)
+        teachers = {name: setup.profile(section) for name, section in config.teachers.items()}
+        for teacher in teachers.values():
+            models.check_vocabularies(tokenizer, teacher.tokenizer)
+        tokenizers = {name: teacher.tokenizer for name, teacher in teachers.items()}
+        prompts = data.load_prompts(config.data, tokenizer, tokenizers, config.domain_column)
+        context = models.context_length(models.load_config(*student))
+        stop_ids = stops.stop_ids(tokenizer, models.load_generation_config(student[0]))
+        for name, teacher in teachers.items():
+            own = [prompt for prompt in prompts if prompt.domain == name]
+            data.check_lengths(own, context, teacher.context, config.rollout.max_new_tokens)
+            if teacher.server is not None and own:
+                teacher.server.check([prompt.teacher_prompt_ids for prompt in own])
+            policy = config.objective.stop
+            notice = stops.difference(stop_ids, teacher.stop_ids, policy, tokenizer)
+            if notice and notify:
+                logger.warning("%s%s", f"teacher.{name}: " if name else "", notice)
         order = data.PromptOrder(len(prompts), config.train.seed, config.data.shuffle)
-        return cls(tokenizer, prompts, order, student_stop_ids, teacher_stop_ids, own)
+        return cls(tokenizer, prompts, order, stop_ids, teachers, context)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Of both models, the student's own first."""
-        return tuple(dict.fromkeys([*self.student_stop_ids, *self.teacher_stop_ids]))
+        """Of all models, the student's own first."""
+        return tuple(dict.fromkeys([*self.student_stop_ids, *self.teacher_stop_ids("")]))
+
+    def teacher_stop_ids(self, domain: str) -> list[int]:
+        """Of all teachers, the one of the domain first, whose own is the very first."""
+        others = [i for teacher in self.teachers.values() for i in teacher.stop_ids]
+        own = self.teachers[domain].stop_ids if domain else []
+        return list(dict.fromkeys([*own, *others]))
 
 
 @dataclass(frozen=True)
 class Models:
-    """The two models of a run, over the vocabulary that both have."""
+    """The models of this process, over the vocabulary that all of a run's models have."""
 
     student: models.Student
-    teacher: models.Teacher
+    teachers: dict[str, models.Teacher]  # by domain, without those on servers
+
+    @property
+    def teacher(self) -> models.Teacher:
+        """The only teacher, of a run that has it in this process."""
+        return self.teachers[""]
 
 
-def load_models(config: Config, device: torch.device) -> Models:
+def load_models(config: Config, inputs: Inputs, device: torch.device) -> Models:
     model = models.load_trained(config.model).to(device)
-    teacher_model = models.load_model(
-        config.teacher.model, config.teacher.dtype, config.teacher.trust_remote_code
-    ).to(device)
-    vocab_size = models.shared_vocab_size(model, teacher_model)
+    local = {name: section for name, section in config.teachers.items() if not section.servers}
+    loaded = {name: setup.load(section, device) for name, section in local.items()}
+    vocab_size = models.shared_vocab_size(model, *loaded.values())
+    for profile in inputs.teachers.values():
+        if profile.server is not None:
+            vocab_size = profile.server.vocab_size(vocab_size, len(inputs.tokenizer))
     lora = config.model.lora is not None
-    loaded = Models(
+    made = Models(
         models.Student(model, vocab_size, models.DTYPES[config.model.dtype], lora=lora),
-        models.Teacher(teacher_model, vocab_size, models.DTYPES[config.teacher.dtype]),
+        {
+            name: models.Teacher(loaded[name], vocab_size, models.DTYPES[section.dtype])
+            for name, section in local.items()
+        },
     )
-    for who, language_model in vars(loaded).items():
+    teachers = {f"teacher {name}".strip(): teacher for name, teacher in made.teachers.items()}
+    for who, language_model in {"student": made.student, **teachers}.items():
         attention.set_attention(language_model, config.model.attention)
         language_model.flat = attention.packs_flat(language_model, config.train.packing, who)
-    return loaded
+    return made
 
 
-def make_teacher(config: Config, loaded: Models) -> TeacherScorer:
+def make_teacher(
+    config: Config, inputs: Inputs, loaded: Models, run: RunDirectory, accelerator: Accelerator
+) -> TeacherScorer:
     if config.needs_local_teacher:  # then it reads along with the student's update
         return Unscored()
-    return LocalTeacher(loaded.teacher, config.teacher.max_tokens_per_batch)
+    reward, device = config.reward.create().at(0), accelerator.device
+    scorers: dict[str, TeacherScorer] = {}
+    for name, section in config.teachers.items():
+        scorers[name] = inputs.teachers[name].server or setup.local(
+            section, loaded.teachers[name], device
+        )
+        if section.measure_quantization and accelerator.is_main_process:
+            path = run.path / f"quantization{'-' if name else ''}{name.replace('/', '-')}.json"
+            load = partial(setup.unquantized, section, loaded.student.vocab_size, device)
+            scorers[name] = MeasuredTeacher(scorers[name], load, reward, path)
+    return RoutedTeacher(scorers) if config.domain_column else scorers[""]
 
 
 def make_updater(

@@ -48,6 +48,7 @@ class Example:
     teacher_targets: Tensor  # [n]
     teacher_log_probs: Tensor | None = None  # [n] float32, once scored
     domain: str = ""  # which of several teachers scores it
+    row: int | None = None  # of its prompt in the data
     bonus: float = 0.0  # added to the reward of each of its tokens (a weighted task reward)
 
     @property

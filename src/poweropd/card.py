@@ -8,8 +8,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from poweropd.config import Config, Run
+from poweropd.config import Config
 from poweropd.records import RunDirectory, write_atomically
+from poweropd.sections import Run
 
 TEMPLATE = "card.md"
 TAGS = ["poweropd", "on-policy-distillation", "knowledge-distillation"]
@@ -36,7 +37,7 @@ def write(folder: Path, config: Config, step: int) -> None:
         name=run.path.name,
         adapter=adapter,
         student=config.model.student,
-        teacher=config.teacher.model,
+        teacher=" and ".join(teacher.model for teacher in config.teachers.values()),
         prompts=config.data.prompts,
         objective=config.objective.kind,
         reward=", ".join(f"{k} {v}" for k, v in config.reward.model_dump().items() if k != "name"),

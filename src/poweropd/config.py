@@ -1,194 +1,42 @@
 """The recipe: one typed tree, read from YAML 1.2, with `key=value` overrides.
 
-Every default but the rewards' own is stated here and nowhere else. Errors are `UsageError`s of
-one line that name the file and line or the override, the key, what was expected and what was got.
+Its sections, with every default but the rewards' own, are in `sections.py`. Errors are
+`UsageError`s of one line that name the file and line or the override, the key, what was expected
+and what was got.
 """
 
 import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    Field,
+    ValidationError,
+    model_validator,
+)
 from ruamel.yaml import YAML
 
-from poweropd import rewards
+from poweropd import contradictions, rewards
 from poweropd.errors import UsageError
 from poweropd.recipe_file import Where, apply_override, flatten, plain, read_yaml
-
-Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"]
-Attention = Literal[
-    "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
-]
-Dtype = Literal["bfloat16", "float16", "float32"]
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-ENGINES = ("transformers", "vllm", "vllm_server")
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Run(Section):
-    dir: str = "runs/{name}"  # {name}: the recipe's file name without its ending
-
-
-class Lora(Section):
-    r: PositiveInt = 16
-    alpha: PositiveFloat = 32.0
-    target_modules: str | list[str] = "all-linear"
-    merge: bool = False  # merge the adapter into the weights of final/
-
-
-class Model(Section):
-    student: str
-    dtype: Dtype = "bfloat16"  # of the forward and backward
-    master_dtype: Dtype = "float32"  # of the trained weights and the optimizer
-    lora: Lora | None = None
-    gradient_checkpointing: bool = False
-    attention: Attention = "auto"  # of transformers, for student and teacher
-    compile: bool = False  # the student's decoder layers, by torch.compile
-    trust_remote_code: bool = False
-
-
-class Teacher(Section):
-    model: str
-    dtype: Dtype = "bfloat16"
-    max_tokens_per_batch: PositiveInt = 32768
-    trust_remote_code: bool = False
-
-
-class Data(Section):
-    prompts: str  # a .jsonl or .parquet file, a Hub dataset, or embedded:train
-    split: str = "train"
-    column: str = "problem"
-    teacher_column: str | None = None  # another prompt for the teacher
-    chat: dict[str, Any] | None = Field(default_factory=lambda: {"enable_thinking": False})
-    system: str | None = None
-    shuffle: bool = True
-
-
-class Vllm(Section):
-    """Keyword arguments of `vllm.LLM`; any other of its arguments may stand here, too."""
-
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.3  # training has the rest
-    max_model_len: PositiveInt | None = None  # null: what prompts and completions need
-    enforce_eager: bool | None = None  # null: where there is no GPU
-
-
-class RolloutServer(Section):
-    url: str = "http://127.0.0.1:8000"
-    weights_dir: str | None = None  # a directory that the server sees, too; null: in run.dir
-    concurrency: PositiveInt = 64  # requests at once, of one process
-    timeout: PositiveFloat = 600.0  # seconds, of one request
-    patience: PositiveFloat = 300.0  # seconds for which the server may be away
-    api_key_env: str | None = None  # the environment variable that holds its key
-
-
-class TaskReward(Section):
-    """`name`: the grader, or package.module:function of (prompt's row, completion) -> number."""
-
-    name: str
-    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-    answer_column: str = "answer"  # for the grader
-
-    @model_validator(mode="after")
-    def _valid(self) -> Self:
-        _check_choice("name", self.name, ("grader",))
-        return self
-
-
-class Rollout(Section):
-    engine: str = "transformers"  # or vllm, vllm_server, package.module:factory
-    max_new_tokens: PositiveInt = 1024
-    temperature: NonNegativeFloat = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0  # 0: all
-    per_prompt: PositiveInt = 1
-    batch_size: PositiveInt = 128  # completions sampled at once by transformers
-    correction: Literal["none", "truncated"] = "none"  # importance weights, student over sampler
-    score: Literal["full", "truncated"] = "full"  # softmax over all, or over top_k's and top_p's
-    vllm: Vllm = Field(default_factory=Vllm)
-    server: RolloutServer = Field(default_factory=RolloutServer)
-    verify_every: PositiveInt = 10  # syncs, of a vLLM engine
-    staleness: Literal[0, 1] = 0  # optimizer steps by which the sampling weights lag behind
-    task_reward: TaskReward | None = None
-
-    @model_validator(mode="after")
-    def _valid(self) -> Self:
-        _check_choice("engine", self.engine, ENGINES)
-        return self
-
-
-class Reward(Section):
-    """`name` and the parameters of that reward; `rewards.py` holds their defaults."""
-
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
-    name: str = "power"
-
-    @model_validator(mode="after")
-    def _valid(self) -> Self:
-        self.create()
-        return self
-
-    def create(self) -> rewards.Reward:
-        return rewards.create(self.name, **(self.model_extra or {}))
-
-
-class Select(Section):
-    name: Literal["dial", "random"]
-    keep: Annotated[float, Field(gt=0, le=1)] = 0.4  # of each completion's trained tokens
-    beta: Annotated[float, Field(ge=0, le=1)] = 1.0  # of dial
-
-
-class Objective(Section):
-    kind: Literal["sampled", "full_vocab"] = "sampled"
-    stop: Literal["raw", "mask", "canonical", "cross", "semantic"] = "mask"
-    top_k: PositiveInt | None = None  # of full_vocab: the student's most probable ids only
-    baseline: Literal["none", "value"] = "none"  # of sampled
-    select: Select | None = None
-
-
-class Train(Section):
-    steps: PositiveInt = 1500
-    prompts_per_step: PositiveInt = 32  # over all processes
-    max_tokens_per_batch: PositiveInt = 16384
-    packing: Literal["auto", "padded", "flat"] = "auto"  # of sequences in a micro-batch
-    sharding: Literal["none", "fsdp2"] = "none"  # of the student, over the processes
-    learning_rate: PositiveFloat = 5e-7
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: NonNegativeFloat = 0.0
-    clip_grad_norm: PositiveFloat | None = 1.0
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
-
-
-class Evaluate(Section):
-    every: PositiveInt
-    benchmarks: Annotated[list[str], Field(min_length=1)]
-    n: PositiveInt = 1
-    limit: PositiveInt | None = None
-    data_dir: str | None = None  # a folder with NAME.jsonl, instead of the Hub
-    max_new_tokens: PositiveInt = 4096
-    temperature: NonNegativeFloat = 0.6
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    top_k: Annotated[int, Field(ge=0)] = 20
-    best: str = "avg_at_k"  # the metric, averaged over the benchmarks, by which best/ is kept
-
-
-class Checkpoint(Section):
-    every: PositiveInt = 100
-    keep: PositiveInt = 2
-
-
-class Log(Section):
-    trackers: list[Tracker] = Field(default_factory=list)
+from poweropd.sections import (
+    AnyTeacher,
+    Checkpoint,
+    Data,
+    Evaluate,
+    Log,
+    Model,
+    Objective,
+    Reward,
+    Rollout,
+    Run,
+    Section,
+    Teacher,
+    Teachers,
+    Train,
+)
 
 
 class Config(Section):
@@ -196,7 +44,7 @@ class Config(Section):
 
     run: Run = Field(default_factory=Run)
     model: Model
-    teacher: Teacher
+    teacher: AnyTeacher
     data: Data
     rollout: Rollout = Field(default_factory=Rollout)
     reward: Reward = Field(default_factory=Reward)
@@ -208,50 +56,32 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for holds, message in self._contradictions():
+        for holds, message in contradictions.of(self):
             if holds:
                 raise ValueError(message)
         return self
 
-    def _contradictions(self) -> list[tuple[bool, str]]:
-        """Settings that cannot go together: whether they are there, and what the user is told."""
-        objective, rollout, select = self.objective, self.rollout, self.objective.select
-        full_vocab, truncated = objective.kind == "full_vocab", rollout.score == "truncated"
-        return [
-            (
-                full_vocab and self.reward.create().needs_statistics,
-                "objective.kind: full_vocab needs a pointwise reward, got zscore",
-            ),
-            (
-                full_vocab and objective.baseline != "none",
-                "objective.baseline: value needs objective.kind=sampled; full_vocab has no "
-                "sampling noise that a baseline could take away",
-            ),
-            (
-                not full_vocab and objective.top_k is not None,
-                f"objective.top_k: {objective.top_k} needs objective.kind=full_vocab; to sample "
-                "from the most probable ids set rollout.top_k",
-            ),
-            (
-                select is not None and select.name == "random" and select.beta != 1.0,
-                "objective.select.beta: it belongs to dial, and random has none",
-            ),
-            (
-                full_vocab and rollout.correction != "none",
-                "rollout.correction: truncated needs objective.kind=sampled; full_vocab does not "
-                "depend on how a token was sampled",
-            ),
-            (
-                truncated and objective.stop == "cross",
-                "rollout.score: truncated cannot go with objective.stop=cross, which scores the "
-                "teacher on an id that may be outside the student's support",
-            ),
-            (
-                truncated and rollout.temperature == 0,
-                "rollout.score: truncated needs rollout.temperature > 0, for the support of "
-                "greedy sampling is a single id",
-            ),
-        ]
+    @property
+    def only_teacher(self) -> Teacher:
+        """Raises UsageError where there are several."""
+        if isinstance(self.teacher, Teachers):
+            raise UsageError(
+                f"teacher.by: expected a single teacher here, got several (by column "
+                f"{self.teacher.by!r}): make a recipe of each"
+            )
+        return self.teacher
+
+    @property
+    def teachers(self) -> dict[str, Teacher]:
+        """By the values of column `teacher.by`; a single teacher has the name ""."""
+        if isinstance(self.teacher, Teacher):
+            return {"": self.teacher}
+        return dict(self.teacher.__pydantic_extra__)
+
+    @property
+    def domain_column(self) -> str | None:
+        """The column of the data that says which of several teachers a prompt belongs to."""
+        return None if isinstance(self.teacher, Teacher) else self.teacher.by
 
     @property
     def truncates_scores(self) -> bool:
@@ -318,8 +148,14 @@ class Config(Section):
         }
 
     def differences(self, other: "Config") -> list[str]:
-        """The keys whose values differ, as "key: this != other"; run.dir is not compared."""
-        mine, theirs = (flatten(c.model_dump(exclude={"run"})) for c in (self, other))
+        """The keys whose values differ, as "key: this != other".
+
+        run.dir is not compared, nor where a teacher's servers are and how they are asked.
+        """
+        mine, theirs = (
+            {k: v for k, v in flatten(c.model_dump(exclude={"run"})).items() if not _is_access(k)}
+            for c in (self, other)
+        )
         missing = "(absent)"
         return [
             f"{key}: {mine.get(key, missing)!r} != {theirs.get(key, missing)!r}"
@@ -328,10 +164,9 @@ class Config(Section):
         ]
 
 
-def _check_choice(key: str, value: str, known: Sequence[str]) -> None:
-    if ":" not in value and value not in known:
-        expected = ", ".join([*known, "package.module:function"])
-        raise ValueError(f"{key}: expected one of {expected}, got {value!r}")
+def _is_access(key: str) -> bool:
+    access = {"servers", "api_key_env", "timeout", "concurrency", "give_up_after"}
+    return key.startswith("teacher.") and key.rpartition(".")[2] in access
 
 
 def _parameters(reward: rewards.Reward) -> dict[str, Any]:

@@ -5,7 +5,8 @@ of processes see the same prompts at the same step.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,16 @@ FILE_ENDINGS = (".jsonl", ".json", ".parquet")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenized prompt. `index` is its row in the data, `row` that row's columns."""
+    """A tokenized prompt. `index` is its row in the data, `row` that row's columns.
+
+    `domain` is the name of its teacher, where there are several.
+    """
 
     index: int
     prompt_ids: list[int]
     teacher_prompt_ids: list[int]
     row: Mapping[str, Any] = field(default_factory=dict)
+    domain: str = ""
 
 
 def read_rows(
@@ -151,16 +156,40 @@ def encode_chat(
     return [list(ids) for ids in encoded]
 
 
-def load_prompts(data: Any, tokenizer: Any, teacher_tokenizer: Any) -> list[Prompt]:
-    """All prompts of a recipe's `data` section, tokenized for student and teacher."""
-    columns = [data.column] + ([data.teacher_column] if data.teacher_column else [])
-    rows = read_rows(data.prompts, columns, data.split)
+def load_prompts(
+    data: Any,
+    tokenizer: Any,
+    teacher_tokenizers: Mapping[str, Any],
+    domain_column: str | None = None,
+) -> list[Prompt]:
+    """All prompts of a recipe's `data` section, tokenized for student and teacher.
+
+    `domain_column` says which of several teachers, by name, a prompt belongs to.
+    """
+    columns = [data.column, data.teacher_column, domain_column]
+    rows = read_rows(data.prompts, [c for c in columns if c is not None], data.split)
     own = encode_chat(tokenizer, [row[data.column] for row in rows], data.chat, data.system)
-    if data.teacher_column is None:
-        return [Prompt(i, ids, ids, rows[i]) for i, ids in enumerate(own)]
-    texts = [row[data.teacher_column] for row in rows]
-    other = encode_chat(teacher_tokenizer, texts, data.chat, data.system)
-    return [Prompt(i, a, b, rows[i]) for i, (a, b) in enumerate(zip(own, other, strict=True))]
+    domains = ["" if domain_column is None else row[domain_column] for row in rows]
+    _check_domains(domains, teacher_tokenizers, domain_column)
+    other = list(own)
+    for name, teacher_tokenizer in teacher_tokenizers.items():
+        members = [i for i, domain in enumerate(domains) if domain == name]
+        if data.teacher_column is not None and members:
+            texts = [rows[i][data.teacher_column] for i in members]
+            encoded = encode_chat(teacher_tokenizer, texts, data.chat, data.system)
+            for i, ids in zip(members, encoded, strict=True):
+                other[i] = ids
+    return [Prompt(i, own[i], other[i], row, domains[i]) for i, row in enumerate(rows)]
+
+
+def _check_domains(domains: Sequence[str], known: Collection[str], column: str | None) -> None:
+    missing = Counter(domain for domain in domains if domain not in known)
+    if missing:
+        counts = ", ".join(f"{domain!r} ({n} rows)" for domain, n in missing.most_common())
+        raise UsageError(
+            f"teacher.by: column {column!r} holds {counts}, for which teacher has no section "
+            f"(it has {', '.join(known)})"
+        )
 
 
 def check_lengths(

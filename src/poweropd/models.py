@@ -23,7 +23,7 @@ from poweropd.objectives import Objective, TokenRecord
 from poweropd.sharding import like, whole
 
 if TYPE_CHECKING:  # so that models, and benchmarks of them, need no pydantic
-    from poweropd import config as configuration
+    from poweropd import sections
 
 EMBEDDED_PREFIX = "embedded:"
 UNLIMITED = 10**9
@@ -50,8 +50,17 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
     return _load(AutoConfig, name, trust_remote_code=trust_remote_code)
 
 
-def load_model(name: str, dtype: str, trust_remote_code: bool = False, dropout: bool = True) -> Any:
-    """A causal LM in eval mode with weights of `dtype`; its head is checked to be a plain one."""
+def load_model(
+    name: str,
+    dtype: str,
+    trust_remote_code: bool = False,
+    dropout: bool = True,
+    **options: Any,
+) -> Any:
+    """A causal LM in eval mode with weights of `dtype`; its head is checked to be a plain one.
+
+    `options` are further ones of `from_pretrained`.
+    """
     if dtype not in DTYPES:
         raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     transformers_logging.disable_progress_bar()
@@ -65,6 +74,7 @@ def load_model(name: str, dtype: str, trust_remote_code: bool = False, dropout: 
         config=config,
         dtype=DTYPES[dtype],
         trust_remote_code=trust_remote_code,
+        **options,
     ).eval()
     _check_head(model, name)
     return model
@@ -78,7 +88,7 @@ def load_generation_config(name: str) -> Any:
         return GenerationConfig()
 
 
-def load_trained(model: "configuration.Model") -> Any:
+def load_trained(model: "sections.Model") -> Any:
     """The student's weights in the master dtype, with a fresh LoRA adapter if asked for.
 
     In train mode, which checkpointing needs, or in eval mode: the same, for there is no dropout.
@@ -133,13 +143,12 @@ def context_length(config: Any) -> int:
     return int(config.get_text_config().to_dict().get("max_position_embeddings", UNLIMITED))
 
 
-def shared_vocab_size(student: Any, teacher: Any) -> int:
-    """Rows that both heads have. Rows past them are padding, left out of both softmaxes."""
-    sizes = [m.get_output_embeddings().weight.shape[0] for m in (student, teacher)]
-    return min(sizes)
+def shared_vocab_size(*models: Any) -> int:
+    """Rows that all heads have. Rows past them are padding, left out of every softmax."""
+    return min(m.get_output_embeddings().weight.shape[0] for m in models)
 
 
-def add_lora(model: Any, lora: "configuration.Lora") -> Any:
+def add_lora(model: Any, lora: "sections.Lora") -> Any:
     try:
         import peft
     except ModuleNotFoundError:
@@ -300,6 +309,12 @@ class Teacher(LanguageModel):
 @torch.no_grad()
 def _check_head(model: Any, name: str) -> None:
     """Refuses a model whose logits are not its head applied to its last hidden states."""
+    weight = model.get_output_embeddings().weight
+    if type(weight) is not nn.Parameter:
+        raise UsageError(
+            f"{name}: its head is quantized ({type(weight).__name__}), but all tokens are scored "
+            "with its plain weight: leave lm_head out of the quantization"
+        )
     ids = torch.arange(1, 5, device=model.device)[None]
     sequences = Sequences({"input_ids": ids}, torch.arange(4, device=model.device), ids[0])
     language_model = LanguageModel(

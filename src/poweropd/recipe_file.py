@@ -3,7 +3,7 @@
 Errors are `UsageError`s of one line that name the file and line, or the override.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -79,7 +79,8 @@ class Where:
 
 def _explain(config: type[BaseModel], error: ErrorDetails) -> tuple[tuple[str, ...], str]:
     """The key an error is about and a sentence: "train.steps: expected ..., got ..."."""
-    key = tuple(str(part) for part in error["loc"])
+    # pydantic also names the member of a union, which config.py puts in brackets.
+    key = tuple(str(part) for part in error["loc"] if not str(part).startswith("("))
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         known = ", ".join(_section(config, key[:-1]).model_fields)
@@ -95,11 +96,18 @@ def _explain(config: type[BaseModel], error: ErrorDetails) -> tuple[tuple[str, .
 
 
 def _section(model: type[BaseModel], key: tuple[str, ...]) -> type[BaseModel]:
+    """The section at `key`; of a union, the first."""
     for part in key:
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *get_args(annotation)]
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        if part in model.model_fields:  # else a name of the user's, for one more of the same
+            model = next(_sections(model.model_fields[part].annotation))
     return model
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections(argument)
 
 
 def plain(node: Any) -> Any:

@@ -7,11 +7,11 @@ from concurrent.futures import Future
 from typing import Any
 
 from poweropd.batching import Rollout
-from poweropd.config import TaskReward
 from poweropd.data import Prompt
 from poweropd.errors import RunError, UsageError
 from poweropd.evaluation.grading import Grader
 from poweropd.rewards import import_object
+from poweropd.sections import TaskReward
 
 Place = tuple[int, int]
 Score = Callable[[Mapping[str, Any], str], "Future[float]"]

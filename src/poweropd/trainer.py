@@ -20,6 +20,7 @@ from poweropd.assembly import Inputs
 from poweropd.batching import Example, Rollout, make_example
 from poweropd.config import Config
 from poweropd.data import Prompt
+from poweropd.errors import RunError
 from poweropd.evaluation.runner import Subject
 from poweropd.models import context_length
 from poweropd.objectives import TokenRecord
@@ -73,9 +74,11 @@ class Trainer:
         with self.accelerator.main_process_first():
             self.run = RunDirectory.open(config)
         set_seed(config.train.seed)  # a fresh LoRA adapter is random
-        self.models = assembly.load_models(config, self.accelerator.device)
+        self.models = assembly.load_models(config, self.inputs, self.accelerator.device)
         self.student = self.models.student
-        self.teacher = assembly.make_teacher(config, self.models)
+        self.teacher = assembly.make_teacher(
+            config, self.inputs, self.models, self.run, self.accelerator
+        )
         self.engine = assembly.make_engine(
             config, self.inputs, self.student, self.accelerator, self.student_log_probs
         )
@@ -172,13 +175,13 @@ class Trainer:
         """Yields completions as they end, each already on its way to the teacher."""
         inputs, policy = self.inputs, self.config.objective.stop
         for rollout in rollouts:
+            prompt = prompts[rollout.prompt_index]
             if self.task_rewards is not None:
-                self.task_rewards.submit(rollout, prompts[rollout.prompt_index])
-            example = make_example(
-                rollout, inputs.student_stop_ids, inputs.teacher_stop_ids, policy
-            )
+                self.task_rewards.submit(rollout, prompt)
+            teacher_stop_ids = inputs.teacher_stop_ids(prompt.domain)
+            example = make_example(rollout, inputs.student_stop_ids, teacher_stop_ids, policy)
             if example is not None:
-                self.teacher.submit(example)
+                self.teacher.submit(replace(example, domain=prompt.domain, row=prompt.index))
             yield rollout
 
     def _collected(self) -> tuple[list[Example], list[float]]:
@@ -186,12 +189,30 @@ class Trainer:
 
         And the task rewards of all completions, where the recipe has one.
         """
-        examples = sorted(self.teacher.collect(), key=lambda e: e.rollout.place)
+        examples = sorted(self._scores(), key=lambda e: e.rollout.place)
         if self.task_rewards is None:
             return examples, []
         found, weight = self.task_rewards.collect(), self.task_rewards.weight
         examples = [replace(e, bonus=weight * found[e.rollout.place]) for e in examples]
         return examples, list(found.values())
+
+    def _scores(self) -> list[Example]:
+        """The teacher's of this step.
+
+        Where one process cannot get them, all raise its RunError, with the steps before this one
+        in a checkpoint.
+        """
+        examples, failure = [], ""
+        try:
+            examples = self.teacher.collect()
+        except RunError as error:
+            failure = str(error)
+        failures = [text for text in gather_object([failure]) if text]
+        if failures:
+            self.rollouts.put_back()
+            self._save_checkpoint()
+            raise RunError(failures[0])
+        return examples
 
     def student_log_probs(self, examples: Sequence[Example]) -> list[list[float]]:
         """The student's own of each example's trained tokens; all processes call it."""

@@ -14,8 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import get_scheduler
 
-from poweropd import config as configuration
-from poweropd import rewards
+from poweropd import rewards, sections
 from poweropd.batching import Batch, Example, collate, halved, pack
 from poweropd.errors import RunError
 from poweropd.models import Student, Teacher
@@ -45,7 +44,7 @@ class Updater:
         self,
         accelerator: Accelerator,
         student: Student,
-        train: configuration.Train,
+        train: sections.Train,
         make_objective: Maker,
         teacher: Teacher | None = None,
     ) -> None:

@@ -6,12 +6,13 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from poweropd.config import Config, Evaluate
+from poweropd.config import Config
 from poweropd.errors import UsageError
 from poweropd.evaluation import benchmarks, results
 from poweropd.evaluation.metrics import summarize
 from poweropd.evaluation.runner import Settings, Subject, check_room, evaluate, prompt_ids
 from poweropd.records import RunDirectory, write_atomically
+from poweropd.sections import Evaluate
 
 REPORTED = ("avg_at_k", "pass_at_k", "maj_at_k", "mean_length", "truncated_fraction")
 

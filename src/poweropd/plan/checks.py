@@ -49,7 +49,7 @@ def inspect(config: Config) -> Inspected:
     """Geometries and checks. Raises UsageError where a model cannot be planned at all."""
     hub = Hub()
     own = (config.model.student, config.model.trust_remote_code)
-    other = (config.teacher.model, config.teacher.trust_remote_code)
+    other = (config.only_teacher.model, config.only_teacher.trust_remote_code)
     student, teacher, sources = geometries(config, hub)
     unreachable = [name for name, _ in (own, other) if not hub.can_load(name)]
     if unreachable:
@@ -75,7 +75,7 @@ def inspect(config: Config) -> Inspected:
 def geometries(config: Config, hub: "Hub") -> tuple[Geometry, Geometry, dict[str, str]]:
     """Of student and teacher, and where each is from."""
     student, own = geometry(config.model.student, config.model.trust_remote_code, hub)
-    teacher, other = geometry(config.teacher.model, config.teacher.trust_remote_code, hub)
+    teacher, other = geometry(config.only_teacher.model, config.only_teacher.trust_remote_code, hub)
     return student, teacher, {"student": own, "teacher": other}
 
 
@@ -150,7 +150,7 @@ def check_stop_ids(config: Config, tokenizer: Any, teacher_tokenizer: Any) -> tu
         stops.stop_ids(its, models.load_generation_config(name))
         for its, name in (
             (tokenizer, config.model.student),
-            (teacher_tokenizer, config.teacher.model),
+            (teacher_tokenizer, config.only_teacher.model),
         )
     )
     notice = stops.difference(own, other, config.objective.stop, tokenizer)

@@ -84,7 +84,7 @@ class Plan:
         found, steps = self.inspected, self.config.train.steps
         models = {
             "student": {"name": self.config.model.student, **asdict(found.student)},
-            "teacher": {"name": self.config.teacher.model, **asdict(found.teacher)},
+            "teacher": {"name": self.config.only_teacher.model, **asdict(found.teacher)},
         }
         for who, geometry in (("student", found.student), ("teacher", found.teacher)):
             models[who] |= {"parameters": geometry.parameters, "source": found.sources[who]}

@@ -4,11 +4,12 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from poweropd.config import Config, Lora
+from poweropd.config import Config
 from poweropd.costs import flops, memory
 from poweropd.costs.geometry import Geometry
 from poweropd.errors import UsageError
 from poweropd.plan.throughput import Throughput
+from poweropd.sections import Lora
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # Of a device's memory: the rest goes to the CUDA context and to what the allocator cannot use.
@@ -131,10 +132,10 @@ def setup(
         prompt=workload.prompt,
         completion=workload.longest,
         max_tokens=config.train.max_tokens_per_batch,
-        teacher_max_tokens=config.teacher.max_tokens_per_batch,
+        teacher_max_tokens=config.only_teacher.max_tokens_per_batch,
         compute=BYTES[config.model.dtype],
         master=BYTES[config.model.master_dtype],
-        teacher=BYTES[config.teacher.dtype],
+        teacher=BYTES[config.only_teacher.dtype],
         rollout_batch=config.rollout.batch_size,
         reads_along=config.needs_local_teacher is not None,
         checkpointing=config.model.gradient_checkpointing,

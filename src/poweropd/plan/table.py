@@ -55,7 +55,7 @@ def models(plan: Plan) -> Table:
     found = plan.inspected
     pairs = (
         ("student", plan.config.model.student, found.student),
-        ("teacher", plan.config.teacher.model, found.teacher),
+        ("teacher", plan.config.only_teacher.model, found.teacher),
     )
     rows = [[f"{who}\n{name}", *_shape(g), found.sources[who]] for who, name, g in pairs]
     header = ["model", "layers", "hidden", "heads", "parameters", "from"]

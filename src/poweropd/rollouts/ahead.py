@@ -26,6 +26,9 @@ class Schedule(Protocol):
     def finish(self) -> None:
         """Returns once nothing is being sampled, so that the engine's weights may change."""
 
+    def put_back(self) -> None:
+        """Says that the step taken last was not trained on: it will be taken again."""
+
     def pending(self) -> list[Row]:
         """What is sampled and not taken, as JSON."""
 
@@ -48,6 +51,9 @@ class OnTime:
     def finish(self) -> None:
         pass
 
+    def put_back(self) -> None:
+        pass
+
     def pending(self) -> list[Row]:
         return []
 
@@ -61,12 +67,13 @@ class Ahead:
     def __init__(self, sample: Sample, steps: int) -> None:
         self.sample, self.steps = sample, steps
         self.ready: list[Rollout] = []
+        self.taken: list[Rollout] = []
         self._thread = ThreadPoolExecutor(1, "rollouts")
         self._running: Future[list[Rollout]] | None = None
 
     def take(self, step: int) -> Iterable[Rollout]:
-        taken, self.ready = self.ready, []
-        return taken or self.sample(step)  # nothing is ready at the first step
+        self.taken, self.ready = self.ready, []
+        return self.taken or self.sample(step)  # nothing is ready at the first step
 
     def begin(self, step: int) -> None:
         if step < self.steps:
@@ -75,6 +82,9 @@ class Ahead:
     def finish(self) -> None:
         if self._running is not None:
             self.ready, self._running = self._running.result(), None
+
+    def put_back(self) -> None:
+        self.ready = self.taken
 
     def pending(self) -> list[Row]:
         return [asdict(rollout) for rollout in self.ready]

@@ -12,10 +12,14 @@ class LocalTeacher:
 
     Where that is too much for the memory, all waiting examples are scored at half the budget, so
     that scores do not depend on the moment at which it was found out.
+
+    A teacher with an `offload_from` is on that device while it scores, else on the CPU.
     """
 
-    def __init__(self, teacher: Teacher, max_tokens: int) -> None:
-        self.teacher, self.max_tokens = teacher, max_tokens
+    def __init__(
+        self, teacher: Teacher, max_tokens: int, offload_from: torch.device | None = None
+    ) -> None:
+        self.teacher, self.max_tokens, self.offload_from = teacher, max_tokens, offload_from
         self._waiting: list[Example] = []
 
     def submit(self, example: Example) -> None:
@@ -23,6 +27,15 @@ class LocalTeacher:
 
     def collect(self) -> list[Example]:
         waiting, self._waiting = self._waiting, []
+        if self.offload_from is None:
+            return self._within_memory(waiting)
+        self.teacher.to(self.offload_from)
+        try:
+            return self._within_memory(waiting)
+        finally:
+            self.teacher.to("cpu")
+
+    def _within_memory(self, waiting: list[Example]) -> list[Example]:
         while True:
             try:
                 return self._scored(waiting)

@@ -1,0 +1,74 @@
+"""What quantizing a teacher does to the rewards, measured on the first step's completions."""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from poweropd.batching import Example
+from poweropd.records import write_atomically
+from poweropd.rewards import Reward
+from poweropd.teachers.base import TeacherScorer, score
+
+logger = logging.getLogger("poweropd")
+
+
+class MeasuredTeacher:
+    """Scores with `teacher`; what it collects first is also scored by the unquantized one.
+
+    `load_unquantized` is called for that, once, unless the file `path` is there from an earlier
+    start; it then holds the `effect`.
+    """
+
+    def __init__(
+        self,
+        teacher: TeacherScorer,
+        load_unquantized: Callable[[], TeacherScorer],
+        reward: Reward,
+        path: Path,
+    ) -> None:
+        self.teacher, self.reward, self.path = teacher, reward, path
+        self.load_unquantized = load_unquantized
+
+    def submit(self, example: Example) -> None:
+        self.teacher.submit(example)
+
+    def collect(self) -> list[Example]:
+        examples = self.teacher.collect()
+        if examples and not self.path.exists():
+            found = effect(examples, score(self.load_unquantized(), examples), self.reward)
+            write_atomically(self.path, json.dumps(found, indent=2))
+            logger.info("the quantized teacher: %s", found)
+        return examples
+
+
+def effect(
+    quantized: Sequence[Example], unquantized: Sequence[Example], reward: Reward
+) -> dict[str, float]:
+    """Mean |difference| of rewards and of the teacher's log-probs, over `num_tokens` tokens.
+
+    The student's log-probs are the sampler's, so tokens without one are left out; a z-score is
+    measured before it is standardized.
+    """
+    ours, theirs = _log_probs(quantized), _log_probs(unquantized)
+    student = torch.cat(
+        [
+            torch.full((e.num_tokens,), torch.nan) if (s := e.sampling_log_probs) is None else s
+            for e in quantized
+        ]
+    )
+    known = ~student.isnan()
+    pointwise = reward.unstandardized
+    difference = (pointwise(ours, student) - pointwise(theirs, student))[known]
+    return {
+        "mean_abs_reward_difference": difference.abs().double().mean().item(),
+        "mean_abs_log_prob_difference": (ours - theirs)[known].abs().double().mean().item(),
+        "num_tokens": len(difference),
+    }
+
+
+def _log_probs(examples: Sequence[Example]) -> Tensor:
+    return torch.cat([e.teacher_log_probs for e in examples if e.teacher_log_probs is not None])

@@ -1,0 +1,23 @@
+"""Several teachers: each scores the completions of its own domain."""
+
+from collections.abc import Mapping
+
+from poweropd.batching import Example
+from poweropd.teachers.base import TeacherScorer
+
+
+class RoutedTeacher:
+    """Routes examples by their domain, and hands them back in the order they came."""
+
+    def __init__(self, teachers: Mapping[str, TeacherScorer]) -> None:
+        self.teachers = dict(teachers)
+        self._domains: list[str] = []
+
+    def submit(self, example: Example) -> None:
+        self.teachers[example.domain].submit(example)
+        self._domains.append(example.domain)
+
+    def collect(self) -> list[Example]:
+        domains, self._domains = self._domains, []
+        scored = {name: iter(teacher.collect()) for name, teacher in self.teachers.items()}
+        return [next(scored[domain]) for domain in domains]

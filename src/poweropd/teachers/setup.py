@@ -1,0 +1,104 @@
+"""The teachers of a recipe: what is known before any weight is loaded, then their scorers."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.quantizers import AutoQuantizationConfig
+
+from poweropd import models, sections, stops
+from poweropd.errors import UsageError
+from poweropd.teachers.local import LocalTeacher
+from poweropd.teachers.pool import Settings
+from poweropd.teachers.server import ServerTeacher
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What is known of a teacher before any weight is loaded."""
+
+    tokenizer: Any
+    stop_ids: list[int]
+    context: int  # tokens of the longest sequence it reads
+    server: ServerTeacher | None
+
+
+def profile(section: sections.Teacher) -> Profile:
+    """Raises UsageError or RunError where there is no such model or server."""
+    server = connect(section) if section.servers else None
+    name = section.tokenizer or section.model
+    try:
+        tokenizer = models.load_tokenizer(name, section.trust_remote_code)
+    except UsageError as error:
+        if server is None or section.tokenizer is not None:
+            raise
+        raise UsageError(
+            f"{error}; set teacher.tokenizer to the directory or Hub model with the teacher's files"
+        ) from None
+    if server is None:
+        context = models.context_length(
+            models.load_config(section.model, section.trust_remote_code)
+        )
+    else:
+        context = server.context()
+    stop_ids = stops.stop_ids(tokenizer, models.load_generation_config(name))
+    return Profile(tokenizer, stop_ids, context, server)
+
+
+def connect(section: sections.Teacher) -> ServerTeacher:
+    key = None
+    if section.api_key_env is not None:
+        key = os.environ.get(section.api_key_env, "").strip()
+        if not key or not key.isascii():
+            raise UsageError(
+                f"teacher.api_key_env: expected a key of ASCII characters in the variable "
+                f"{section.api_key_env}, which is {'not plain text' if key else 'not set'}"
+            )
+    settings = Settings(
+        section.model, section.timeout, section.concurrency, section.give_up_after, key
+    )
+    return ServerTeacher([u.rstrip("/").removesuffix("/v1") for u in section.servers], settings)
+
+
+def load(section: sections.Teacher, device: torch.device) -> Any:
+    """The weights of a teacher in this process, quantized where the recipe says so."""
+    if section.quantization is not None:
+        return _load_quantized(section, section.quantization, device)
+    model = models.load_model(section.model, section.dtype, section.trust_remote_code)
+    return model if section.offload else model.to(device)
+
+
+def _load_quantized(
+    section: sections.Teacher, quantization: Mapping[str, Any], device: torch.device
+) -> Any:
+    try:
+        return models.load_model(
+            section.model,
+            section.dtype,
+            section.trust_remote_code,
+            quantization_config=AutoQuantizationConfig.from_dict(dict(quantization)),
+            device_map={"": device},  # quantized weights are made where they stay
+        )
+    except UsageError:
+        raise
+    except (ImportError, RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UsageError(
+            f"teacher.quantization: {dict(quantization)} does not work here "
+            f"({type(error).__name__}: {reason}); docs/teachers.md shows some that do, and "
+            "pip install 'poweropd[quant]' has their libraries"
+        ) from error
+
+
+def local(section: sections.Teacher, teacher: models.Teacher, device: torch.device) -> LocalTeacher:
+    offload_from = device if section.offload else None
+    return LocalTeacher(teacher, section.max_tokens_per_batch, offload_from)
+
+
+def unquantized(section: sections.Teacher, vocab_size: int, device: torch.device) -> LocalTeacher:
+    """The same teacher as it was before it was quantized."""
+    plain = section.model_copy(update={"quantization": None})
+    dtype = models.DTYPES[section.dtype]
+    return local(plain, models.Teacher(load(plain, device), vocab_size, dtype), device)

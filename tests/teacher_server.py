@@ -1,0 +1,197 @@
+"""An HTTP server on loopback that scores as vLLM does, with a model of transformers, and that can
+be told to misbehave.
+"""
+
+import json
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from transformers import AutoModelForCausalLM
+
+NAME = "teacher"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Two of vLLM's routes."""
+
+    protocol_version = "HTTP/1.1"
+    server: "HttpServer"
+
+    def do_GET(self) -> None:
+        card = {"id": self.server.owner.name, "max_model_len": self.server.owner.context}
+        self.answer(200, {"object": "list", "data": [card]})
+
+    def do_POST(self) -> None:
+        owner = self.server.owner
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if owner.stopped.is_set():
+            self.close_connection = True
+            return
+        with owner.lock:
+            owner.requests.append(body["prompt"])
+            owner.headers.append(dict(self.headers))
+            owner.connections.add(self.client_address)
+            fault = owner.faults.pop(0) if owner.faults else None
+            owner.in_flight += 1
+            owner.most_in_flight = max(owner.most_in_flight, owner.in_flight)
+        owner.arrived.set()
+        if owner.gate is not None:
+            owner.gate.wait(10)
+        if body["model"] != owner.name:
+            self.answer(404, {"error": {"message": "The model does not exist."}})
+        elif max(body["prompt"]) >= owner.vocab_size:
+            self.answer(400, {"error": {"message": "Token id is out of vocabulary"}})
+        elif len(body["prompt"]) >= owner.context:
+            self.answer(400, {"error": {"message": "max_tokens must be at least 1, got 0."}})
+        else:
+            answer = owner.completion(body["prompt"])
+            (fault or Handler.answer)(self, 200, answer)
+        with owner.lock:
+            owner.in_flight -= 1
+
+    def answer(self, status: int, body: Any, **headers: str) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        """Not to the terminal."""
+
+
+class HttpServer(ThreadingHTTPServer):
+    daemon_threads = True
+    owner: "TeacherServer"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has gone is no news; anything else is a mistake in this file."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
+# Ways to misbehave, once each: (handler, status, the right answer) -> None.
+Fault = Callable[[Handler, int, Any], None]
+
+
+def one_token_too_few(handler: Handler, status: int, body: Any) -> None:
+    del body["choices"][0]["prompt_logprobs"][-1]
+    handler.answer(status, body)
+
+
+def another_token(handler: Handler, status: int, body: Any) -> None:
+    entries = body["choices"][0]["prompt_logprobs"]
+    entries[-1] = {str(int(next(iter(entries[-1]))) + 1): next(iter(entries[-1].values()))}
+    handler.answer(status, body)
+
+
+def another_prompt(handler: Handler, status: int, body: Any) -> None:
+    body["choices"][0]["prompt_token_ids"][0] += 1
+    handler.answer(status, body)
+
+
+def no_number(handler: Handler, status: int, body: Any) -> None:
+    next(iter(body["choices"][0]["prompt_logprobs"][-1].values()))["logprob"] = float("-inf")
+    handler.answer(status, body)
+
+
+def no_choice(handler: Handler, status: int, body: Any) -> None:
+    handler.answer(status, {"choices": []})
+
+
+def error_500(handler: Handler, status: int, body: Any) -> None:
+    handler.answer(500, {"error": {"message": "EngineCore died"}})
+
+
+def busy_429(handler: Handler, status: int, body: Any) -> None:
+    handler.answer(429, {"error": {"message": "slow down"}}, Retry_After="1")
+
+
+def echoing_401(handler: Handler, status: int, body: Any) -> None:
+    handler.answer(401, {"error": {"message": f"bad key: {handler.headers['Authorization']}"}})
+
+
+def early_close(handler: Handler, status: int, body: Any) -> None:
+    handler.close_connection = True
+
+
+def half_an_answer(handler: Handler, status: int, body: Any) -> None:
+    content = json.dumps(body).encode()
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(content)))
+    handler.end_headers()
+    handler.wfile.write(content[: len(content) // 2])
+    handler.close_connection = True
+
+
+def hanging(handler: Handler, status: int, body: Any) -> None:
+    """Answers when the client has long given up."""
+    handler.server.owner.stopped.wait()
+    handler.close_connection = True
+
+
+FAULTS: list[Fault] = [
+    *(one_token_too_few, another_token, another_prompt, no_number, no_choice, error_500, busy_429),
+    *(early_close, half_an_answer, hanging),
+]
+
+
+class TeacherServer:
+    """Scores with the model in a directory; `faults` are taken by the next requests, in order."""
+
+    def __init__(self, model: Path, context: int = 256) -> None:
+        self.name, self.context = NAME, context
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self.vocab_size = self.model.config.vocab_size
+        self.lock, self.arrived = threading.Lock(), threading.Event()
+        self.stopped = threading.Event()
+        self.gate: threading.Event | None = None  # answers wait for it
+        self.in_flight = self.most_in_flight = 0
+        self.requests: list[list[int]] = []
+        self.headers: list[dict[str, str]] = []
+        self.connections: set[Any] = set()
+        self.faults: list[Fault] = []
+        self.shift = 0.0  # of every log-prob: another model
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            self.port = int(listener.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        self.stopped.clear()
+        self.http = HttpServer(("127.0.0.1", self.port), Handler)
+        self.http.owner = self
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def stop(self) -> None:
+        """Nobody listens any more; what is connected is cut off at its next request."""
+        self.stopped.set()
+        self.http.shutdown()
+        self.http.server_close()
+
+    @torch.inference_mode()
+    def completion(self, ids: list[int]) -> dict[str, Any]:
+        with self.lock:
+            log_probs = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        found = log_probs[:-1].gather(1, torch.tensor(ids[1:])[:, None]).flatten() + self.shift
+        entries = [
+            {str(token): {"logprob": log_prob, "rank": 1, "decoded_token": ""}}
+            for token, log_prob in zip(ids[1:], found.tolist(), strict=True)
+        ]
+        choice = {"index": 0, "prompt_logprobs": [None, *entries], "prompt_token_ids": list(ids)}
+        return {"object": "text_completion", "model": self.name, "choices": [choice]}

@@ -1,0 +1,204 @@
+"""Several teachers, chosen by a column of the prompts, and the recipe keys of teachers."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_model
+from teacher_server import NAME, TeacherServer
+
+from poweropd import Config, Trainer
+from poweropd.embedded.build import END_OF_TEXT
+from poweropd.errors import UsageError
+from poweropd.teachers import base
+from poweropd.teachers.local import LocalTeacher
+from poweropd.teachers.routed import RoutedTeacher
+
+MAKES = Callable[..., Config]
+
+
+@pytest.fixture(scope="module")
+def code_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second teacher, which ends its turns as the student does."""
+    return build_model(tmp_path_factory.mktemp("models") / "code", END_OF_TEXT, 24, seed=5)
+
+
+@pytest.fixture
+def several(recipe: MAKES, teacher_dir: Path, code_dir: Path, tmp_path: Path) -> MAKES:
+    """A recipe whose prompts belong to "math" and "code" in turn, with a teacher for each."""
+    path = tmp_path / "domains.jsonl"
+    rows = [
+        {"problem": f"{i}+{i + 1}", "domain": ("math", "code")[i % 2], "hint": f"{2 * i + 1} is it"}
+        for i in range(8)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def make(**overrides: Any) -> Config:
+        teachers = {
+            "by": "domain",
+            "math": {"model": str(teacher_dir), "dtype": "float32"},
+            "code": {"model": str(code_dir), "dtype": "float32"},
+        }
+        return recipe(**{"teacher": teachers, "data.prompts": str(path), **overrides})
+
+    return make
+
+
+@pytest.mark.parametrize("column", [None, "hint"])
+def test_each_prompt_is_scored_by_its_own_teacher(
+    several: MAKES, teacher_dir: Path, code_dir: Path, column: str | None
+) -> None:
+    trainer = Trainer(several(**{"data.teacher_column": column}), progress=False)
+    found = trainer.scored(trainer.sample(0), trainer.prompts(0))
+    domains = [trainer.prompts(0)[e.rollout.prompt_index].row["domain"] for e in found]
+    assert set(domains) == {"math", "code"}
+    assert [e.domain for e in found] == domains
+    for name, teacher in trainer.models.teachers.items():
+        own = [e for e in found if e.domain == name]
+        alone = base.score(LocalTeacher(teacher, 1024), own)
+        for a, b in zip(own, alone, strict=True):
+            assert torch.equal(a.teacher_log_probs, b.teacher_log_probs)
+    assert trainer.train().steps == 3
+
+
+def test_one_may_be_here_and_another_on_a_server(
+    several: MAKES, code_dir: Path, tmp_path: Path
+) -> None:
+    here = several()
+    with TeacherServer(code_dir) as server:
+        code = {"model": NAME, "servers": [server.url], "tokenizer": str(code_dir)}
+        teachers = {**here.teacher.model_dump(), "code": code}
+        mixed = several(**{"teacher": teachers, "run.dir": str(tmp_path / "mixed")})
+        losses = []
+        for config in (here, mixed):
+            Trainer(config, progress=False).train()
+            lines = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
+            losses.append([json.loads(line)["loss"] for line in lines])
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+        asked = [ids for ids in server.requests if len(ids) > 2]
+        assert len(asked) > 2 * 4  # its four prompts twice at the start, then completions
+
+
+def test_a_turn_ends_with_the_stop_of_its_own_teacher(several: MAKES) -> None:
+    trainer = Trainer(several(**{"objective.stop": "cross"}), progress=False)
+    stops = {name: profile.stop_ids[0] for name, profile in trainer.inputs.teachers.items()}
+    assert stops["math"] != stops["code"]
+    assert set(stops.values()) <= set(trainer.sampling.stop_ids)
+    rollouts = [
+        replace(r, completion_ids=[*r.completion_ids, stops["math"]], stopped=True)
+        for r in trainer.sample(0)
+    ]
+    for example in trainer.scored(rollouts, trainer.prompts(0)):
+        assert example.student_targets[-1] == stops["math"]
+        assert example.teacher_targets[-1] == stops[example.domain]
+
+
+class Late:
+    """Hands examples on with its own number as their only log-prob."""
+
+    def __init__(self, number: float) -> None:
+        self.number, self.waiting = number, []
+
+    def submit(self, example: Any) -> None:
+        self.waiting.append(example)
+
+    def collect(self) -> list[Any]:
+        waiting, self.waiting = self.waiting, []
+        return [e.scored(torch.tensor([self.number])) for e in waiting]
+
+
+def test_examples_come_back_in_the_order_in_which_they_were_submitted(several: MAKES) -> None:
+    trainer = Trainer(several(), progress=False)
+    (example, *_) = trainer.scored(trainer.sample(0), trainer.prompts(0))
+    teacher = RoutedTeacher({"a": Late(0.0), "b": Late(1.0)})
+    for _ in range(2):  # nothing is left over from one step to the next
+        sent = [replace(example, domain=domain, row=i) for i, domain in enumerate("abbabaab")]
+        found = base.score(teacher, sent)
+        assert [e.row for e in found] == list(range(8))
+        assert [float(e.teacher_log_probs) for e in found] == [0, 1, 1, 0, 1, 0, 0, 1]
+
+
+def test_a_value_without_a_teacher_is_refused_with_its_count(several: MAKES) -> None:
+    teachers = several().teacher.model_dump()
+    del teachers["code"]
+    message = r"column 'domain' holds 'code' \(4 rows\), for which .* \(it has math\)"
+    with pytest.raises(UsageError, match=message):
+        Trainer(several(teacher=teachers), progress=False)
+    with pytest.raises(UsageError, match="expected text in column 'subject'"):
+        Trainer(several(teacher={**teachers, "by": "subject"}), progress=False)
+
+
+TEACHERS = "  by: domain\n  math: {model: x}\n  code: {model: y, servers: [http://h:1]}\n"
+
+
+@pytest.mark.parametrize(
+    ("teacher", "overrides", "message"),
+    [
+        ("  modle: x\n", [], r"r.yaml:4: teacher.modle: unknown key \(known: model, "),
+        (
+            TEACHERS.replace("model: x", "modle: x"),
+            [],
+            r"r.yaml:5: teacher.math.modle: unknown",
+        ),
+        ("  by: domain\n  math: 3\n", [], "r.yaml:5: teacher.math: expected a section, got 3"),
+        ("  by: domain\n", [], "r.yaml:4: teacher.by: expected a teacher for each value of"),
+        (TEACHERS, ["teacher.math.dtype=3"], "override teacher.math.dtype: expected 'bfloat16'"),
+        (TEACHERS, ["objective.kind=full_vocab"], "teacher: objective.kind=full_vocab needs"),
+        (TEACHERS, ["objective.baseline=value"], "teacher: objective.baseline=value needs"),
+        (
+            "  {model: x, servers: [http://h:1]}\n",
+            ["objective.stop=semantic"],
+            "semantic needs",
+        ),
+        (
+            "  {model: x, offload: true}\n",
+            ["objective.kind=full_vocab"],
+            "teacher.offload: it cannot",
+        ),
+        (
+            "  {model: x, servers: ['http://h:1'], offload: true}\n",
+            [],
+            "offload: it belongs",
+        ),
+        (
+            "  {model: x, servers: [h:1]}\n",
+            [],
+            r"teacher.servers: expected .* got ...h:1",
+        ),
+        ("  {model: x, measure_quantization: true}\n", [], "there is no teacher.quantization"),
+        ("  {model: x, quantization: {a: 1}, offload: true}\n", [], "teacher.offload: a quantized"),
+    ],
+)
+def test_mistakes_name_the_line_and_the_key(
+    tmp_path: Path, teacher: str, overrides: list[str], message: str
+) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"model: {{student: a}}\ndata: {{prompts: p.jsonl}}\nteacher:\n{teacher}")
+    with pytest.raises(UsageError, match=message):
+        Config.load(path, overrides)
+
+
+def test_a_password_in_an_address_is_refused_and_not_repeated(tmp_path: Path) -> None:
+    for url in ("http://me:secret@h:1", "me:secret@h:1", "http://h:1?key=secret"):
+        tree = {"model": {"student": "a"}, "data": {"prompts": "p"}}
+        with pytest.raises(UsageError, match="without a key or password") as refused:
+            Config.from_dict({**tree, "teacher": {"model": "x", "servers": [url]}})
+        assert "secret" not in str(refused.value)
+
+
+def test_servers_may_move_between_the_parts_of_a_run(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"model: {{student: a}}\ndata: {{prompts: p.jsonl}}\nteacher:\n{TEACHERS}")
+    config = Config.load(path)
+    moved = ["teacher.code.servers=[http://other:2]", "teacher.code.timeout=5"]
+    assert config.differences(Config.load(path, moved)) == []
+    assert config.differences(Config.load(path, ["teacher.code.model=z"])) == [
+        "teacher.code.model: 'y' != 'z'"
+    ]
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(config.to_yaml())
+    assert Config.load(resolved) == config.model_copy(update={"run": config.run})

@@ -1,0 +1,120 @@
+"""A teacher on a real vLLM server: the local teacher's rewards, and real kills of a real server."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm_server import VllmServer, require_vllm
+
+from poweropd import Config, Trainer, embedded
+from poweropd.batching import Rollout
+from poweropd.rollouts.base import Request, RolloutEngine, Sampling
+
+MAKES = Callable[..., Config]
+pytestmark = pytest.mark.vllm
+PAIR = {"model.student": "embedded:student", "teacher.model": "embedded:teacher"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    require_vllm()
+    log = tmp_path_factory.mktemp("vllm") / "log"
+    with VllmServer(embedded.path("teacher"), log, "--served-model-name", "adder") as running:
+        yield running
+
+
+@pytest.fixture
+def remote(recipe: MAKES, server: VllmServer) -> MAKES:
+    keys = {"model": "adder", "servers": [server.url], "tokenizer": "embedded:teacher"}
+
+    def make(**overrides: Any) -> Config:
+        teacher = {f"teacher.{key}": value for key, value in keys.items()}
+        return recipe(**{**PAIR, **teacher, "teacher.timeout": 30.0, **overrides})
+
+    return make
+
+
+def losses(config: Config) -> list[float]:
+    lines = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.mark.parametrize("stop", ["mask", "cross"])
+def test_rewards_are_those_of_the_local_teacher(
+    recipe: MAKES, remote: MAKES, tmp_path: Path, stop: str
+) -> None:
+    overrides = {"objective.stop": stop, "train.prompts_per_step": 16}
+    local = Trainer(recipe(**PAIR, **overrides, **{"run.dir": str(tmp_path / "l")}), progress=False)
+    served = Trainer(remote(**overrides), progress=False)
+    rollouts = list(local.sample(0))
+    pairs = zip(*(t.scored(rollouts, t.prompts(0)) for t in (local, served)), strict=True)
+    for a, b in pairs:
+        student = a.sampling_log_probs
+        mine, theirs = (local.reward(e.teacher_log_probs, student) for e in (a, b))
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0, equal_nan=True)
+
+
+def test_two_runs_on_one_server_do_not_disturb_each_other(
+    recipe: MAKES, remote: MAKES, tmp_path: Path
+) -> None:
+    configs = [remote(**{"train.seed": i, "run.dir": str(tmp_path / f"{i}")}) for i in (1, 2)]
+    runs = []
+    for i, config in enumerate(configs):
+        path = tmp_path / f"{i}.yaml"
+        path.write_text(config.to_yaml())
+        runs.append(subprocess.Popen([sys.executable, "-m", "poweropd", "train", path]))
+    assert [run.wait(120) for run in runs] == [0, 0]
+    for config in configs:
+        alone = recipe(
+            **PAIR, **{"train.seed": config.train.seed, "run.dir": config.run.dir + "-alone"}
+        )
+        Trainer(alone, progress=False).train()
+        assert losses(config) == pytest.approx(losses(alone), abs=1e-5)
+
+
+class Disturbed:
+    """An engine after whose last completion of a step, with requests under way, something is
+    done to the teacher's server; it is started again two seconds later.
+    """
+
+    def __init__(self, engine: RolloutEngine, server: VllmServer) -> None:
+        self.engine, self.server = engine, server
+        self.kills = [server.kill_api, server.kill_engines]
+        self.restarts: list[threading.Thread] = []
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Rollout]:
+        yield from self.engine.generate(requests, sampling)
+        if self.kills:
+            self.kills.pop(0)()
+            self.restarts.append(threading.Thread(target=self._restart))
+            self.restarts[-1].start()
+
+    def _restart(self) -> None:
+        time.sleep(2)
+        self.server.kill_group()  # whatever is left of it
+        self.server.launch()
+
+    def sync(self) -> None:
+        self.engine.sync()
+
+
+def test_a_run_survives_kills_of_its_server(
+    recipe: MAKES, remote: MAKES, server: VllmServer, tmp_path: Path
+) -> None:
+    undisturbed = recipe(**PAIR, **{"train.steps": 3, "run.dir": str(tmp_path / "undisturbed")})
+    Trainer(undisturbed, progress=False).train()
+    config = remote(**{"train.steps": 3})
+    trainer = Trainer(config, progress=False)
+    trainer.engine = disturbed = Disturbed(trainer.engine, server)
+    assert trainer.train().steps == 3
+    assert len(disturbed.restarts) == 2
+    for restart in disturbed.restarts:
+        restart.join()
+    assert losses(config) == pytest.approx(losses(undisturbed), abs=1e-5)
