@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from poweropd.config import Lora
 from poweropd.models import Student, add_lora, load_model
+from poweropd.sections import Lora
 
 IDS = torch.arange(8)[None]
 
