@@ -25,6 +25,7 @@ from poweropd.models import context_length
 from poweropd.objectives import TokenRecord
 from poweropd.progress import TrainingProgress
 from poweropd.records import (
+    RewardRecorder,
     RunDirectory,
     completion_metrics,
     distribution,
@@ -77,6 +78,7 @@ class Trainer:
         self.updater = assembly.make_updater(config, self.models, self.inputs, self.accelerator)
         self.engine = assembly.make_engine(config, self.student)
         self.sampling = assembly.make_sampling(config, self.inputs)
+        self.recorder = RewardRecorder(self.run.rewards, self.inputs.tokenizer.decode)
         self.steps_done = self._resume()
         options = trackers.options(config.log.trackers, self.run.path)
         self.accelerator.init_trackers("poweropd", config.flat_text(), options)
@@ -92,7 +94,7 @@ class Trainer:
             logger.info("%s is complete: nothing to do", self.run.path)
             return Result(self.run.path, self.steps_done, self.run.final)
         progress = TrainingProgress(steps, self.steps_done, self.run.path.name, self.progress)
-        with progress, _deferred_signals() as received:
+        with progress, self.recorder, _deferred_signals() as received:
             while self.steps_done < end:
                 metrics = self.step(self.steps_done)
                 self.steps_done += 1
@@ -189,6 +191,7 @@ class Trainer:
         row = {"step": step + 1, **completions, "learning_rate": learning_rate}
         row |= token_metrics(outcome)
         row |= self._sampler_metrics(outcome)
+        row |= self._record_rewards(step + 1, rollouts, outcome)
         row |= clock.metrics(sum(n for n, _ in ends))
         return row
 
@@ -205,6 +208,14 @@ class Trainer:
         if self.config.rollout.correction == "none":
             metrics.pop("sampler/effective_sample_size", None)
         return metrics
+
+    def _record_rewards(
+        self, step: int, rollouts: list[Rollout], outcome: Outcome | None
+    ) -> dict[str, float]:
+        kept = gather_object([r for r in rollouts if self.recorder.wants(step, r)])
+        if outcome is not None and self.accelerator.is_main_process:
+            self.recorder.record(step, outcome.record, kept)
+        return {"seconds/record": self.recorder.take_seconds()}
 
     def _validate(self) -> dict[str, float]:
         """Evaluates the current student where the recipe asks for it, and keeps the best one."""
@@ -226,6 +237,7 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         if self.accelerator.is_main_process:
+            self.recorder.write()
             checkpoint.save(
                 self.run.checkpoints,
                 self.steps_done,
@@ -250,6 +262,7 @@ class Trainer:
             logger.info("resuming %s at step %d", self.run.path, steps)
         if self.accelerator.is_main_process:
             self.run.truncate_metrics(steps)
+            self.recorder.truncate(steps)
         self.accelerator.wait_for_everyone()
         return steps
 
