@@ -1,0 +1,82 @@
+"""How every figure looks, on a page and as a PNG file: one theme, one way to draw."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import altair
+
+# Okabe and Ito's colours, which most colour-blind readers tell apart, the light ones darkened to a
+# contrast of 3 on white; the last two are ours.
+COLOURS = [
+    *("#D55E00", "#0072B2", "#008A65", "#B5608F", "#A87000", "#2E86B5", "#000000", "#7A4FBF"),
+]
+WIDTH, HEIGHT = 380, 220
+TEXT, GRID = "#1a1a1a", "#e4e4e4"
+CONFIG: dict[str, Any] = {
+    "background": "white",
+    "font": "sans-serif",
+    "aria": False,  # the page labels a figure as a whole, not each of its thousand marks
+    "axis": {
+        **{"labelColor": TEXT, "titleColor": TEXT, "gridColor": GRID, "labelFontSize": 11},
+        **{"titleFontSize": 12, "titleFontWeight": "normal", "labelOverlap": True},
+    },
+    "legend": {
+        **{"labelColor": TEXT, "titleColor": TEXT, "labelFontSize": 11, "titleFontSize": 12},
+        **{"titleFontWeight": "normal", "symbolOpacity": 1, "symbolStrokeWidth": 3},
+        "labelLimit": 240,
+    },
+    "title": {"color": TEXT, "fontSize": 13, "anchor": "start"},
+    "view": {"stroke": "#bbbbbb"},
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart and its data, apart: altair would check every number of it."""
+
+    key: str  # file name and id
+    title: str
+    description: str  # what is drawn, as caption and for who cannot see it
+    chart: Any  # an altair chart of the named data "rows"
+    rows: Sequence[Mapping[str, Any]]
+    by_run: bool = False  # drawn once for each run, with colours that the page explains
+
+    def spec(self) -> dict[str, Any]:
+        """Vega-Lite, with the data."""
+        return {
+            **self.chart.to_dict(validate=True),
+            "config": CONFIG,
+            "datasets": {"rows": list(self.rows)},
+            "autosize": {"type": "pad", "contains": "padding"},
+        }
+
+    def png(self) -> bytes:
+        return png(self.spec() | {"title": self.title})
+
+
+def rows() -> altair.NamedData:
+    """The data of a figure, by its name."""
+    return altair.NamedData(name="rows")
+
+
+def run_colour(names: Sequence[str], title: str = "run") -> altair.Color:
+    """The colour of each run or reward, the same in all figures."""
+    colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]
+    scale = altair.Scale(domain=list(names), range=colours)
+    return altair.Color("run:N", title=title, sort=list(names), scale=scale)
+
+
+def png(spec: Mapping[str, Any]) -> bytes:
+    import vl_convert
+
+    return bytes(vl_convert.vegalite_to_png(json.dumps(spec), scale=2))
+
+
+def write_aside(path: Path, content: bytes) -> None:
+    """Writes a file under another name and renames it into place."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
