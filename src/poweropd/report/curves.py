@@ -13,7 +13,7 @@ from poweropd.report.theme import HEIGHT, WIDTH, Figure, rows, run_colour
 
 POINTS = 250  # of a curve, at most; longer ones are drawn by buckets of steps
 Row = dict[str, Any]
-ScaleType = Literal["linear", "log", "symlog"]
+ScaleType = Literal["linear", "log"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def bucket_width(runs: Sequence[Run]) -> int:
 def curve_rows(run: Run, metric: str, width: int, scale: ScaleType = "linear") -> Iterator[Row]:
     """Mean, lowest and highest value of each bucket of `width` steps."""
     steps, values = (np.array(column) for column in run.series(metric))
-    keep = values > 0 if scale == "log" else np.isfinite(values)
+    keep = np.isfinite(values) & ((values > 0) | (scale != "log"))
     steps, values = steps[keep], values[keep]
     if not len(steps):
         return
@@ -78,7 +78,7 @@ def curve_figure(
 ) -> Figure:
     """Lines of the mean, bands from the lowest to the highest of a bucket, values on hovering."""
     base = overlay(names).encode(x=altair.X("step:Q", title="optimizer step"))
-    axis = altair.Scale(type=scale, zero=False)
+    axis = altair.Scale(type="log") if scale == "log" else altair.Scale(zero=False)
     band = base.mark_area(opacity=0.15).encode(
         y=altair.Y("low:Q", title=None, scale=axis), y2="high:Q"
     )
@@ -89,7 +89,7 @@ def curve_figure(
         key=metric.replace("/", "-"),
         title=title,
         description=f"{title} over optimizer steps, one line a run{said}.",
-        chart=hovering(layers, line, ["run:N", "step:Q", "mean:Q", "low:Q", "high:Q"]),
+        chart=hovering(layers, line),
         rows=found,
         by_run=True,
     )
@@ -101,16 +101,14 @@ def overlay(names: Sequence[str]) -> altair.Chart:
     return shown.encode(color=run_colour(names))
 
 
-def hovering(
-    layers: Sequence[altair.Chart], line: altair.Chart, fields: Sequence[str]
-) -> altair.LayerChart:
-    """The layers, and a point of `line` with its values under the pointer."""
+def hovering(layers: Sequence[altair.Chart], line: altair.Chart) -> altair.LayerChart:
+    """The layers, and a point of `line` with its row under the pointer."""
     near = altair.selection_point(
         name="near", nearest=True, on="pointermove", clear="pointerout", empty=False
     )
-    tooltip = [altair.Tooltip(f) for f in fields]
-    points = line.mark_point(filled=True, size=60).encode(
-        opacity=altair.condition(near, altair.value(1), altair.value(0)), tooltip=tooltip
+    # All of the row: of single fields Vega-Lite 6.4 loses the names on a nearest point.
+    points = line.mark_point(filled=True, size=60, tooltip=altair.TooltipContent("data")).encode(
+        opacity=altair.condition(near, altair.value(1), altair.value(0))
     )
     hidden = altair.param(name="hidden_runs", value=[])
     layered = altair.layer(*layers, points.add_params(near)).add_params(hidden)
@@ -136,7 +134,7 @@ def accuracy(runs: Sequence[Run]) -> list[Figure]:
         )
         bars = base.mark_rule(opacity=0.5).encode(y=altair.Y("low:Q", title=None), y2="high:Q")
         description = f"Avg@k on {benchmark} over steps, with 95% intervals over its problems."
-        chart = hovering([bars, line], line, ["run:N", "step:Q", "mean:Q", "low:Q", "high:Q"])
+        chart = hovering([bars, line], line)
         title = f"Accuracy on {benchmark}"
         key = "accuracy-" + "".join(c if c.isalnum() else "-" for c in benchmark)
         figures.append(Figure(key, title, description, chart, found, by_run=True))
@@ -150,6 +148,8 @@ def phases(runs: Sequence[Run]) -> list[Figure]:
         keys = dict.fromkeys(key for row in run.metrics for key in row if "seconds/" in key)
         medians = {key.removeprefix("seconds/"): _median(run, key) for key in keys}
         whole = medians.pop("step", 0.0)
+        if "record" in medians:  # the last thing a step does
+            medians["record"] = medians.pop("record")
         medians["other"] = max(0.0, whole - sum(medians.values()))
         found += [
             {"run": run.name, "phase": p, "order": i, "seconds": round(s, 6), "share": s / whole}
@@ -164,11 +164,17 @@ def phases(runs: Sequence[Run]) -> list[Figure]:
         .encode(
             x=altair.X("seconds:Q", title="seconds per step (median)"),
             y=altair.Y("run:N", title=None, sort=[run.name for run in runs]),
-            color=altair.Color("phase:N", scale=altair.Scale(scheme="tableau10"), sort=None),
+            color=altair.Color(
+                "phase:N",
+                title=None,
+                scale=altair.Scale(scheme="tableau10"),
+                sort=None,
+                legend=altair.Legend(orient="bottom", columns=4, symbolType="square"),
+            ),
             order="order:Q",
             tooltip=["run:N", "phase:N", "seconds:Q", altair.Tooltip("share:Q", format=".1%")],
         )
-        .properties(width=2 * WIDTH, height=30 * len(runs))
+        .properties(width=WIDTH, height=30 * len(runs))
     )
     description = "Median seconds of each phase of a step, stacked, one bar a run."
     return [Figure("phases", "Where the time of a step goes", description, chart, found)]

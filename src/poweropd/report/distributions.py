@@ -1,10 +1,12 @@
 """Figures of the reward records: how rewards are distributed, where, and for how long."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import altair
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
@@ -17,74 +19,82 @@ from poweropd.records.bins import (
     quantile,
     value_ends,
 )
-from poweropd.records.statistics import STEPS_PER_BLOCK
+from poweropd.records.statistics import STEPS_PER_BLOCK, UNIT
 from poweropd.report.curves import Row, hovering, overlay
 from poweropd.report.runs import Run
-from poweropd.report.theme import Figure
+from poweropd.report.theme import Figure, signed_axis
 
 EARLY = 16  # positions that count as early
-FAR = 4.0  # a log ratio beyond this is extreme: the ratio is 55
+FAR = 4.0  # nats: the log ratio of a token beyond this is extreme
 TAIL = 0.01  # the quantile that stands for "low" and "high"
+POINTS = 60  # of a curve over training, at most
 Counts = NDArray[np.int64]
-SYMLOG = altair.Scale(type="symlog", constant=0.01)
-POSITION_AXIS = altair.X(
-    "position:Q", title="position in the completion", scale=altair.Scale(type="symlog", constant=8)
-)
+Values = Sequence[float]
+
+# How an axis is drawn, by its kind, from all values on it.
+AXES: dict[str, Callable[[Values, str | None], dict[str, Any]]] = {
+    "signed": signed_axis,
+    "linear": lambda values, title: {"title": title, "scale": altair.Scale(zero=False)},
+    "log": lambda values, title: {"title": title, "scale": altair.Scale(type="log", nice=False)},
+    "position": lambda values, title: {
+        "title": title,
+        "scale": altair.Scale(type="symlog", constant=8, nice=False),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure of lines. A run's rows have `x`, `y` and, for two lines a run, `kind`."""
+
+    key: str
+    title: str
+    description: str
+    rows: Callable[[Run], Iterator[Row]]
+    x: str
+    x_axis: tuple[str, str]  # kind of AXES, title
+    y_axis: tuple[str, str | None] = ("signed", None)
+    interpolate: Any = "linear"
+
+    def figures(self, runs: Sequence[Run]) -> list[Figure]:
+        """The figure, or none where no run has anything to draw."""
+        found = [row for run in runs for row in self.rows(run)]
+        if not found:
+            return []
+        axes = {}
+        for field, (kind, title) in ((self.x, self.x_axis), ("value", self.y_axis)):
+            axes[field] = AXES[kind]([row[field] for row in found if row[field] is not None], title)
+        line = overlay([run.name for run in runs]).mark_line(
+            interpolate=self.interpolate, strokeWidth=1.8
+        )
+        line = line.encode(
+            x=altair.X(f"{self.x}:Q", **axes[self.x]), y=altair.Y("value:Q", **axes["value"])
+        )
+        kinds = list(dict.fromkeys(row["kind"] for row in found if "kind" in row))
+        if kinds:
+            dashes = altair.Scale(domain=kinds, range=[[1, 0], [4, 3]][: len(kinds)])
+            dash = altair.StrokeDash("kind:N", title=None, scale=dashes, sort=kinds)
+            line = line.encode(strokeDash=dash)
+        chart = hovering([line], line)
+        return [Figure(self.key, self.title, self.description, chart, found, by_run=True)]
+
+
+def figures(runs: Sequence[Run], plots: Sequence[Plot]) -> list[Figure]:
+    return [figure for plot in plots for figure in plot.figures(runs)]
 
 
 def counts(run: Run, quantity: str) -> Counts:
     """[positions, values] tokens in each cell, over all steps."""
     table = run.rewards.histogram
     table = table.filter(pc.equal(table["quantity"], quantity))
-    rows_ = np.searchsorted(POSITION_STARTS, table["position"].to_numpy())
+    places = np.searchsorted(POSITION_STARTS, table["position"].to_numpy())
     cells = np.zeros((NUM_POSITIONS, NUM_VALUES), dtype=np.int64)
-    np.add.at(cells, (rows_, table["value_bin"].to_numpy()), table["count"].to_numpy())
+    np.add.at(cells, (places, table["value_bin"].to_numpy()), table["count"].to_numpy())
     return cells
 
 
-def distributions(runs: Sequence[Run]) -> list[Figure]:
-    """Histogram of rewards, and how many log ratios lie beyond a value, to either side."""
-    return [
-        *_figure(
-            runs, _reward_rows, "reward-distribution", "Distribution of token rewards",
-            "Share of all tokens whose reward lies in a bin, on a log scale. Bins are four to the "
-            "octave, so they widen with the reward; the middle one holds what is nearer to 0 than "
-            "2^-14.",
-            altair.X("value:Q", title="reward", scale=SYMLOG), "step-after",
-        ),
-        *_figure(
-            runs, lambda run: _tail_rows(run, -1), "tail-below",
-            "Tokens the teacher finds far less likely",
-            "Share of tokens whose log ratio, ln t - ln p, is at or below minus x, both on log "
-            "scales.",
-            altair.X("value:Q", title="x, nats", scale=altair.Scale(type="log")), "linear",
-        ),
-        *_figure(
-            runs, lambda run: _tail_rows(run, 1), "tail-above",
-            "Tokens the teacher finds far more likely",
-            "Share of tokens whose log ratio, ln t - ln p, is at or above x, both on log scales.",
-            altair.X("value:Q", title="x, nats", scale=altair.Scale(type="log")), "linear",
-        ),
-    ]  # fmt: skip
-
-
-def _figure(
-    runs: Sequence[Run],
-    make: Callable[[Run], Iterator[Row]],
-    key: str,
-    title: str,
-    description: str,
-    x: altair.X,
-    interpolate: Any,
-) -> list[Figure]:
-    found = [row for run in runs for row in make(run)]
-    if not found:
-        return []
-    line = overlay([run.name for run in runs]).mark_line(interpolate=interpolate, strokeWidth=1.8)
-    share = altair.Y("share:Q", title="share of tokens", scale=altair.Scale(type="log"))
-    line = line.encode(x=x, y=share)
-    chart = hovering([line], line, ["run:N", "value:Q", "share:Q"])
-    return [Figure(key, title, description, chart, found, by_run=True)]
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.4g}") if np.isfinite(value) else None
 
 
 def _reward_rows(run: Run) -> Iterator[Row]:
@@ -93,66 +103,22 @@ def _reward_rows(run: Run) -> Iterator[Row]:
     filled = cells.nonzero()[0]
     lows = value_ends()[0]
     for place in range(filled.min(), filled.max() + 1) if len(filled) else []:
-        share = float(f"{cells[place] / cells.sum():.4g}") or None
-        yield {"run": run.name, "value": float(f"{lows[place]:.4g}"), "share": share}
+        share = _rounded(cells[place] / cells.sum()) or None
+        yield {"run": run.name, "reward": _rounded(lows[place]), "value": share}
 
 
-def _tail_rows(run: Run, side: int) -> Iterator[Row]:
-    """Share of tokens at or beyond each bin edge from 2^-4 on."""
-    cells = counts(run, "log_ratio").sum(0)[::side]
-    beyond = np.cumsum(cells[::-1])[::-1]  # [V] tokens in this bin or further out
-    for edge, number in zip(VALUE_EDGES[ZERO_BIN:], beyond[ZERO_BIN + 1 :], strict=True):
-        if edge >= 2**-4 and number:
-            share = float(f"{number / cells.sum():.4g}")
-            yield {"run": run.name, "value": float(f"{edge:.4g}"), "share": share}
+def _tail(side: int) -> Callable[[Run], Iterator[Row]]:
+    """Share of tokens beyond each bin edge from 2^-4 on, below minus it for side -1."""
 
+    def rows(run: Run) -> Iterator[Row]:
+        cells = counts(run, "log_ratio").sum(0)[::side]
+        beyond = np.cumsum(cells[::-1])[::-1]  # [V] tokens in this bin or further out
+        for edge, number in zip(VALUE_EDGES[ZERO_BIN:], beyond[ZERO_BIN + 1 :], strict=True):
+            if edge >= 2**-4 and number:
+                share = _rounded(number / cells.sum())
+                yield {"run": run.name, "x": _rounded(edge), "value": share}
 
-def by_position(runs: Sequence[Run]) -> list[Figure]:
-    """Extremes, entropies and top-1 shares over the position in the completion."""
-    lowest, low = "Lowest reward and 1% quantile by position", "The lowest reward"
-    highest, high = "Highest reward and 99% quantile by position", "The highest reward"
-    ends = "at each position over all steps; four bins to the octave after position 32."
-    return [
-        *_kinds(runs, lambda run: _extremes(run, "min", TAIL), "lowest-by-position", lowest,
-                f"{low} (dashed) and its 1% quantile (solid) {ends}"),
-        *_kinds(runs, lambda run: _extremes(run, "max", 1 - TAIL), "highest-by-position", highest,
-                f"{high} (dashed) and its 99% quantile (solid) {ends}"),
-        *_kinds(runs, _entropies, "entropy-by-position", "Entropy by position, nats",
-                f"Mean entropy of the student's (solid) and, where known, the teacher's (dashed) "
-                f"next token {ends}", SCALES["linear"]),
-        *_kinds(runs, _agreement, "top1-by-position", "Top-1 agreement by position",
-                f"Share of tokens that are the most likely one to both models (solid), and to the "
-                f"student (dashed), {ends}", SCALES["linear"]),
-    ]  # fmt: skip
-
-
-SCALES = {"linear": altair.Scale(zero=False), "symlog": SYMLOG}
-
-
-def _kinds(
-    runs: Sequence[Run],
-    make: Callable[[Run], Iterator[Row]],
-    key: str,
-    title: str,
-    description: str,
-    scale: altair.Scale = SYMLOG,
-    x: altair.X = POSITION_AXIS,
-) -> list[Figure]:
-    """Two lines a run, told apart by dashes."""
-    found = [row for run in runs for row in make(run) if np.isfinite(row["value"])]
-    if not found:
-        return []
-    kinds = list(dict.fromkeys(row["kind"] for row in found))
-    dashes = altair.Scale(domain=kinds, range=[[1, 0], [4, 3]][: len(kinds)])
-    line = overlay([run.name for run in runs]).mark_line(strokeWidth=1.8)
-    line = line.encode(
-        x=x,
-        y=altair.Y("value:Q", title=None, scale=scale),
-        strokeDash=altair.StrokeDash("kind:N", title=None, scale=dashes, sort=kinds),
-    )
-    chart = hovering([line], line, ["run:N", "kind:N", x.shorthand, "value:Q"])
-    rounded = [{**row, "value": float(f"{row['value']:.4g}")} for row in found]
-    return [Figure(key, title, description, chart, rounded, by_run=True)]
+    return rows
 
 
 def _totals(run: Run) -> list[dict[str, Any]]:
@@ -168,76 +134,127 @@ def _totals(run: Run) -> list[dict[str, Any]]:
     return [{named[key]: value for key, value in row.items()} for row in grouped]
 
 
-def _extremes(run: Run, end: str, q: float) -> Iterator[Row]:
-    cells = dict(zip(POSITION_STARTS.tolist(), counts(run, "reward"), strict=True))
-    for row in _totals(run):
-        base = {"run": run.name, "position": row["position"]}
-        yield {**base, "kind": f"{q:.0%} quantile", "value": quantile(cells[row["position"]], q)}
-        yield {**base, "kind": "extreme", "value": row[f"reward_{end}"]}
+def _extremes(end: str, q: float) -> Callable[[Run], Iterator[Row]]:
+    def rows(run: Run) -> Iterator[Row]:
+        cells = dict(zip(POSITION_STARTS.tolist(), counts(run, "reward"), strict=True))
+        for row in _totals(run):
+            base = {"run": run.name, "position": row["position"]}
+            inner = _rounded(quantile(cells[row["position"]], q))
+            yield {**base, "kind": f"{q:.0%} quantile", "value": inner}
+            yield {**base, "kind": "extreme", "value": _rounded(row[f"reward_{end}"])}
+
+    return rows
 
 
 def _entropies(run: Run) -> Iterator[Row]:
     for row in _totals(run):
         base = {"run": run.name, "position": row["position"]}
-        yield {**base, "kind": "student", "value": row["entropy_sum"] * 2.0**-30 / row["count"]}
+        mean = row["entropy_sum"] * UNIT / row["count"]
+        yield {**base, "kind": "student", "value": _rounded(mean)}
         if row["teacher_count"]:
-            mean = row["teacher_entropy_sum"] * 2.0**-30 / row["teacher_count"]
-            yield {**base, "kind": "teacher", "value": mean}
+            mean = row["teacher_entropy_sum"] * UNIT / row["teacher_count"]
+            yield {**base, "kind": "teacher", "value": _rounded(mean)}
 
 
 def _agreement(run: Run) -> Iterator[Row]:
     for row in _totals(run):
         base = {"run": run.name, "position": row["position"]}
         if row["teacher_count"]:
-            yield {**base, "kind": "both", "value": row["both_top1"] / row["teacher_count"]}
-        yield {**base, "kind": "student", "value": row["top1"] / row["count"]}
+            both = row["both_top1"] / row["teacher_count"]
+            yield {**base, "kind": "both", "value": _rounded(both)}
+        yield {**base, "kind": "student", "value": _rounded(row["top1"] / row["count"])}
 
 
-def persistence(runs: Sequence[Run]) -> list[Figure]:
-    """Whether extremes decay as training goes on."""
-    step = altair.X("step:Q", title="optimizer step")
-    return [
-        *_kinds(runs, _far, "far-over-training", f"Tokens with a log ratio beyond {FAR:g}",
-                f"Share of tokens with |ln t - ln p| of at least {FAR:g}, at the first {EARLY} "
-                "positions (solid) and later (dashed), over training.",
-                altair.Scale(type="symlog", constant=1e-4), step),
-        *_kinds(runs, _lowest, "lowest-over-training", "Lowest reward over training",
-                f"The lowest reward of all tokens at the first {EARLY} positions (solid) and later "
-                "(dashed), over training.", SYMLOG, step),
-    ]  # fmt: skip
-
-
-def _groups(steps: NDArray[Any], most: int = 60) -> NDArray[Any]:
-    """The first step of the bucket of each step: at most `most`, of whole histogram blocks."""
-    blocks = -(-(steps.max(initial=1) // STEPS_PER_BLOCK + 1) // most)
+def _buckets(steps: NDArray[Any]) -> NDArray[Any]:
+    """The first step of each step's bucket: at most POINTS of them, of whole histogram blocks."""
+    blocks = -(-int(steps.max(initial=1)) // (STEPS_PER_BLOCK * POINTS))
     width = blocks * STEPS_PER_BLOCK
     return (steps - 1) // width * width + 1
+
+
+def _early_and_later(
+    run: Run, table: pa.Table, of: Callable[[NDArray[np.bool_]], float]
+) -> Iterator[Row]:
+    """`of` a table's rows of early and of later positions, in each bucket of steps."""
+    buckets, early = _buckets(table["step"].to_numpy()), table["position"].to_numpy() < EARLY
+    for kind, where in ((f"positions 0-{EARLY - 1}", early), ("later positions", ~early)):
+        for bucket in np.unique(buckets[where]).tolist():
+            value = _rounded(of(where & (buckets == bucket)))
+            yield {"run": run.name, "kind": kind, "step": bucket, "value": value}
 
 
 def _far(run: Run) -> Iterator[Row]:
     table = run.rewards.histogram
     table = table.filter(pc.equal(table["quantity"], "log_ratio"))
-    buckets = _groups(table["step"].to_numpy())
-    early = table["position"].to_numpy() < EARLY
     low, high = value_ends()
     bins, number = table["value_bin"].to_numpy(), table["count"].to_numpy()
-    far = (low[bins] >= FAR) | (high[bins] <= -FAR)
-    for name, where in _early_and_later(early):
-        for bucket in np.unique(buckets[where]):
-            own = where & (buckets == bucket)
-            share = number[own & far].sum() / number[own].sum()
-            yield {"run": run.name, "kind": name, "step": int(bucket), "value": float(share)}
+    far = number * ((low[bins] >= FAR) | (high[bins] <= -FAR))
+    return _early_and_later(run, table, lambda own: far[own].sum() / number[own].sum())
 
 
 def _lowest(run: Run) -> Iterator[Row]:
     table = run.rewards.positions
-    buckets = _groups(table["step"].to_numpy())
-    early, values = table["position"].to_numpy() < EARLY, table["reward_min"].to_numpy()
-    for name, where in _early_and_later(early):
-        for bucket in np.unique(buckets[where]):
-            lowest = values[where & (buckets == bucket)].min()
-            yield {"run": run.name, "kind": name, "step": int(bucket), "value": float(lowest)}
+    lowest = table["reward_min"].to_numpy()
+    return _early_and_later(run, table, lambda own: lowest[own].min())
 
 
-def _early_and_later(early: NDArray[np.bool_]) -> list[tuple[str, NDArray[np.bool_]]]:
-    return [(f"positions 0-{EARLY - 1}", early), ("later positions", ~early)]
+_POSITION = ("position", "position in the completion")
+_STEP, _SHARE = ("linear", "optimizer step"), ("log", "share of tokens")
+_EVERYWHERE = "at each position over all steps; four bins to the octave from position 32."
+DISTRIBUTIONS = [
+    Plot(
+        "reward-distribution", "Distribution of token rewards",
+        "Share of all tokens whose reward lies in a bin, on a log scale. Bins are four to the "
+        "octave, so they widen with the reward; the middle one holds what is nearer to 0 than "
+        "2^-14.",
+        _reward_rows, "reward", ("signed", "reward"), _SHARE, "step-after",
+    ),
+    Plot(
+        "tail-below", "Tokens the teacher finds far less likely",
+        "Share of tokens whose log ratio, ln t - ln p, is below minus x, both on log scales.",
+        _tail(-1), "x", ("log", "x, nats"), _SHARE,
+    ),
+    Plot(
+        "tail-above", "Tokens the teacher finds far more likely",
+        "Share of tokens whose log ratio, ln t - ln p, is at least x, both on log scales.",
+        _tail(1), "x", ("log", "x, nats"), _SHARE,
+    ),
+]  # fmt: skip
+BY_POSITION = [
+    Plot(
+        "lowest-by-position", "Lowest reward and 1% quantile by position",
+        f"The lowest reward (dashed) and its 1% quantile (solid) {_EVERYWHERE}",
+        _extremes("min", TAIL), "position", _POSITION,
+    ),
+    Plot(
+        "highest-by-position", "Highest reward and 99% quantile by position",
+        f"The highest reward (dashed) and its 99% quantile (solid) {_EVERYWHERE}",
+        _extremes("max", 1 - TAIL), "position", _POSITION,
+    ),
+    Plot(
+        "entropy-by-position", "Entropy by position, nats",
+        "Mean entropy of the student's (solid) and, where known, the teacher's (dashed) next token "
+        f"{_EVERYWHERE}",
+        _entropies, "position", _POSITION, ("linear", None),
+    ),
+    Plot(
+        "top1-by-position", "Top-1 agreement by position",
+        "Share of tokens that are the most likely one to both models (solid), and to the student "
+        f"(dashed), {_EVERYWHERE}",
+        _agreement, "position", _POSITION, ("linear", None),
+    ),
+]  # fmt: skip
+PERSISTENCE = [
+    Plot(
+        "far-over-training", f"Tokens with a log ratio beyond {FAR:g}",
+        f"Share of tokens with |ln t - ln p| of at least {FAR:g}, at the first {EARLY} positions "
+        "(solid) and later (dashed), over training.",
+        _far, "step", _STEP, ("signed", None),
+    ),
+    Plot(
+        "lowest-over-training", "Lowest reward over training",
+        f"The lowest reward of all tokens at the first {EARLY} positions (solid) and later "
+        "(dashed), over training.",
+        _lowest, "step", _STEP,
+    ),
+]  # fmt: skip

@@ -38,7 +38,7 @@ def position_and_step(runs: Sequence[Run]) -> list[Figure]:
                     scale=altair.Scale(type="symlog", constant=8, nice=False),
                 ),
                 y2="position_end:Q",
-                color=_diverging("mean:Q", "mean reward", largest),
+                color=_diverging("mean:Q", largest),
                 tooltip=["step:Q", "position:Q", "mean:Q", "low:Q", "high:Q", "tokens:Q"],
             )
             .properties(width=WIDTH, height=240)
@@ -52,11 +52,11 @@ def position_and_step(runs: Sequence[Run]) -> list[Figure]:
     return figures
 
 
-def _diverging(field: str, title: str, largest: float) -> altair.Color:
+def _diverging(field: str, largest: float) -> altair.Color:
     scale = altair.Scale(
         scheme="purpleorange", domain=[-largest, largest], clamp=True, reverse=True
     )
-    return altair.Color(field, title=title, scale=scale, legend=altair.Legend(gradientLength=150))
+    return altair.Color(field, title=None, scale=scale, legend=altair.Legend(gradientLength=150))
 
 
 def _cells(run: Run) -> Iterator[Row]:
@@ -130,7 +130,7 @@ def _plane_figure(
             x2="p1:Q",
             y=altair.Y("t0:Q", title="teacher's probability t", scale=altair.Scale(domain=[0, 1])),
             y2="t1:Q",
-            color=_diverging("reward:Q", "reward", values.abs().max().item() or 1.0),
+            color=_diverging("reward:Q", values.abs().max().item() or 1.0),
             tooltip=["t:Q", "p:Q", "reward:Q"],
         )
         .properties(width=240, height=240)

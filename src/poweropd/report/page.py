@@ -32,17 +32,17 @@ def sections(runs: Sequence[Run]) -> tuple[list[Section], list[str]]:
         (
             "Distribution of rewards",
             "Of all trained tokens of all steps. The log ratio is ln t - ln p under any reward.",
-            distributions.distributions(runs),
+            distributions.figures(runs, distributions.DISTRIBUTIONS),
         ),
         (
             "Position in the completion",
             "Where in a completion extremes sit, and where the models are sure and agree.",
-            distributions.by_position(runs),
+            distributions.figures(runs, distributions.BY_POSITION),
         ),
         (
             "Persistence",
             "Whether extremes decay as the student learns.",
-            distributions.persistence(runs),
+            distributions.figures(runs, distributions.PERSISTENCE),
         ),
         (
             "Rewards by position and step",
@@ -68,6 +68,7 @@ def render(runs: Sequence[Run], sections_: Sequence[Section], notes: Sequence[st
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     scripts = [Markup(text) for text in (_bundle(), _resource("page.js"))]  # ours, not the runs'
     shown = [sample for run in runs for sample in samples.samples(run)]
     return environment.get_template("report.html").render(
@@ -94,7 +95,9 @@ def _bundle() -> str:
     """Vega, Vega-Lite and vega-embed, as vl-convert carries them."""
     import vl_convert
 
-    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")).replace("</script", "<\\/script")
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")).replace(
+        "</script", "<\\/script"
+    )
 
 
 def _resource(name: str) -> str:

@@ -8,7 +8,6 @@ from poweropd.report.distributions import counts
 from poweropd.report.runs import Run
 
 LEVELS = 4  # shades to either side of zero
-SHOWN_STEPS = 3  # the first, the middle and the last one that has samples
 WORST = 3  # tokens named below a completion
 
 _QUANTILE = 0.95
@@ -27,6 +26,7 @@ class Token:
 class Sample:
     run: str
     step: int
+    number: int  # of the prompt in its step, from 1
     prompt: str
     tokens: list[Token]
     ending: str
@@ -45,13 +45,11 @@ def scale(run: Run) -> float:
 
 
 def samples(run: Run) -> list[Sample]:
-    """The completions kept at a few of the run's steps."""
+    """The completions kept at the first and at the last of the steps that have some."""
     kept = run.rewards.completions.to_pylist()
-    steps = sorted({row["step"] for row in kept})
-    apart = (len(steps) - 1) / (SHOWN_STEPS - 1)
-    chosen = {steps[round(i * apart)] for i in range(SHOWN_STEPS) if steps}
+    shown = {kept[0]["step"], kept[-1]["step"]} if kept else set()
     strongest = scale(run)
-    return [_sample(run.name, row, strongest) for row in kept if row["step"] in chosen]
+    return [_sample(run.name, row, strongest) for row in kept if row["step"] in shown]
 
 
 def _sample(name: str, row: dict[str, Any], strongest: float) -> Sample:
@@ -63,7 +61,8 @@ def _sample(name: str, row: dict[str, Any], strongest: float) -> Sample:
     ending = "stopped by itself" if row["stopped"] else "cut off at the length limit"
     ending += f"; {left} more tokens are not kept" if left else ""
     said = f"{row['length']} tokens, {ending}"
-    return Sample(name, row["step"], row["prompt"], tokens, said, lowest)
+    number = row["prompt_index"] + 1
+    return Sample(name, row["step"], number, row["prompt"], tokens, said, lowest)
 
 
 def _token(

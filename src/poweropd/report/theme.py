@@ -1,7 +1,8 @@
 """How every figure looks, on a page and as a PNG file: one theme, one way to draw."""
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import altair
 COLOURS = [
     *("#D55E00", "#0072B2", "#008A65", "#B5608F", "#A87000", "#2E86B5", "#000000", "#7A4FBF"),
 ]
-WIDTH, HEIGHT = 380, 220
+WIDTH, HEIGHT = 370, 220
 TEXT, GRID = "#1a1a1a", "#e4e4e4"
 CONFIG: dict[str, Any] = {
     "background": "white",
@@ -23,10 +24,11 @@ CONFIG: dict[str, Any] = {
         **{"labelColor": TEXT, "titleColor": TEXT, "gridColor": GRID, "labelFontSize": 11},
         **{"titleFontSize": 12, "titleFontWeight": "normal", "labelOverlap": True},
     },
+    "axisX": {"tickCount": 6},
     "legend": {
         **{"labelColor": TEXT, "titleColor": TEXT, "labelFontSize": 11, "titleFontSize": 12},
         **{"titleFontWeight": "normal", "symbolOpacity": 1, "symbolStrokeWidth": 3},
-        "labelLimit": 240,
+        **{"labelLimit": 240, "symbolType": "stroke", "symbolBaseStrokeColor": TEXT},
     },
     "title": {"color": TEXT, "fontSize": 13, "anchor": "start"},
     "view": {"stroke": "#bbbbbb"},
@@ -67,6 +69,23 @@ def run_colour(names: Sequence[str], title: str = "run") -> altair.Color:
     colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]
     scale = altair.Scale(domain=list(names), range=colours)
     return altair.Color("run:N", title=title, sort=list(names), scale=scale)
+
+
+def signed_axis(values: Iterable[float], title: str | None = None) -> dict[str, Any]:
+    """Scale and axis of values of either sign and any magnitude; ticks at 1 and 3 of each decade.
+
+    Vega places no more than two or three of its own on such a scale.
+    """
+    known = [value for value in values if math.isfinite(value)]
+    low, high = min(known, default=0.0), max(known, default=0.0)
+    smallest = 0.01
+    sizes = [base * 10.0**k for k in range(-2, 5) for base in (1, 3)]
+    ticks = [t for t in [*(-s for s in sizes), 0.0, *sizes] if low <= t <= high]
+    return {
+        "title": title,
+        "scale": altair.Scale(type="symlog", constant=smallest, nice=False, zero=False),
+        "axis": altair.Axis(values=ticks, format="~g"),
+    }
 
 
 def png(spec: Mapping[str, Any]) -> bytes:

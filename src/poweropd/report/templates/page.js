@@ -9,10 +9,11 @@ const hiddenRuns = () => boxes.filter((box) => !box.checked).map((box) => box.va
 
 async function draw(chart) {
   const byRun = "byRun" in chart.dataset;
-  const result = await vegaEmbed(chart, specs[chart.dataset.figure], {
+  const inner = chart.appendChild(document.createElement("div")); // Vega gives it a role of its own
+  const result = await vegaEmbed(inner, specs[chart.dataset.figure], {
     actions: false,
     renderer: "canvas",
-    config: byRun ? { legend: { disable: !chart.dataset.figure.match(/position|over-training/) } } : {},
+    config: byRun ? { legend: { disable: true } } : {}, // the page's own list of runs is it
   });
   if (byRun) await result.view.signal("hidden_runs", hiddenRuns()).runAsync();
   return result.view;
