@@ -22,7 +22,7 @@ from poweropd.records.bins import (
 from poweropd.records.statistics import STEPS_PER_BLOCK, UNIT
 from poweropd.report.curves import Row, hovering, overlay
 from poweropd.report.runs import Run
-from poweropd.report.theme import Figure, signed_axis
+from poweropd.report.theme import Figure, position_axis, signed_axis
 
 EARLY = 16  # positions that count as early
 FAR = 4.0  # nats: the log ratio of a token beyond this is extreme
@@ -36,10 +36,7 @@ AXES: dict[str, Callable[[Values, str | None], dict[str, Any]]] = {
     "signed": signed_axis,
     "linear": lambda values, title: {"title": title, "scale": altair.Scale(zero=False)},
     "log": lambda values, title: {"title": title, "scale": altair.Scale(type="log", nice=False)},
-    "position": lambda values, title: {
-        "title": title,
-        "scale": altair.Scale(type="symlog", constant=8, nice=False),
-    },
+    "position": position_axis,
 }
 
 

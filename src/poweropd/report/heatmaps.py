@@ -12,7 +12,7 @@ from poweropd import rewards
 from poweropd.records.bins import POSITION_STARTS
 from poweropd.report.curves import Row
 from poweropd.report.runs import Run
-from poweropd.report.theme import WIDTH, Figure, rows
+from poweropd.report.theme import WIDTH, Figure, position_axis, rows
 
 STEPS = 40  # columns of a heatmap, at most
 GRID = 40  # probabilities along each axis of the plane
@@ -26,17 +26,15 @@ def position_and_step(runs: Sequence[Run]) -> list[Figure]:
         if not found:
             continue
         largest = float(np.quantile([abs(row["mean"]) for row in found], 0.99)) or 1.0
+        ends = [row["position_end"] for row in found]
+        axis = position_axis(ends, "position in the completion")
         chart = (
             altair.Chart(rows())
             .mark_rect()
             .encode(
                 x=altair.X("step:Q", title="optimizer step", scale=altair.Scale(nice=False)),
                 x2="step_end:Q",
-                y=altair.Y(
-                    "position:Q",
-                    title="position in the completion",
-                    scale=altair.Scale(type="symlog", constant=8, nice=False),
-                ),
+                y=altair.Y("position:Q", **axis),
                 y2="position_end:Q",
                 color=_diverging("mean:Q", largest),
                 tooltip=["step:Q", "position:Q", "mean:Q", "low:Q", "high:Q", "tokens:Q"],

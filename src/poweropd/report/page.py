@@ -1,6 +1,7 @@
 """One HTML page that holds everything: figures, data, drawing code. It asks the network nothing."""
 
 import base64
+import functools
 import hashlib
 from collections.abc import Sequence
 from importlib import resources
@@ -91,6 +92,7 @@ def render(runs: Sequence[Run], sections_: Sequence[Section], notes: Sequence[st
     )
 
 
+@functools.cache
 def _bundle() -> str:
     """Vega, Vega-Lite and vega-embed, as vl-convert carries them."""
     import vl_convert

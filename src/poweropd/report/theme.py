@@ -1,8 +1,7 @@
 """How every figure looks, on a page and as a PNG file: one theme, one way to draw."""
 
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,21 +70,26 @@ def run_colour(names: Sequence[str], title: str = "run") -> altair.Color:
     return altair.Color("run:N", title=title, sort=list(names), scale=scale)
 
 
-def signed_axis(values: Iterable[float], title: str | None = None) -> dict[str, Any]:
+def signed_axis(values: Sequence[float], title: str | None = None) -> dict[str, Any]:
     """Scale and axis of values of either sign and any magnitude; ticks at 1 and 3 of each decade.
 
-    Vega places no more than two or three of its own on such a scale.
+    Vega places few of its own on such a scale. Values too close for three ticks get a linear one.
     """
-    known = [value for value in values if math.isfinite(value)]
-    low, high = min(known, default=0.0), max(known, default=0.0)
-    smallest = 0.01
+    low, high = min(values, default=0.0), max(values, default=0.0)
     sizes = [base * 10.0**k for k in range(-2, 5) for base in (1, 3)]
-    ticks = [t for t in [*(-s for s in sizes), 0.0, *sizes] if low <= t <= high]
-    return {
-        "title": title,
-        "scale": altair.Scale(type="symlog", constant=smallest, nice=False, zero=False),
-        "axis": altair.Axis(values=ticks, format="~g"),
-    }
+    ticks = [t for t in [*(-s for s in reversed(sizes)), 0.0, *sizes] if low <= t <= high]
+    if len(ticks) < 3:
+        return {"title": title, "scale": altair.Scale(zero=False)}
+    scale = altair.Scale(type="symlog", constant=0.01, nice=False, zero=False)
+    return {"title": title, "scale": scale, "axis": altair.Axis(values=ticks, format="~g")}
+
+
+def position_axis(values: Sequence[float], title: str | None = None) -> dict[str, Any]:
+    """Scale and axis of completion positions: nearly linear at the start, then logarithmic."""
+    ticks = [0, 4, 8, *(2**k for k in range(4, 21))]
+    shown = [t for t in ticks if t <= max(values, default=0.0)]
+    scale = altair.Scale(type="symlog", constant=8, nice=False)
+    return {"title": title, "scale": scale, "axis": altair.Axis(values=shown)}
 
 
 def png(spec: Mapping[str, Any]) -> bytes:
