@@ -22,7 +22,7 @@ from poweropd.records.bins import (
 from poweropd.records.statistics import STEPS_PER_BLOCK, UNIT
 from poweropd.report.curves import Row, hovering, overlay
 from poweropd.report.runs import Run
-from poweropd.report.theme import Figure, position_axis, signed_axis
+from poweropd.report.theme import TEXT, Figure, position_axis, signed_axis
 
 EARLY = 16  # positions that count as early
 FAR = 4.0  # nats: the log ratio of a token beyond this is extreme
@@ -70,7 +70,8 @@ class Plot:
         kinds = list(dict.fromkeys(row["kind"] for row in found if "kind" in row))
         if kinds:
             dashes = altair.Scale(domain=kinds, range=[[1, 0], [4, 3]][: len(kinds)])
-            dash = altair.StrokeDash("kind:N", title=None, scale=dashes, sort=kinds)
+            legend = altair.Legend(orient="bottom", symbolType="stroke", symbolStrokeColor=TEXT)
+            dash = altair.StrokeDash("kind:N", title=None, scale=dashes, sort=kinds, legend=legend)
             line = line.encode(strokeDash=dash)
         chart = hovering([line], line)
         return [Figure(self.key, self.title, self.description, chart, found, by_run=True)]

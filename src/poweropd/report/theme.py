@@ -27,7 +27,7 @@ CONFIG: dict[str, Any] = {
     "legend": {
         **{"labelColor": TEXT, "titleColor": TEXT, "labelFontSize": 11, "titleFontSize": 12},
         **{"titleFontWeight": "normal", "symbolOpacity": 1, "symbolStrokeWidth": 3},
-        **{"labelLimit": 240, "symbolType": "stroke", "symbolBaseStrokeColor": TEXT},
+        **{"labelLimit": 240, "symbolType": "stroke"},
     },
     "title": {"color": TEXT, "fontSize": 13, "anchor": "start"},
     "view": {"stroke": "#bbbbbb"},
