@@ -110,6 +110,7 @@ def hovering(layers: Sequence[altair.Chart], line: altair.Chart) -> altair.Layer
     points = line.mark_point(filled=True, size=60, tooltip=altair.TooltipContent("data")).encode(
         opacity=altair.condition(near, altair.value(1), altair.value(0))
     )
+    points.encoding.strokeDash = altair.Undefined  # filled points would hide its legend's lines
     hidden = altair.param(name="hidden_runs", value=[])
     layered = altair.layer(*layers, points.add_params(near)).add_params(hidden)
     return layered.properties(width=WIDTH, height=HEIGHT)
