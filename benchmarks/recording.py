@@ -67,6 +67,8 @@ def random_record(lengths: list[int], seed: int) -> TokenRecord:
         teacher_top1=(torch.rand(n) > 0.2).float(),
         prompt_indices=torch.arange(len(lengths)).repeat_interleave(counts),
         sample_indices=torch.zeros(n, dtype=torch.long),
+        sampler_log_ratios=torch.zeros(n),
+        weights=torch.ones(n),
     )
 
 

@@ -74,6 +74,8 @@ def token_record(n: int, seed: int = 0) -> TokenRecord:
         teacher_top1=ones,
         prompt_indices=torch.zeros(n, dtype=torch.long),
         sample_indices=torch.zeros(n, dtype=torch.long),
+        sampler_log_ratios=torch.zeros(n),
+        weights=torch.ones(n),
     )
 
 

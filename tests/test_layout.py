@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "diagnostics": {"models", "kernels", "objectives", "batching", "rewards"},
     "update": {"models", "objectives", "batching", "rewards", "config"},
     "evaluation": {"rollouts", "batching", "models", "data", "embedded", "records", "stops"},
-    "report": {"records", "rewards", "config"},
+    "report": {"records", "rewards", "recipe_file"},
     "validation": {"config", "evaluation", "records"},
     "trackers": set(),
     "card": {"config", "records"},

@@ -49,6 +49,8 @@ def tokens(n: int, seed: int = 0, longest: int = 600, spread: float = 5.0) -> To
         teacher_top1=unknown + (torch.rand(n, generator=generator) > 0.2),
         prompt_indices=torch.arange(n) % 4,
         sample_indices=torch.zeros(n, dtype=torch.long),
+        sampler_log_ratios=torch.zeros(n),
+        weights=torch.ones(n),
     )
 
 

@@ -1,4 +1,5 @@
-"""The command line: `poweropd demo | train | eval | report | sweep | plan | push`, or `python -m poweropd`.
+"""The command line: `poweropd demo | train | eval | report | sweep | plan | push`,
+also as `python -m poweropd`.
 
 Exit status: 0 done; 1 the run failed; 2 wrong usage, recipe or input (one line, no traceback);
 128 + n stopped by signal n, with a checkpoint written.
