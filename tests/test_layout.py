@@ -38,8 +38,9 @@ MAY_IMPORT = {
     "diagnostics": {"models", "kernels", "objectives", "batching", "rewards"},
     "update": {"sections", "models", "objectives", "batching", "rewards", "config", "sharding"},
     "evaluation": {"rollouts", "batching", "models", "data", "embedded", "records", "stops"},
-    "report": {"records", "rewards", "config"},
+    "report": {"records", "rewards", "recipe_file"},
     "validation": {"sections", "config", "evaluation", "records"},
+    "signals": set(),
     "trackers": set(),
     "card": {"sections", "config", "records"},
     "task_reward": {"sections", "batching", "config", "data", "evaluation", "rewards"},
@@ -51,7 +52,7 @@ MAY_IMPORT = {
     "trainer": {
         *("accounting", "assembly", "batching", "card", "checkpoint", "config", "data"),
         *("evaluation", "models", "objectives", "progress", "records", "rollouts", "sharding"),
-        *("trackers", "update"),
+        *("signals", "trackers", "update"),
     },
     "gradient_quality": {
         *("batching", "data", "diagnostics", "objectives", "rewards", "rollouts", "trainer"),

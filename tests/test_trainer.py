@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from poweropd import Config, Trainer, cli
 from poweropd.errors import UsageError
+from poweropd.records import RewardRecords
 
 MAKES = Callable[..., Config]
 SERVER = get_context("forkserver")
@@ -40,6 +41,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def assert_same_end(run: Path, other: Path) -> None:
     assert metrics(run) == metrics(other)
+    assert RewardRecords.read(run / "rewards") == RewardRecords.read(other / "rewards")
     mine, theirs = weights(run), weights(other)
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
@@ -212,6 +214,10 @@ def assert_same_losses(one: Path, two: Path) -> None:
         assert mine["num_tokens"] == theirs["num_tokens"]
         for key in ("loss", "reward/p95", "entropy", "completions/mean_length"):
             assert mine[key] == pytest.approx(theirs[key], abs=1e-5)
+    mine, theirs = (RewardRecords.read(run / "rewards") for run in (one, two))
+    keys = ["step", "position", "count", "teacher_count"]
+    assert mine.positions.select(keys) == theirs.positions.select(keys)
+    assert mine.completions["pieces"] == theirs.completions["pieces"]
 
 
 def test_lora_trains_the_adapter_alone_and_can_be_merged(

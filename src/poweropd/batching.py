@@ -47,6 +47,8 @@ class Example:
     student_targets: Tensor  # [n]
     teacher_targets: Tensor  # [n]
     teacher_log_probs: Tensor | None = None  # [n] float32, once scored
+    teacher_entropy: Tensor | None = None  # [n] float32, nats, where the teacher says it
+    teacher_top1: Tensor | None = None  # [n] bool: no token is more probable to the teacher
     domain: str = ""  # which of several teachers scores it
     row: int | None = None  # of its prompt in the data
     bonus: float = 0.0  # added to the reward of each of its tokens (a weighted task reward)
@@ -81,8 +83,18 @@ class Example:
         key = f"{self.rollout.place} {self.rollout.prompt_ids} {self.rollout.completion_ids}"
         return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1
 
-    def scored(self, teacher_log_probs: Tensor) -> "Example":
-        return replace(self, teacher_log_probs=teacher_log_probs)
+    def scored(
+        self,
+        teacher_log_probs: Tensor,
+        teacher_entropy: Tensor | None = None,
+        teacher_top1: Tensor | None = None,
+    ) -> "Example":
+        return replace(
+            self,
+            teacher_log_probs=teacher_log_probs,
+            teacher_entropy=teacher_entropy,
+            teacher_top1=teacher_top1,
+        )
 
 
 def make_example(
@@ -170,6 +182,9 @@ class Batch:
     rows: Tensor  # [N] which of the micro-batch's completions
     bonus: Tensor  # [N] float32, added to the token rewards
     seeds: Tensor  # [B] of the completions
+    places: Tensor  # [B, 2] prompt_index and sample_index of each of them
+    teacher_entropy: Tensor  # [N] float32, NaN where it is not known
+    teacher_top1: Tensor  # [N] float32, NaN where it is not known
     sampling_log_probs: Tensor | None = None  # [N] float32, see `Example.sampling_log_probs`
     teacher_hidden: Tensor | None = None  # [N, H], where the objective needs it
 
@@ -179,7 +194,7 @@ class Batch:
 
     def of(self, tokens: Tensor) -> "Batch":
         """The same sequences, with only some of the N trained tokens, by their indices [k]."""
-        per_token = vars(self).keys() - {"student", "teacher", "seeds"}
+        per_token = vars(self).keys() - {"student", "teacher", "seeds", "places"}
         columns = {name: vars(self)[name] for name in per_token}
         kept: dict[str, Any] = {k: x if x is None else x[tokens] for k, x in columns.items()}
         return replace(
@@ -207,6 +222,9 @@ def collate(examples: Sequence[Example], flat: bool = False, teacher_flat: bool 
         rows=torch.arange(len(examples)).repeat_interleave(counts),
         bonus=torch.tensor([e.bonus for e in examples]).repeat_interleave(counts),
         seeds=torch.tensor([e.seed for e in examples]),
+        places=torch.tensor([e.rollout.place for e in examples]),
+        teacher_entropy=_known([e.teacher_entropy for e in examples], counts),
+        teacher_top1=_known([e.teacher_top1 for e in examples], counts),
         sampling_log_probs=_cat([e.sampling_log_probs for e in examples]),
     )
 
@@ -215,6 +233,12 @@ def _cat(parts: Sequence[Tensor | None]) -> Tensor | None:
     """None where a part is missing."""
     known = [part for part in parts if part is not None]
     return torch.cat(known) if len(known) == len(parts) else None
+
+
+def _known(parts: Sequence[Tensor | None], counts: Tensor) -> Tensor:
+    """[N] float32 of each example's [n] values, NaN where it has none."""
+    pairs = zip(parts, counts.tolist(), strict=True)
+    return torch.cat([torch.full((n,), torch.nan) if p is None else p.float() for p, n in pairs])
 
 
 def student_sequences(examples: Sequence[Example], flat: bool = False) -> Sequences:
@@ -239,8 +263,11 @@ def _sequences(
 def _empty_batch() -> Batch:
     none = torch.empty(0, dtype=torch.long)
     sequences = Sequences.of_rows([[0]], [none], none, flat=False)
-    zeros = torch.empty(0)
-    return Batch(sequences, sequences, zeros, none, none, zeros, none, zeros)
+    zeros, places = torch.empty(0), none.view(0, 2)
+    return Batch(
+        *(sequences, sequences, zeros, none, none, zeros, none),
+        *(places, zeros, zeros, zeros),
+    )
 
 
 def pack(lengths: Sequence[int], max_tokens: int, flat: bool = False) -> list[list[int]]:

@@ -1,4 +1,5 @@
-"""The command line: `poweropd demo | train | eval | sweep | plan | push`, or `python -m poweropd`.
+"""The command line: `poweropd demo | train | eval | report | sweep | plan | push`,
+also as `python -m poweropd`.
 
 Exit status: 0 done; 1 the run failed; 2 wrong usage, recipe or input (one line, no traceback);
 128 + n stopped by signal n, with a checkpoint written.
@@ -186,6 +187,21 @@ def demo(
     from poweropd import demo as showcase
 
     showcase.run(out, steps=steps, num_problems=problems, json_file=json_file)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    png: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
+) -> None:
+    """Show and compare runs, finished or not, on one self-contained HTML page."""
+    from poweropd.report import page
+
+    written = page.write(runs, out, png)
+    typer.echo(f"report: {written[0]}")
+    if png is not None:
+        typer.echo(f"{len(written) - 1} figures: {png}")
 
 
 app.command()(sweep.sweep)

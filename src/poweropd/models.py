@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from poweropd import embedded
 from poweropd.batching import Batch, Sequences
 from poweropd.errors import UsageError
-from poweropd.kernels import Head, linear_log_prob
+from poweropd.kernels import Head, TokenStatistics, linear_log_prob
 from poweropd.objectives import Objective, TokenRecord
 from poweropd.sharding import like, whole
 
@@ -299,11 +299,13 @@ class Teacher(LanguageModel):
         super().__init__(model.requires_grad_(False).eval(), vocab_size, compute_dtype)
 
     @torch.inference_mode()
-    def log_probs(self, sequences: Sequences) -> Tensor:
-        """[N] float32 log-probabilities of the teacher's targets."""
-        head = self.head()
+    def score(self, sequences: Sequences) -> TokenStatistics:
+        """Of the N targets: their log-probabilities are its `student_log_probs`."""
+        head, targets = self.head(), sequences.targets
+        statistics = TokenStatistics.empty(len(targets), targets.device)
         hidden_states = self.hidden_states(sequences)
-        return linear_log_prob(hidden_states, head.weight, sequences.targets, **head.options)
+        linear_log_prob(hidden_states, head.weight, targets, statistics=statistics, **head.options)
+        return statistics
 
 
 @torch.no_grad()

@@ -43,6 +43,11 @@ class TokenRecord:
     entropy: Tensor  # of the student, nats
     sampler_log_ratios: Tensor  # ln p_student - ln p_sampler, full softmax, temperature 1; or NaN
     weights: Tensor  # importance weights; 1 without the correction
+    top1: Tensor  # 1 where no token is more probable to the student, else 0
+    teacher_entropy: Tensor  # NaN where the teacher gave log-probs alone
+    teacher_top1: Tensor  # as `top1`; NaN where it is not known
+    prompt_indices: Tensor  # with the next: which completion of the step
+    sample_indices: Tensor
 
     @classmethod
     def cat(cls, records: Sequence["TokenRecord"]) -> "TokenRecord":
@@ -255,6 +260,11 @@ def _record(
         entropy=statistics.entropy,
         sampler_log_ratios=_sampler_log_ratios(batch, statistics, merged_ids),
         weights=torch.ones_like(rewards) if weights is None else weights,
+        top1=statistics.top1.float(),
+        teacher_entropy=batch.teacher_entropy,
+        teacher_top1=batch.teacher_top1,
+        prompt_indices=batch.places[batch.rows, 0],
+        sample_indices=batch.places[batch.rows, 1],
     )
 
 

@@ -3,19 +3,16 @@
 import logging
 import math
 import signal
-import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 
-from poweropd import assembly, card, checkpoint, trackers
-from poweropd.accounting import StepClock
+from poweropd import assembly, card, checkpoint, signals, trackers
+from poweropd.accounting import StepClock, Utilization
 from poweropd.assembly import Inputs
 from poweropd.batching import Example, Rollout, make_example
 from poweropd.config import Config
@@ -26,6 +23,7 @@ from poweropd.models import context_length
 from poweropd.objectives import TokenRecord
 from poweropd.progress import TrainingProgress
 from poweropd.records import (
+    RewardRecorder,
     RunDirectory,
     completion_metrics,
     distribution,
@@ -86,6 +84,9 @@ class Trainer:
         self.sampling = assembly.make_sampling(config, self.inputs)
         self.rollouts = assembly.make_schedule(config, self.engine, self.sample)
         self.task_rewards = assembly.make_task_rewards(config, self.inputs)
+        self.recorder = RewardRecorder(self.run.rewards, self.inputs.tokenizer.decode)
+        teacher = self.models.teachers.get("")
+        self.utilization = Utilization.of(self.student, teacher, self.reward.needs_statistics)
         self.steps_done = self._resume()
         self.engine.sync()
         options = trackers.options(config.log.trackers, self.run.path)
@@ -102,7 +103,7 @@ class Trainer:
             logger.info("%s is complete: nothing to do", self.run.path)
             return Result(self.run.path, self.steps_done, self.run.final)
         progress = TrainingProgress(steps, self.steps_done, self.run.path.name, self.progress)
-        with progress, _deferred_signals() as received:
+        with progress, self.recorder, signals.deferred() as received:
             while self.steps_done < end:
                 metrics = self.step(self.steps_done)
                 self.steps_done += 1
@@ -136,7 +137,8 @@ class Trainer:
             self.rollouts.finish()
         with clock.phase("sync"):
             self.engine.sync()
-        return self._metrics(step, rollouts, task_rewards, outcome, clock)
+        metrics = self._metrics(step, rollouts, task_rewards, outcome, clock)
+        return metrics | (self.utilization.metrics(examples, clock) if self.utilization else {})
 
     def prompts(self, step: int) -> list[Prompt]:
         """The prompts of a step, over all processes; a completion's prompt_index is into them."""
@@ -242,6 +244,7 @@ class Trainer:
             row["task_reward/mean"] = sum(found) / len(found)
         row |= token_metrics(outcome)
         row |= self._sampler_metrics(outcome)
+        row |= self._record_rewards(step + 1, rollouts, outcome)
         row |= clock.metrics(sum(n for n, _ in ends))
         return row
 
@@ -258,6 +261,14 @@ class Trainer:
         if self.config.rollout.correction == "none":
             metrics.pop("sampler/effective_sample_size", None)
         return metrics
+
+    def _record_rewards(
+        self, step: int, rollouts: list[Rollout], outcome: Outcome | None
+    ) -> dict[str, float]:
+        kept = gather_object([r for r in rollouts if self.recorder.wants(step, r)])
+        if outcome is not None and self.accelerator.is_main_process:
+            self.recorder.record(step, outcome.record, kept)
+        return {"seconds/record": self.recorder.take_seconds()}
 
     def _validate(self) -> dict[str, float]:
         """Evaluates the current student where the recipe asks for it, and keeps the best one."""
@@ -291,6 +302,7 @@ class Trainer:
         weights = collected(self.student.trained_weights().items(), keep=main)
         optimizer = optimizer_state(self.updater.optimizer, keep=main)
         if main:
+            self.recorder.write()
             checkpoint.save(
                 self.run.checkpoints,
                 self.steps_done,
@@ -318,6 +330,7 @@ class Trainer:
             logger.info("resuming %s at step %d", self.run.path, steps)
         if self.accelerator.is_main_process:
             self.run.truncate_metrics(steps)
+            self.recorder.truncate(steps)
         self.accelerator.wait_for_everyone()
         return steps
 
@@ -369,28 +382,3 @@ def sampler_metrics(record: TokenRecord) -> dict[str, float]:
         "sampler/mean_abs_difference": known.abs().mean().item(),
         "sampler/effective_sample_size": size.item(),
     }
-
-
-@contextmanager
-def _deferred_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM instead of stopping; a second one stops at once."""
-    received: list[int] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        logger.warning(
-            "%s: finishing this step, then writing a checkpoint; once more to stop at once",
-            signal.Signals(number).name,
-        )
-
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

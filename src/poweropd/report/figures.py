@@ -1,4 +1,4 @@
-"""Pictures, with Altair: the same charts serve pages and, through vl-convert, PNG files."""
+"""The demo's picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Any
 
 import altair
 
-# Okabe and Ito's colours, told apart by most colour-blind readers.
-COLOURS = ["#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#000000"]
+from poweropd.report.theme import CONFIG, png, run_colour, write_aside
+
 WIDTH, HEIGHT = 230, 200
 
 
@@ -24,34 +24,20 @@ def save_demo(
         _over_steps(points, "gradient_snr", "gradient signal-to-noise", altair.Scale(zero=True)),
         _over_steps(steps, "lowest", "lowest reward of a step", altair.Scale(type="symlog")),
     ]
-    chart = altair.hconcat(*charts).resolve_scale(color="shared").configure(background="white")
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_bytes(_png(chart))
-    temporary.replace(path)
+    chart = altair.hconcat(*charts).resolve_scale(color="shared")
+    write_aside(path, png(chart.to_dict() | {"config": CONFIG}))
 
 
 def _over_steps(
     rows: Sequence[dict[str, Any]], field: str, title: str, scale: altair.Scale
 ) -> altair.LayerChart:
+    named = [{**row, "run": row["reward"]} for row in rows]
     names = list(dict.fromkeys(row["reward"] for row in rows))
-    base = altair.Chart(altair.Data(values=list(rows))).encode(
-        x=altair.X("step:Q", title="optimizer step"),
-        color=altair.Color(
-            "reward:N",
-            title="reward",
-            sort=names,
-            scale=altair.Scale(domain=names, range=COLOURS),
-            legend=altair.Legend(symbolOpacity=1, symbolStrokeWidth=3),
-        ),
+    base = altair.Chart(altair.Data(values=named)).encode(
+        x=altair.X("step:Q", title="optimizer step"), color=run_colour(names, "reward")
     )
     seeds = base.mark_line(opacity=0.35, strokeWidth=1).encode(
         y=altair.Y(f"{field}:Q", title=title, scale=scale), detail="seed:N"
     )
     means = base.mark_line(strokeWidth=2.5).encode(y=altair.Y(f"mean({field}):Q", title=title))
     return altair.layer(seeds, means).properties(width=WIDTH, height=HEIGHT)
-
-
-def _png(chart: altair.HConcatChart) -> bytes:
-    import vl_convert
-
-    return bytes(vl_convert.vegalite_to_png(chart.to_json(), scale=2))

@@ -47,12 +47,15 @@ class LocalTeacher:
         flat = self.teacher.flat
         for group in pack([e.teacher_length for e in waiting], self.max_tokens, flat):
             members = [waiting[i] for i in group]
-            sequences = teacher_sequences(members, flat).to(self.teacher.device)
+            found = self.teacher.score(teacher_sequences(members, flat).to(self.teacher.device))
+            counts = [e.num_tokens for e in members]
             # A clone made here is an ordinary tensor, not one of inference mode.
-            log_probs = self.teacher.log_probs(sequences).cpu().clone()
-            parts = log_probs.split([e.num_tokens for e in members])
-            for i, part in zip(group, parts, strict=True):
-                scored[i] = waiting[i].scored(part)
+            columns = (
+                tensor.cpu().clone().split(counts)
+                for tensor in (found.student_log_probs, found.entropy, found.top1)
+            )
+            for i, log_probs, entropy, top1 in zip(group, *columns, strict=True):
+                scored[i] = waiting[i].scored(log_probs, entropy, top1)
         return scored
 
     def _shrink(self, lengths: list[int], error: torch.OutOfMemoryError) -> None:

@@ -69,6 +69,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.final = self.path / "final"
         self.evaluations = self.path / "eval"
+        self.rewards = self.path / "rewards"
 
     @classmethod
     def open(cls, config: Config) -> "RunDirectory":

@@ -1,0 +1,185 @@
+"""Figures over training: metrics of all runs overlaid, accuracy, and where the time went."""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import altair
+import numpy as np
+
+from poweropd.report.runs import Run
+from poweropd.report.theme import HEIGHT, WIDTH, Figure, rows, run_colour
+
+POINTS = 250  # of a curve, at most; longer ones are drawn by buckets of steps
+Row = dict[str, Any]
+ScaleType = Literal["linear", "log"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    metric: str
+    title: str
+    scale: ScaleType = "linear"
+
+
+CURVES = [
+    Curve("reverse_kl", "Reverse KL, nats per token"),
+    Curve("reward/mean", "Mean reward"),
+    Curve("grad_norm", "Gradient norm", "log"),
+    Curve("loss", "Loss"),
+    Curve("entropy", "Student's entropy, nats"),
+    Curve("completions/mean_length", "Completion length, tokens"),
+    Curve("completions/truncated_fraction", "Truncated completions, share"),
+    Curve("reward/zero_fraction", "Tokens with a reward of zero, share"),
+    Curve("tokens_per_second", "Sampled tokens per second"),
+]
+
+
+def training(runs: Sequence[Run]) -> list[Figure]:
+    """One figure for each metric that a run has, and accuracy where it was measured."""
+    width = bucket_width(runs)
+    figures = []
+    for curve in CURVES:
+        found = [row for run in runs for row in curve_rows(run, curve.metric, width, curve.scale)]
+        if found:
+            title, names = curve.title, [run.name for run in runs]
+            figures.append(curve_figure(curve.metric, title, names, found, curve.scale, width))
+    return [*accuracy(runs), *figures]
+
+
+def bucket_width(runs: Sequence[Run]) -> int:
+    """Steps that share a point."""
+    return max(1, -(-max(run.steps for run in runs) // POINTS))
+
+
+def curve_rows(run: Run, metric: str, width: int, scale: ScaleType = "linear") -> Iterator[Row]:
+    """Mean, lowest and highest value of each bucket of `width` steps."""
+    steps, values = (np.array(column) for column in run.series(metric))
+    keep = np.isfinite(values) & ((values > 0) | (scale != "log"))
+    steps, values = steps[keep], values[keep]
+    if not len(steps):
+        return
+    starts = np.flatnonzero(np.diff((steps - 1) // width, prepend=-1))
+    counts = np.diff(starts, append=len(steps))
+    columns = (
+        np.add.reduceat(steps, starts) / counts,
+        np.add.reduceat(values, starts) / counts,
+        np.minimum.reduceat(values, starts),
+        np.maximum.reduceat(values, starts),
+    )
+    for step, mean, low, high in zip(*(column.tolist() for column in columns), strict=True):
+        row = {"mean": mean, "low": low, "high": high}
+        yield {"run": run.name, "step": step, **{k: float(f"{v:.5g}") for k, v in row.items()}}
+
+
+def curve_figure(
+    metric: str, title: str, names: Sequence[str], found: list[Row], scale: ScaleType, width: int
+) -> Figure:
+    """Lines of the mean, bands from the lowest to the highest of a bucket, values on hovering."""
+    base = overlay(names).encode(x=altair.X("step:Q", title="optimizer step"))
+    axis = altair.Scale(type="log") if scale == "log" else altair.Scale(zero=False)
+    band = base.mark_area(opacity=0.15).encode(
+        y=altair.Y("low:Q", title=None, scale=axis), y2="high:Q"
+    )
+    line = base.mark_line(strokeWidth=1.8).encode(y=altair.Y("mean:Q", title=None, scale=axis))
+    layers = [band, line] if width > 1 else [line]
+    said = f", mean of every {width} steps, with the range of their values" if width > 1 else ""
+    return Figure(
+        key=metric.replace("/", "-"),
+        title=title,
+        description=f"{title} over optimizer steps, one line a run{said}.",
+        chart=hovering(layers, line),
+        rows=found,
+        by_run=True,
+    )
+
+
+def overlay(names: Sequence[str]) -> altair.Chart:
+    """A chart of runs, coloured, without those that the reader has switched off."""
+    shown = altair.Chart(rows()).transform_filter("indexof(hidden_runs, datum.run) < 0")
+    return shown.encode(color=run_colour(names))
+
+
+def hovering(layers: Sequence[altair.Chart], line: altair.Chart) -> altair.LayerChart:
+    """The layers, and a point of `line` with its row under the pointer."""
+    near = altair.selection_point(
+        name="near", nearest=True, on="pointermove", clear="pointerout", empty=False
+    )
+    # All of the row: of single fields Vega-Lite 6.4 loses the names on a nearest point.
+    points = line.mark_point(filled=True, size=60, tooltip=altair.TooltipContent("data")).encode(
+        opacity=altair.condition(near, altair.value(1), altair.value(0))
+    )
+    points.encoding.strokeDash = altair.Undefined  # filled points would hide its legend's lines
+    hidden = altair.param(name="hidden_runs", value=[])
+    layered = altair.layer(*layers, points.add_params(near)).add_params(hidden)
+    return layered.properties(width=WIDTH, height=HEIGHT)
+
+
+def accuracy(runs: Sequence[Run]) -> list[Figure]:
+    """Avg@k of each benchmark over steps, with its 95% interval over problems."""
+    figures = []
+    names = [run.name for run in runs]
+    benchmarks = dict.fromkeys(e.benchmark for run in runs for e in run.evaluations)
+    for benchmark in benchmarks:
+        found = [
+            {"run": run.name, "step": e.step, **e.result["avg_at_k"]}
+            for run in runs
+            for e in run.evaluations
+            if e.benchmark == benchmark
+        ]
+        base = overlay(names).encode(x=altair.X("step:Q", title="optimizer step"))
+        percent, scale = altair.Axis(format=".0%"), altair.Scale(zero=False)
+        line = base.mark_line(point=True).encode(
+            y=altair.Y("mean:Q", title=None, axis=percent, scale=scale)
+        )
+        bars = base.mark_rule(opacity=0.5).encode(y=altair.Y("low:Q", title=None), y2="high:Q")
+        description = f"Avg@k on {benchmark} over steps, with 95% intervals over its problems."
+        chart = hovering([bars, line], line)
+        title = f"Accuracy on {benchmark}"
+        key = "accuracy-" + "".join(c if c.isalnum() else "-" for c in benchmark)
+        figures.append(Figure(key, title, description, chart, found, by_run=True))
+    return figures
+
+
+def phases(runs: Sequence[Run]) -> list[Figure]:
+    """Median seconds of a step's phases, stacked."""
+    found = []
+    for run in runs:
+        keys = dict.fromkeys(key for row in run.metrics for key in row if "seconds/" in key)
+        medians = {key.removeprefix("seconds/"): _median(run, key) for key in keys}
+        whole = medians.pop("step", 0.0)
+        if "record" in medians:  # the last thing a step does
+            medians["record"] = medians.pop("record")
+        medians["other"] = max(0.0, whole - sum(medians.values()))
+        found += [
+            {"run": run.name, "phase": p, "order": i, "seconds": round(s, 6), "share": s / whole}
+            for i, (p, s) in enumerate(medians.items())
+            if whole
+        ]
+    if not found:
+        return []
+    chart = (
+        altair.Chart(rows())
+        .mark_bar()
+        .encode(
+            x=altair.X("seconds:Q", title="seconds per step (median)"),
+            y=altair.Y("run:N", title=None, sort=[run.name for run in runs]),
+            color=altair.Color(
+                "phase:N",
+                title=None,
+                scale=altair.Scale(scheme="tableau10"),
+                sort=None,
+                legend=altair.Legend(orient="bottom", columns=4, symbolType="square"),
+            ),
+            order="order:Q",
+            tooltip=["run:N", "phase:N", "seconds:Q", altair.Tooltip("share:Q", format=".1%")],
+        )
+        .properties(width=WIDTH, height=30 * len(runs))
+    )
+    description = "Median seconds of each phase of a step, stacked, one bar a run."
+    return [Figure("phases", "Where the time of a step goes", description, chart, found)]
+
+
+def _median(run: Run, key: str) -> float:
+    return statistics.median(run.series(key)[1])

@@ -1,0 +1,258 @@
+"""Figures of the reward records: how rewards are distributed, where, and for how long."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import altair
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from poweropd.records.bins import (
+    NUM_POSITIONS,
+    NUM_VALUES,
+    POSITION_STARTS,
+    VALUE_EDGES,
+    ZERO_BIN,
+    quantile,
+    value_ends,
+)
+from poweropd.records.statistics import STEPS_PER_BLOCK, UNIT
+from poweropd.report.curves import Row, hovering, overlay
+from poweropd.report.runs import Run
+from poweropd.report.theme import TEXT, Figure, position_axis, signed_axis
+
+EARLY = 16  # positions that count as early
+FAR = 4.0  # nats: the log ratio of a token beyond this is extreme
+TAIL = 0.01  # the quantile that stands for "low" and "high"
+POINTS = 60  # of a curve over training, at most
+Counts = NDArray[np.int64]
+Values = Sequence[float]
+
+# How an axis is drawn, by its kind, from all values on it.
+AXES: dict[str, Callable[[Values, str | None], dict[str, Any]]] = {
+    "signed": signed_axis,
+    "linear": lambda values, title: {"title": title, "scale": altair.Scale(zero=False)},
+    "log": lambda values, title: {"title": title, "scale": altair.Scale(type="log", nice=False)},
+    "position": position_axis,
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One figure of lines. A run's rows have `x`, `y` and, for two lines a run, `kind`."""
+
+    key: str
+    title: str
+    description: str
+    rows: Callable[[Run], Iterator[Row]]
+    x: str
+    x_axis: tuple[str, str]  # kind of AXES, title
+    y_axis: tuple[str, str | None] = ("signed", None)
+    interpolate: Any = "linear"
+
+    def figures(self, runs: Sequence[Run]) -> list[Figure]:
+        """The figure, or none where no run has anything to draw."""
+        found = [row for run in runs for row in self.rows(run)]
+        if not found:
+            return []
+        axes = {}
+        for field, (kind, title) in ((self.x, self.x_axis), ("value", self.y_axis)):
+            axes[field] = AXES[kind]([row[field] for row in found if row[field] is not None], title)
+        line = overlay([run.name for run in runs]).mark_line(
+            interpolate=self.interpolate, strokeWidth=1.8
+        )
+        line = line.encode(
+            x=altair.X(f"{self.x}:Q", **axes[self.x]), y=altair.Y("value:Q", **axes["value"])
+        )
+        kinds = list(dict.fromkeys(row["kind"] for row in found if "kind" in row))
+        if kinds:
+            dashes = altair.Scale(domain=kinds, range=[[1, 0], [4, 3]][: len(kinds)])
+            legend = altair.Legend(orient="bottom", symbolType="stroke", symbolStrokeColor=TEXT)
+            dash = altair.StrokeDash("kind:N", title=None, scale=dashes, sort=kinds, legend=legend)
+            line = line.encode(strokeDash=dash)
+        chart = hovering([line], line)
+        return [Figure(self.key, self.title, self.description, chart, found, by_run=True)]
+
+
+def figures(runs: Sequence[Run], plots: Sequence[Plot]) -> list[Figure]:
+    return [figure for plot in plots for figure in plot.figures(runs)]
+
+
+def counts(run: Run, quantity: str) -> Counts:
+    """[positions, values] tokens in each cell, over all steps."""
+    table = run.rewards.histogram
+    table = table.filter(pc.equal(table["quantity"], quantity))
+    places = np.searchsorted(POSITION_STARTS, table["position"].to_numpy())
+    cells = np.zeros((NUM_POSITIONS, NUM_VALUES), dtype=np.int64)
+    np.add.at(cells, (places, table["value_bin"].to_numpy()), table["count"].to_numpy())
+    return cells
+
+
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.4g}") if np.isfinite(value) else None
+
+
+def _reward_rows(run: Run) -> Iterator[Row]:
+    """From the lowest to the highest bin that is not empty; an empty one between has no share."""
+    cells = counts(run, "reward").sum(0)
+    filled = cells.nonzero()[0]
+    lows = value_ends()[0]
+    for place in range(filled.min(), filled.max() + 1) if len(filled) else []:
+        share = _rounded(cells[place] / cells.sum()) or None
+        yield {"run": run.name, "reward": _rounded(lows[place]), "value": share}
+
+
+def _tail(side: int) -> Callable[[Run], Iterator[Row]]:
+    """Share of tokens beyond each bin edge from 2^-4 on, below minus it for side -1."""
+
+    def rows(run: Run) -> Iterator[Row]:
+        cells = counts(run, "log_ratio").sum(0)[::side]
+        beyond = np.cumsum(cells[::-1])[::-1]  # [V] tokens in this bin or further out
+        for edge, number in zip(VALUE_EDGES[ZERO_BIN:], beyond[ZERO_BIN + 1 :], strict=True):
+            if edge >= 2**-4 and number:
+                share = _rounded(number / cells.sum())
+                yield {"run": run.name, "x": _rounded(edge), "value": share}
+
+    return rows
+
+
+def _totals(run: Run) -> list[dict[str, Any]]:
+    """Of each position bin over all steps."""
+    table = run.rewards.positions
+    ways = [
+        (name, name[-3:] if name.endswith(("_min", "_max")) else "sum")
+        for name in table.column_names
+        if name not in ("step", "position")
+    ]
+    grouped = table.group_by("position").aggregate(ways).sort_by("position").to_pylist()
+    named = {f"{name}_{way}": name for name, way in ways} | {"position": "position"}
+    return [{named[key]: value for key, value in row.items()} for row in grouped]
+
+
+def _extremes(end: str, q: float) -> Callable[[Run], Iterator[Row]]:
+    def rows(run: Run) -> Iterator[Row]:
+        cells = dict(zip(POSITION_STARTS.tolist(), counts(run, "reward"), strict=True))
+        for row in _totals(run):
+            base = {"run": run.name, "position": row["position"]}
+            inner = _rounded(quantile(cells[row["position"]], q))
+            yield {**base, "kind": f"{q:.0%} quantile", "value": inner}
+            yield {**base, "kind": "extreme", "value": _rounded(row[f"reward_{end}"])}
+
+    return rows
+
+
+def _entropies(run: Run) -> Iterator[Row]:
+    for row in _totals(run):
+        base = {"run": run.name, "position": row["position"]}
+        mean = row["entropy_sum"] * UNIT / row["count"]
+        yield {**base, "kind": "student", "value": _rounded(mean)}
+        if row["teacher_count"]:
+            mean = row["teacher_entropy_sum"] * UNIT / row["teacher_count"]
+            yield {**base, "kind": "teacher", "value": _rounded(mean)}
+
+
+def _agreement(run: Run) -> Iterator[Row]:
+    for row in _totals(run):
+        base = {"run": run.name, "position": row["position"]}
+        if row["teacher_count"]:
+            both = row["both_top1"] / row["teacher_count"]
+            yield {**base, "kind": "both", "value": _rounded(both)}
+        yield {**base, "kind": "student", "value": _rounded(row["top1"] / row["count"])}
+
+
+def _buckets(steps: NDArray[Any]) -> NDArray[Any]:
+    """The first step of each step's bucket: at most POINTS of them, of whole histogram blocks."""
+    blocks = -(-int(steps.max(initial=1)) // (STEPS_PER_BLOCK * POINTS))
+    width = blocks * STEPS_PER_BLOCK
+    return (steps - 1) // width * width + 1
+
+
+def _early_and_later(
+    run: Run, table: pa.Table, of: Callable[[NDArray[np.bool_]], float]
+) -> Iterator[Row]:
+    """`of` a table's rows of early and of later positions, in each bucket of steps."""
+    buckets, early = _buckets(table["step"].to_numpy()), table["position"].to_numpy() < EARLY
+    for kind, where in ((f"positions 0-{EARLY - 1}", early), ("later positions", ~early)):
+        for bucket in np.unique(buckets[where]).tolist():
+            value = _rounded(of(where & (buckets == bucket)))
+            yield {"run": run.name, "kind": kind, "step": bucket, "value": value}
+
+
+def _far(run: Run) -> Iterator[Row]:
+    table = run.rewards.histogram
+    table = table.filter(pc.equal(table["quantity"], "log_ratio"))
+    low, high = value_ends()
+    bins, number = table["value_bin"].to_numpy(), table["count"].to_numpy()
+    far = number * ((low[bins] >= FAR) | (high[bins] <= -FAR))
+    return _early_and_later(run, table, lambda own: far[own].sum() / number[own].sum())
+
+
+def _lowest(run: Run) -> Iterator[Row]:
+    table = run.rewards.positions
+    lowest = table["reward_min"].to_numpy()
+    return _early_and_later(run, table, lambda own: lowest[own].min())
+
+
+_POSITION = ("position", "position in the completion")
+_STEP, _SHARE = ("linear", "optimizer step"), ("log", "share of tokens")
+_EVERYWHERE = "at each position over all steps; four bins to the octave from position 32."
+DISTRIBUTIONS = [
+    Plot(
+        "reward-distribution", "Distribution of token rewards",
+        "Share of all tokens whose reward lies in a bin, on a log scale. Bins are four to the "
+        "octave, so they widen with the reward; the middle one holds what is nearer to 0 than "
+        "2^-14.",
+        _reward_rows, "reward", ("signed", "reward"), _SHARE, "step-after",
+    ),
+    Plot(
+        "tail-below", "Tokens the teacher finds far less likely",
+        "Share of tokens whose log ratio, ln t - ln p, is below minus x, both on log scales.",
+        _tail(-1), "x", ("log", "x, nats"), _SHARE,
+    ),
+    Plot(
+        "tail-above", "Tokens the teacher finds far more likely",
+        "Share of tokens whose log ratio, ln t - ln p, is at least x, both on log scales.",
+        _tail(1), "x", ("log", "x, nats"), _SHARE,
+    ),
+]  # fmt: skip
+BY_POSITION = [
+    Plot(
+        "lowest-by-position", "Lowest reward and 1% quantile by position",
+        f"The lowest reward (dashed) and its 1% quantile (solid) {_EVERYWHERE}",
+        _extremes("min", TAIL), "position", _POSITION,
+    ),
+    Plot(
+        "highest-by-position", "Highest reward and 99% quantile by position",
+        f"The highest reward (dashed) and its 99% quantile (solid) {_EVERYWHERE}",
+        _extremes("max", 1 - TAIL), "position", _POSITION,
+    ),
+    Plot(
+        "entropy-by-position", "Entropy by position, nats",
+        "Mean entropy of the student's (solid) and, where known, the teacher's (dashed) next token "
+        f"{_EVERYWHERE}",
+        _entropies, "position", _POSITION, ("linear", None),
+    ),
+    Plot(
+        "top1-by-position", "Top-1 agreement by position",
+        "Share of tokens that are the most likely one to both models (solid), and to the student "
+        f"(dashed), {_EVERYWHERE}",
+        _agreement, "position", _POSITION, ("linear", None),
+    ),
+]  # fmt: skip
+PERSISTENCE = [
+    Plot(
+        "far-over-training", f"Tokens with a log ratio beyond {FAR:g}",
+        f"Share of tokens with |ln t - ln p| of at least {FAR:g}, at the first {EARLY} positions "
+        "(solid) and later (dashed), over training.",
+        _far, "step", _STEP, ("signed", None),
+    ),
+    Plot(
+        "lowest-over-training", "Lowest reward over training",
+        f"The lowest reward of all tokens at the first {EARLY} positions (solid) and later "
+        "(dashed), over training.",
+        _lowest, "step", _STEP,
+    ),
+]  # fmt: skip

@@ -1,0 +1,127 @@
+"""One HTML page that holds everything: figures, data, drawing code. It asks the network nothing."""
+
+import base64
+import functools
+import hashlib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from poweropd.records import write_atomically
+from poweropd.report import curves, distributions, heatmaps, samples, tables
+from poweropd.report.runs import Run, read
+from poweropd.report.theme import COLOURS, Figure, write_aside
+
+Section = tuple[str, str, list[Figure]]  # heading, introduction, figures
+
+
+def sections(runs: Sequence[Run]) -> tuple[list[Section], list[str]]:
+    """All figures by section, and notes on those that could not be made."""
+    planes, notes = heatmaps.plane(runs)
+    width = curves.bucket_width(runs)
+    thinned = (
+        f"Curves are drawn by buckets of {width} steps: mean, with a band from the lowest to the "
+        "highest value."
+        if width > 1
+        else "Every step is drawn."
+    )
+    found: list[Section] = [
+        ("Training", thinned, curves.training(runs)),
+        (
+            "Distribution of rewards",
+            "Of all trained tokens of all steps. The log ratio is ln t - ln p under any reward.",
+            distributions.figures(runs, distributions.DISTRIBUTIONS),
+        ),
+        (
+            "Position in the completion",
+            "Where in a completion extremes sit, and where the models are sure and agree.",
+            distributions.figures(runs, distributions.BY_POSITION),
+        ),
+        (
+            "Persistence",
+            "Whether extremes decay as the student learns.",
+            distributions.figures(runs, distributions.PERSISTENCE),
+        ),
+        (
+            "Rewards by position and step",
+            "Each run has colours of its own range.",
+            heatmaps.position_and_step(runs),
+        ),
+        (
+            "The reward as a function",
+            "What a token earns if the teacher gives it probability t and the student p.",
+            planes,
+        ),
+        ("Time", "", curves.phases(runs)),
+    ]
+    return [section for section in found if section[2]], notes
+
+
+def render(runs: Sequence[Run], sections_: Sequence[Section], notes: Sequence[str]) -> str:
+    """The page as HTML. Text of runs is escaped wherever it stands."""
+    environment = Environment(
+        loader=PackageLoader("poweropd.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    scripts = [Markup(text) for text in (_bundle(), _resource("page.js"))]  # ours, not the runs'
+    shown = [sample for run in runs for sample in samples.samples(run)]
+    return environment.get_template("report.html").render(
+        title="poweropd report: " + ", ".join(run.name for run in runs),
+        runs=[(run, COLOURS[i % len(COLOURS)]) for i, run in enumerate(runs)],
+        repeated_colours=len(runs) > len(COLOURS),
+        notes=[*tables.notes(runs), *notes],
+        summary=tables.summary(runs),
+        differences=tables.differences(runs) if len(runs) > 1 else None,
+        settings=tables.settings(runs),
+        environment=tables.environment(runs),
+        sections=sections_,
+        samples=shown,
+        strongest=[(run.name, samples.scale(run)) for run in runs],
+        levels=range(-samples.LEVELS, samples.LEVELS + 1),
+        specs={f.key: f.spec() for _, _, figures in sections_ for f in figures},
+        style=Markup(_resource("style.css")),
+        scripts=scripts,
+        hashes=[_hash(script) for script in scripts],
+    )
+
+
+@functools.cache
+def _bundle() -> str:
+    """Vega, Vega-Lite and vega-embed, as vl-convert carries them."""
+    import vl_convert
+
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")).replace(
+        "</script", "<\\/script"
+    )
+
+
+def _resource(name: str) -> str:
+    return resources.files("poweropd.report").joinpath("templates", name).read_text("utf-8")
+
+
+def _hash(script: str) -> str:
+    """As a content security policy names a script: no other may run."""
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"sha256-{base64.b64encode(digest).decode()}"
+
+
+def write(paths: Sequence[Path], out: Path, png: Path | None) -> list[Path]:
+    """Reads runs, writes the page and, into the folder `png`, its figures; returns their paths."""
+    found = read(paths)
+    made, notes = sections(found)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, render(found, made, notes))
+    written = [out]
+    if png is not None:
+        png.mkdir(parents=True, exist_ok=True)
+        for figure in (figure for _, _, figures in made for figure in figures):
+            written.append(png / f"{figure.key}.png")
+            write_aside(written[-1], figure.png())
+    return written

@@ -1,0 +1,75 @@
+"""Completions of a report, each token with the colour of its reward."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from poweropd.records.bins import NUM_VALUES, ZERO_BIN, quantile
+from poweropd.report.distributions import counts
+from poweropd.report.runs import Run
+
+LEVELS = 4  # shades to either side of zero
+WORST = 3  # tokens named below a completion
+
+_QUANTILE = 0.95
+
+
+@dataclass(frozen=True)
+class Token:
+    """`level` from -LEVELS to LEVELS, None where the token was not trained."""
+
+    text: str
+    level: int | None
+    hint: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    run: str
+    step: int
+    number: int  # of the prompt in its step, from 1
+    prompt: str
+    tokens: list[Token]
+    ending: str
+    lowest: list[Token]
+
+
+def scale(run: Run) -> float:
+    """The |reward| that has the strongest colour: the 95% quantile of those that are not near 0."""
+    cells = counts(run, "reward").sum(0)
+    magnitudes = [0] * NUM_VALUES
+    for place, count in enumerate(cells.tolist()):
+        if place != ZERO_BIN:
+            magnitudes[max(place, NUM_VALUES - 1 - place)] += count
+    found = quantile(magnitudes, _QUANTILE)
+    return found if found > 0 else 1.0
+
+
+def samples(run: Run) -> list[Sample]:
+    """The completions kept at the first and at the last of the steps that have some."""
+    kept = run.rewards.completions.to_pylist()
+    shown = {kept[0]["step"], kept[-1]["step"]} if kept else set()
+    strongest = scale(run)
+    return [_sample(run.name, row, strongest) for row in kept if row["step"] in shown]
+
+
+def _sample(name: str, row: dict[str, Any], strongest: float) -> Sample:
+    columns = (row["pieces"], row["rewards"], row["teacher_log_probs"], row["student_log_probs"])
+    tokens = [_token(*values, strongest) for values in zip(*columns, strict=True)]
+    trained = [(r, t) for r, t in zip(row["rewards"], tokens, strict=True) if r is not None]
+    lowest = [token for _, token in sorted(trained, key=lambda pair: pair[0])[:WORST]]
+    left = row["length"] - len(tokens)
+    ending = "stopped by itself" if row["stopped"] else "cut off at the length limit"
+    ending += f"; {left} more tokens are not kept" if left else ""
+    said = f"{row['length']} tokens, {ending}"
+    number = row["prompt_index"] + 1
+    return Sample(name, row["step"], number, row["prompt"], tokens, said, lowest)
+
+
+def _token(
+    text: str, reward: float | None, teacher: float | None, student: float | None, strongest: float
+) -> Token:
+    if reward is None:
+        return Token(text, None, "not trained")
+    share = max(-1.0, min(1.0, reward / strongest))
+    hint = f"reward {reward:+.4g}, ln t {teacher:.3g}, ln p {student:.3g}"
+    return Token(text, round(LEVELS * share), hint)

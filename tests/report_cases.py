@@ -1,0 +1,85 @@
+"""Run directories for the tests of reports: two real ones, and one full of markup."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from poweropd import Config, Trainer
+from poweropd.batching import Rollout
+from poweropd.objectives import TokenRecord
+from poweropd.records import RewardRecorder, RunDirectory
+
+INJECTED = (
+    "<script>window.injected = 'script'</script><img src=x onerror=\"window.injected = 'img'\">"
+)
+BENCHMARK = {
+    "avg_at_k": {"mean": 0.5, "low": 0.4125, "high": 0.6},
+    "mean_length": {"mean": 12.0, "low": 10.0, "high": 14.0},
+}
+
+
+def train(folder: Path, models: Sequence[Path], prompts: Path, reward: str, steps: int) -> Path:
+    """A run of tiny models."""
+    config = Config.from_dict(
+        {
+            "run": {"dir": str(folder / reward)},
+            "model": {"student": str(models[0]), "dtype": "float32"},
+            "teacher": {"model": str(models[1]), "dtype": "float32"},
+            "data": {"prompts": str(prompts)},
+            "rollout": {"max_new_tokens": 16},
+            "reward": {"name": reward},
+            "train": {"steps": steps, "prompts_per_step": 4, "learning_rate": 1e-2},
+        }
+    )
+    run = Trainer(config, progress=False).train().run_dir
+    for step in (steps // 2, steps):
+        path = run / "eval" / f"step-{step}" / "results.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"results": {"sums": BENCHMARK}}))
+    return run
+
+
+def with_markup(source: Path, folder: Path) -> Path:
+    """The first steps of a run under a name that is markup, with such completions."""
+    run = RunDirectory(folder / '<b onclick="window.injected = 1">bold')
+    run.path.mkdir(parents=True)
+    for name in ("config.yaml", "environment.json"):
+        (run.path / name).write_bytes((source / name).read_bytes())
+    lines = RunDirectory(source).metrics_path.read_text().splitlines(keepends=True)
+    run.metrics_path.write_text("".join(lines[:4]))
+    pieces = [INJECTED, "</script>", "&amp;", "plain"]
+    recorder = RewardRecorder(run.rewards, lambda ids: "".join(pieces[i] for i in ids))
+    ids = list(range(len(pieces)))
+    recorder.record(1, token_record(len(pieces)), [Rollout(0, 0, ids, ids, ids, [], True)])
+    recorder.write()
+    return run.path
+
+
+def token_record(n: int, seed: int = 0) -> TokenRecord:
+    """One completion of n trained tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (-5 * torch.rand(n, generator=generator) for _ in range(2))
+    ones = torch.ones(n)
+    return TokenRecord(
+        positions=torch.arange(n),
+        rewards=teacher - student,
+        student_log_probs=student,
+        teacher_log_probs=teacher,
+        entropy=ones,
+        top1=ones,
+        teacher_entropy=ones,
+        teacher_top1=ones,
+        prompt_indices=torch.zeros(n, dtype=torch.long),
+        sample_indices=torch.zeros(n, dtype=torch.long),
+        sampler_log_ratios=torch.zeros(n),
+        weights=torch.ones(n),
+    )
+
+
+def unknown_teacher(record: TokenRecord) -> TokenRecord:
+    """As from a server, which gives log-probabilities alone."""
+    nan = torch.full_like(record.teacher_entropy, torch.nan)
+    return replace(record, teacher_entropy=nan, teacher_top1=nan)

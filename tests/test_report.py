@@ -1,0 +1,219 @@
+"""Reports: what they say of whole, unfinished, broken and different runs; figures as files."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from report_cases import token_record, unknown_teacher
+from typer.testing import CliRunner
+
+from poweropd import Config, cli
+from poweropd.errors import UsageError
+from poweropd.records import RewardRecorder, RunDirectory
+from poweropd.report import curves, distributions, heatmaps, page, samples, tables
+from poweropd.report.runs import Run, read
+
+MAKES = Callable[..., Config]
+
+
+@pytest.fixture
+def make_run(recipe: MAKES, tmp_path: Path) -> Callable[..., Path]:
+    """Makes a finished run directory by hand: metrics and reward records of so many steps."""
+
+    def make(name: str = "run", steps: int = 20, **overrides: object) -> Path:
+        config = recipe(**{"run.dir": str(tmp_path / name), "train.steps": steps, **overrides})
+        run = RunDirectory.open(config)
+        recorder = RewardRecorder(run.rewards, lambda ids: "x" * len(ids))
+        for step in range(1, steps + 1):
+            recorder.record(step, token_record(40, seed=step), [])
+            run.append_metrics(metrics(step))
+        recorder.write()
+        run.final.mkdir()
+        return run.path
+
+    return make
+
+
+def metrics(step: int) -> dict[str, float]:
+    return {
+        "step": step,
+        "reverse_kl": 1 / step,
+        "grad_norm": float(step),
+        "num_tokens": 40,
+        "completions/mean_length": 10.0,
+        "completions/truncated_fraction": 0.25,
+        "seconds/step": 2.0,
+        "seconds/rollout": 1.5,
+        "memory/peak_bytes": 2**30,
+    }
+
+
+def rendered(paths: list[Path]) -> str:
+    runs = read(paths)
+    made, notes = page.sections(runs)
+    return page.render(runs, made, notes)
+
+
+def test_the_summary_has_the_numbers_of_each_run(make_run: Callable[..., Path]) -> None:
+    one, two = make_run("one"), make_run("two", steps=10)
+    folder = one / "eval" / "step-20"
+    folder.mkdir(parents=True)
+    found = {"sums": {"avg_at_k": {"mean": 0.5, "low": 0.4, "high": 0.625}}}
+    (folder / "results.json").write_text(json.dumps({"results": found}))
+    table = tables.summary(read([one, two]))
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    assert rows[0]["Avg@k on sums"] == "50.0% [40.0, 62.5] at step 20"
+    assert rows[1]["Avg@k on sums"] == "–"
+    expected = {"length": "10", "truncated, %": "25.0", "gradient norm": "19.5", "time": "0:00:40"}
+    expected |= {"peak memory, GiB": "1.00", "trained tokens": "800", "state": "complete"}
+    assert {key: rows[0][key] for key in expected} == expected
+
+
+def test_a_run_going_on_a_crash_in_the_first_step_and_cut_lines_are_said(
+    make_run: Callable[..., Path], recipe: MAKES, tmp_path: Path
+) -> None:
+    going = make_run("going")
+    (going / "final").rmdir()
+    with (going / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 21, "rev')
+    crashed = RunDirectory.open(recipe(**{"run.dir": str(tmp_path / "crashed")})).path
+    text = rendered([going, crashed])
+    assert "going: metrics.jsonl: 1 line cut short or damaged, left out" in text
+    assert "going: not complete: step 20 of 20" in text
+    assert "crashed: no step finished; it is still going, or was stopped or broken off" in text
+    assert "crashed: no reward records" in text
+    assert "crashed: no step finished" in rendered([crashed])  # also alone
+
+
+def test_damaged_files_are_left_out_and_named(make_run: Callable[..., Path]) -> None:
+    run = make_run()
+    (run / "environment.json").write_text("{")
+    (part,) = (run / "rewards").iterdir()
+    (part / "histogram.parquet").write_bytes(b"PAR1")
+    text = rendered([run])
+    assert "environment.json: cannot be read" in text
+    assert f"reward records left out, unreadable: {part.name}" in text
+
+
+def test_runs_of_different_tasks_and_rewards_are_told_apart(
+    make_run: Callable[..., Path], prompts: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text(prompts.read_text())
+    one = make_run("one")
+    two = make_run("two", **{"data.prompts": str(other), "reward.name": "clip"})
+    notes = tables.notes(read([one, two]))
+    assert any("differ in data.prompts: they are of different tasks" in note for note in notes)
+    assert any("have different rewards" in note for note in notes)
+    rows = {row[0]: row[1:] for row in tables.differences(read([one, two])).rows}
+    assert rows["reward.name"] == ["power", "clip"]
+    assert rows["reward.alpha"] == ["5.0", "–"]
+    assert "data.prompts" in rows
+    assert "train.steps" not in rows
+    assert tables.notes(read([one])) == []
+
+
+def test_wrong_arguments_are_one_line(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_run()
+    with pytest.raises(UsageError, match=r"RUN: .* directories .*/nowhere does not exist"):
+        read([run, tmp_path / "nowhere"])
+    with pytest.raises(UsageError, match=r"has no config\.yaml"):
+        read([tmp_path])
+    with pytest.raises(UsageError, match="is given twice"):
+        read([run, run / ".." / run.name])
+
+
+def test_runs_of_one_name_are_shown_by_longer_ones(make_run: Callable[..., Path]) -> None:
+    runs = read([make_run("a/run", steps=1), make_run("b/run", steps=1)])
+    assert [run.name for run in runs] == ["a/run", "b/run"]
+
+
+def test_the_command_writes_the_page_and_every_figure(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    out, pictures = tmp_path / "out" / "page.html", tmp_path / "pictures"
+    arguments = ["report", str(make_run(steps=3)), "--out", str(out), "--png", str(pictures)]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    assert out.read_text().count('class="chart"') == len(list(pictures.iterdir())) > 10
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in pictures.iterdir())
+    assert all(p.stat().st_size > 5_000 for p in pictures.iterdir())
+
+
+def test_long_curves_are_drawn_by_mean_and_range_of_buckets(make_run: Callable[..., Path]) -> None:
+    run = read([make_run(steps=2)])[0]
+    run.metrics = [{"step": s, "grad_norm": float(s % 7)} for s in range(1, 1001)]
+    width = curves.bucket_width([run])
+    rows = list(curves.curve_rows(run, "grad_norm", width))
+    assert (width, len(rows)) == (4, 250)
+    assert rows[1] == {"run": "run", "step": 6.5, "mean": 3.0, "low": 0.0, "high": 6.0}
+    assert [row["mean"] for row in curves.curve_rows(run, "grad_norm", 1)][:3] == [1, 2, 3]
+    assert all(row["low"] > 0 for row in curves.curve_rows(run, "grad_norm", 4, "log"))
+
+
+def test_figures_of_rewards_are_those_of_the_tokens(make_run: Callable[..., Path]) -> None:
+    run = read([make_run(steps=20)])[0]
+    all_tokens = [token_record(40, seed=step) for step in range(1, 21)]
+    rewards = np.concatenate([record.rewards.numpy() for record in all_tokens])
+    tails = rows_of(run, "tail-below")
+    two = next(row for row in tails if row["x"] == 2)
+    assert two["value"] == pytest.approx((rewards < -2).mean(), rel=1e-3)
+    shares = [row["value"] for row in rows_of(run, "reward-distribution") if row["value"]]
+    assert sum(shares) == pytest.approx(1, abs=1e-2)
+    lowest = [row for row in rows_of(run, "lowest-by-position") if row["kind"] == "extreme"]
+    fifth = min(record.rewards[5].item() for record in all_tokens)
+    assert lowest[5]["value"] == pytest.approx(fifth, rel=1e-3)
+    far = rows_of(run, "far-over-training")
+    late = [row["value"] for row in far if row["kind"] == "later positions"]
+    expected = [
+        np.mean([np.abs(r.rewards[16:].numpy()) >= 4 for r in all_tokens[start : start + 10]])
+        for start in (0, 10)
+    ]
+    assert late == pytest.approx(expected, rel=1e-3)
+    (figure,) = heatmaps.position_and_step([run])
+    cell = next(row for row in figure.rows if row["step"] == 3 and row["position"] == 7)
+    assert cell["mean"] == pytest.approx(all_tokens[2].rewards[7].item(), rel=1e-3)
+
+
+def rows_of(run: Run, key: str) -> list[dict[str, float]]:
+    plots = [*distributions.DISTRIBUTIONS, *distributions.BY_POSITION, *distributions.PERSISTENCE]
+    (plot,) = (plot for plot in plots if plot.key == key)
+    return list(plot.rows(run))
+
+
+def test_without_the_teachers_statistics_its_lines_are_absent(
+    make_run: Callable[..., Path],
+) -> None:
+    path = make_run(steps=1)
+    recorder = RewardRecorder(path / "rewards", str)
+    recorder.truncate(0)
+    recorder.record(1, unknown_teacher(token_record(40)), [])
+    recorder.write()
+    run = read([path])[0]
+    assert {row["kind"] for row in rows_of(run, "entropy-by-position")} == {"student"}
+    assert {row["kind"] for row in rows_of(run, "top1-by-position")} == {"student"}
+
+
+def test_the_plane_shows_the_reward_of_the_run(make_run: Callable[..., Path]) -> None:
+    alpha = {"schedule": "linear", "start": 1.0, "end": 3.0, "steps": 2}
+    scheduled = make_run("a", steps=3, **{"reward.name": "power", "reward.alpha": alpha})
+    zscore = make_run("b", steps=1, **{"reward.name": "zscore"})
+    runs = read([scheduled, zscore])
+    runs.append(read([make_run("c", steps=1)])[0])
+    runs[2].recipe["reward"] = {"name": "nowhere.at:all"}
+    figures, notes = heatmaps.plane(runs)
+    assert len(figures) == 2
+    row = figures[0].rows[7]
+    assert row["reward"] == pytest.approx(row["t"] ** 3 - row["p"] ** 3, rel=1e-3)
+    assert "base reward" in figures[1].description
+    (note,) = notes
+    assert note.startswith("the reward of c is not drawn: name: cannot import nowhere.at:all")
+
+
+def test_a_tokens_colour_is_its_rewards_share_of_the_scale() -> None:
+    levels = {-9.0: -4, -0.5: -1, 0.0: 0, 0.99: 2, 2.0: 4}
+    for reward, level in levels.items():
+        assert samples._token("x", reward, -1.0, -2.0, strongest=2.0).level == level
+    assert samples._token("x", None, None, None, strongest=2.0).level is None
