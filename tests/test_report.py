@@ -60,6 +60,8 @@ def test_the_summary_has_the_numbers_of_each_run(make_run: Callable[..., Path]) 
     one, two = make_run("one"), make_run("two", steps=10)
     folder = one / "eval" / "step-20"
     folder.mkdir(parents=True)
+    gradients = {"start": {"gradient_snr": 0.5}, "end": {"gradient_snr": 0.25}}
+    (one / "gradients.json").write_text(json.dumps(gradients))
     found = {"sums": {"avg_at_k": {"mean": 0.5, "low": 0.4, "high": 0.625}}}
     (folder / "results.json").write_text(json.dumps({"results": found}))
     table = tables.summary(read([one, two]))
@@ -68,6 +70,7 @@ def test_the_summary_has_the_numbers_of_each_run(make_run: Callable[..., Path]) 
     assert rows[1]["Avg@k on sums"] == "–"
     expected = {"length": "10", "truncated, %": "25.0", "gradient norm": "19.5", "time": "0:00:40"}
     expected |= {"peak memory, GiB": "1.00", "trained tokens": "800", "state": "complete"}
+    expected |= {"gradient SNR at the start": "0.5", "gradient SNR at the end": "0.25"}
     assert {key: rows[0][key] for key in expected} == expected
 
 

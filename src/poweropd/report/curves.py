@@ -32,6 +32,7 @@ CURVES = [
     Curve("completions/mean_length", "Completion length, tokens"),
     Curve("completions/truncated_fraction", "Truncated completions, share"),
     Curve("reward/zero_fraction", "Tokens with a reward of zero, share"),
+    Curve("mfu", "Model FLOPs utilisation, share"),
     Curve("tokens_per_second", "Sampled tokens per second"),
 ]
 

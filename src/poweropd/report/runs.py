@@ -37,6 +37,7 @@ class Run:
     metrics: list[dict[str, Any]]  # one a step
     rewards: RewardRecords
     evaluations: list[Evaluation]  # by step
+    gradients: dict[str, Any]  # gradients.json: their quality at the start and the end
     complete: bool
     notes: list[str] = field(default_factory=list)
 
@@ -98,6 +99,7 @@ def _read(name: str, path: Path) -> Run:
         metrics=metrics,
         rewards=rewards,
         evaluations=_evaluations(directory.evaluations, notes),
+        gradients=_optional_json(path / "gradients.json", notes),
         complete=directory.final.exists(),
         notes=notes,
     )
@@ -131,8 +133,14 @@ def _evaluations(folder: Path, notes: list[str]) -> list[Evaluation]:
     for path in sorted(folder.glob("step-*/results.json")):
         match, content = EVALUATED.fullmatch(path.parent.name), _json(path, notes)
         if match and content:
-            found += [Evaluation(int(match[1]), b, r) for b, r in content["results"].items()]
+            found += [
+                Evaluation(int(match[1]), b, r) for b, r in content.get("results", {}).items()
+            ]
     return sorted(found, key=lambda e: (e.step, e.benchmark))
+
+
+def _optional_json(path: Path, notes: list[str]) -> dict[str, Any]:
+    return (_json(path, notes) or {}) if path.exists() else {}
 
 
 def _json(path: Path, notes: list[str]) -> dict[str, Any] | None:

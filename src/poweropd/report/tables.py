@@ -10,6 +10,7 @@ from poweropd.report.runs import Run
 
 ABSENT = "\N{EN DASH}"
 TASK = ("data.prompts", "data.column", "model.student", "teacher.model")
+ENDS = ("start", "end")  # when a sweep measures gradients
 END = 10  # the last 1/END of the steps stand for the end of training
 
 
@@ -26,6 +27,8 @@ def summary(runs: Sequence[Run]) -> Table:
     """One row a run."""
     benchmarks = list(dict.fromkeys(e.benchmark for run in runs for e in run.evaluations))
     columns = ["run", "reward", "state", *(f"Avg@k on {b}" for b in benchmarks), *FIGURES]
+    measured = any(run.gradients for run in runs)
+    columns += [f"gradient SNR at the {when}" for when in ENDS if measured]
     rows = [
         [
             run.name,
@@ -33,6 +36,7 @@ def summary(runs: Sequence[Run]) -> Table:
             run.status,
             *(_accuracy(run, benchmark) for benchmark in benchmarks),
             *(make(run) for make in FIGURES.values()),
+            *(_gradient_snr(run, when) for when in ENDS if measured),
         ]
         for run in runs
     ]
@@ -67,6 +71,12 @@ def _number(
     return text
 
 
+def _gradient_snr(run: Run, when: str) -> str:
+    """As a sweep measures it; of the gradient that trains, whatever its norm."""
+    found = run.gradients.get(when, {}).get("gradient_snr")
+    return ABSENT if found is None else f"{found:.3g}"
+
+
 def _duration(run: Run) -> str:
     seconds = round(sum(run.series("seconds/step")[1]))
     return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}" if seconds else ABSENT
@@ -74,7 +84,7 @@ def _duration(run: Run) -> str:
 
 FIGURES: Mapping[str, Callable[[Run], str]] = {
     "length": _number("completions/mean_length", ".0f"),
-    "truncated": _number("completions/truncated_fraction", ".1f", factor=100.0),
+    "truncated, %": _number("completions/truncated_fraction", ".1f", factor=100.0),
     "reverse KL": _number("reverse_kl", ".4f"),
     "gradient norm": _number("grad_norm", ".3g", statistics.median),
     "seconds a step": _number("seconds/step", ".3g", statistics.median, last=False),
@@ -82,7 +92,6 @@ FIGURES: Mapping[str, Callable[[Run], str]] = {
     "peak memory, GiB": _number("memory/peak_bytes", ".2f", max, last=False, factor=2.0**-30),
     "trained tokens": _number("num_tokens", ",.0f", sum, last=False),
 }
-FIGURES = {("truncated, %" if k == "truncated" else k): v for k, v in FIGURES.items()}
 
 
 def differences(runs: Sequence[Run]) -> Table:
