@@ -141,7 +141,7 @@ class Pair:
             geometry.student.build(geometry.vocab, torch.float32), geometry.vocab, dtype
         )
         teacher = Teacher(geometry.teacher.build(geometry.vocab, dtype), geometry.vocab, dtype)
-        optimizer = torch.optim.AdamW(student.parameters(), lr=5e-7, weight_decay=0.0, fused=CUDA)
+        optimizer = torch.optim.AdamW(student.parameters(), lr=5e-7, weight_decay=0.0, fused=True)
         examples = make_examples(geometry, geometry.lengths(lengths))
         return cls(geometry, student, teacher, optimizer, examples)
 
