@@ -55,7 +55,8 @@ def example(prompt: int, completion: int) -> Example:
 
 @pytest.fixture
 def pair(recipe: Callable[..., Config]) -> assembly.Models:
-    return assembly.load_models(recipe(), CPU)
+    config = recipe()
+    return assembly.load_models(config, assembly.Inputs.load(config), CPU)
 
 
 def test_mfu_is_the_models_flops_over_scoring_and_update(pair: assembly.Models) -> None:

@@ -14,6 +14,7 @@ from poweropd import Config, Trainer
 from poweropd.attention import mixing, packs_flat, why_not_flat
 from poweropd.batching import Example
 from poweropd.errors import RunError, UsageError
+from poweropd.kernels import TokenStatistics
 from poweropd.models import LanguageModel, load_model
 from poweropd.rewards import create
 from poweropd.teachers.base import score
@@ -131,15 +132,15 @@ def test_a_teacher_out_of_memory_scores_at_half_the_budget(
     trainer = Trainer(recipe(**{"train.prompts_per_step": 8}), progress=False)
     examples = trainer.scored(trainer.sample(0), trainer.prompts(0))
     model = trainer.models.teacher
-    whole, seen = model.log_probs, []
+    whole, seen = model.score, []
 
-    def limited(sequences: Any) -> torch.Tensor:
+    def limited(sequences: Any) -> TokenStatistics:
         seen.append(sequences.input_ids.numel())
         if seen[-1] > limit:
             raise torch.OutOfMemoryError("out of memory")
         return whole(sequences)
 
-    monkeypatch.setattr(model, "log_probs", limited)
+    monkeypatch.setattr(model, "score", limited)
     limit = 70
     teacher = LocalTeacher(model, 1000)
     for mine, theirs in zip(score(teacher, examples), examples, strict=True):

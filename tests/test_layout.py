@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "task_reward": {"sections", "batching", "config", "data", "evaluation", "rewards"},
     "engines": {"attention", "batching", "config", "data", "models", "rewards", "rollouts"},
     "assembly": {
+        "accounting",
         *("attention", "config", "data", "engines", "kernels", "models", "objectives", "records"),
         *("rollouts", "selection", "stops", "task_reward", "teachers", "update", "validation"),
     },

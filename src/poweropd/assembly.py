@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from poweropd import attention, data, engines, models, objectives, selection, stops
+from poweropd.accounting import Utilization
 from poweropd.config import Config
 from poweropd.errors import UsageError
 from poweropd.kernels import Support
@@ -107,8 +108,13 @@ def load_models(config: Config, inputs: Inputs, device: torch.device) -> Models:
     )
     teachers = {f"teacher {name}".strip(): teacher for name, teacher in made.teachers.items()}
     for who, language_model in {"student": made.student, **teachers}.items():
+        home = language_model.device
+        if home != device:  # an offloaded teacher is checked where it will run
+            language_model.to(device)
         attention.set_attention(language_model, config.model.attention)
         language_model.flat = attention.packs_flat(language_model, config.train.packing, who)
+        if home != device:
+            language_model.to(home)
     return made
 
 
@@ -212,6 +218,14 @@ def make_schedule(config: Config, engine: RolloutEngine, sample: ahead.Sample) -
 def make_task_rewards(config: Config, inputs: Inputs) -> TaskRewards | None:
     section = config.rollout.task_reward
     return None if section is None else TaskRewards(section, inputs.tokenizer, inputs.prompts)
+
+
+def make_utilization(config: Config, loaded: Models) -> Utilization | None:
+    """None, too, where other machines or several teachers score: their work is not known."""
+    if not config.has_one_local_teacher:
+        return None
+    needs_statistics = config.reward.create().needs_statistics
+    return Utilization.of(loaded.student, loaded.teacher, needs_statistics)
 
 
 def make_validation(config: Config, accelerator: Accelerator, inputs: Inputs) -> Validation | None:

@@ -62,6 +62,11 @@ class Config(Section):
         return self
 
     @property
+    def has_one_local_teacher(self) -> bool:
+        """Whether there is a single teacher, in this process."""
+        return isinstance(self.teacher, Teacher) and not self.teacher.servers
+
+    @property
     def only_teacher(self) -> Teacher:
         """Raises UsageError where there are several."""
         if isinstance(self.teacher, Teachers):
@@ -153,7 +158,11 @@ class Config(Section):
         run.dir is not compared, nor where a teacher's servers are and how they are asked.
         """
         mine, theirs = (
-            {k: v for k, v in flatten(c.model_dump(exclude={"run"})).items() if not _is_access(k)}
+            {
+                k: v
+                for k, v in flatten(c.model_dump(exclude={"run"})).items()
+                if not _is_access(k) and k not in HOW
+            }
             for c in (self, other)
         )
         missing = "(absent)"
@@ -162,6 +171,15 @@ class Config(Section):
             for key in sorted({*mine, *theirs})
             if mine.get(key, missing) != theirs.get(key, missing)
         ]
+
+
+# They say how a step is computed, not what: only rounding depends on them, so a run may go on with
+# others, with less memory, say.
+HOW = (
+    *("train.max_tokens_per_batch", "train.packing", "train.sharding", "checkpoint.every"),
+    *("checkpoint.keep", "model.gradient_checkpointing", "model.attention", "model.compile"),
+    *("rollout.batch_size", "rollout.verify_every"),
+)
 
 
 def _is_access(key: str) -> bool:

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 def of(config: "Config") -> list[tuple[bool, str]]:
     """Settings that cannot go together: whether they are there, and what the user is told."""
     objective, rollout, select = config.objective, config.rollout, config.objective.select
-    alone = config.domain_column is None and not config.teachers[""].servers
+    alone = config.has_one_local_teacher
     full_vocab, truncated = objective.kind == "full_vocab", rollout.score == "truncated"
     return [
         (

@@ -12,7 +12,7 @@ from torch import Tensor
 from poweropd.batching import Batch
 from poweropd.kernels import Head
 from poweropd.models import Student
-from poweropd.objectives import SAMPLED, Maker, Objective, maker
+from poweropd.objectives import Maker, Objective, maker
 from poweropd.rewards import Reward
 
 
@@ -26,11 +26,6 @@ def gradients(
         num_tokens = make_objective.num_tokens(batch.rows.bincount().tolist())
         found.append(flat_gradient(student, batch, make_objective(reward, 1 / num_tokens)))
     return torch.stack(found)
-
-
-def sampled_gradients(student: Student, batches: Sequence[Batch], reward: Reward) -> Tensor:
-    """[K, P] gradient of each of K scored batches, by sampled tokens."""
-    return gradients(student, batches, SAMPLED, reward)
 
 
 def exact_gradient(

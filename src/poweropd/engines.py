@@ -51,7 +51,8 @@ def _transformers(parts: Parts) -> RolloutEngine:
     """Samples from the student itself where it can, or from a plain copy in the compute dtype."""
     config, student = parts.config, parts.student
     model, batch_size = student.model, config.rollout.batch_size
-    as_it_is = config.train.sharding == "none" and not config.model.compile
+    sharded = config.train.sharding != "none" and parts.accelerator.num_processes > 1
+    as_it_is = not sharded and not config.model.compile
     decodes = attention.implementation(student) in attention.PADDED
     if model.dtype == student.compute_dtype and as_it_is and decodes:
         return TransformersEngine(model, vocab_size=student.vocab_size, batch_size=batch_size)

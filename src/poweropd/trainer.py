@@ -3,16 +3,16 @@
 import logging
 import math
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 
 from poweropd import assembly, card, checkpoint, signals, trackers
-from poweropd.accounting import StepClock, Utilization
+from poweropd.accounting import StepClock
 from poweropd.assembly import Inputs
 from poweropd.batching import Example, Rollout, make_example
 from poweropd.config import Config
@@ -33,6 +33,7 @@ from poweropd.rollouts.base import Request, completion_seed
 from poweropd.sharding import collected, load_optimizer_state, optimizer_state
 from poweropd.update import Outcome
 
+T = TypeVar("T")
 logger = logging.getLogger("poweropd")
 
 # Mean |ln p_student - ln p_sampler| of a step's tokens above which a run is warned.
@@ -85,8 +86,7 @@ class Trainer:
         self.rollouts = assembly.make_schedule(config, self.engine, self.sample)
         self.task_rewards = assembly.make_task_rewards(config, self.inputs)
         self.recorder = RewardRecorder(self.run.rewards, self.inputs.tokenizer.decode)
-        teacher = self.models.teachers.get("")
-        self.utilization = Utilization.of(self.student, teacher, self.reward.needs_statistics)
+        self.utilization = assembly.make_utilization(config, self.models)
         self.steps_done = self._resume()
         self.engine.sync()
         options = trackers.options(config.log.trackers, self.run.path)
@@ -127,7 +127,8 @@ class Trainer:
         clock = StepClock(self.accelerator.device)
         reward = self.reward.at(step)
         with clock.phase("rollout"):
-            rollouts = list(self._submitted(self.rollouts.take(step), self.prompts(step)))
+            taken = self.rollouts.take(step)
+            rollouts = self._together(lambda: list(self._submitted(taken, self.prompts(step))))
         self.rollouts.begin(step + 1)
         with clock.phase("score"):
             examples, task_rewards = self._collected()
@@ -191,30 +192,32 @@ class Trainer:
 
         And the task rewards of all completions, where the recipe has one.
         """
-        examples = sorted(self._scores(), key=lambda e: e.rollout.place)
+        scored = self._together(self.teacher.collect)
+        examples = sorted(scored, key=lambda e: e.rollout.place)
         if self.task_rewards is None:
             return examples, []
         found, weight = self.task_rewards.collect(), self.task_rewards.weight
         examples = [replace(e, bonus=weight * found[e.rollout.place]) for e in examples]
         return examples, list(found.values())
 
-    def _scores(self) -> list[Example]:
-        """The teacher's of this step.
+    def _together(self, work: Callable[[], T]) -> T:
+        """What `work` gives in this process.
 
-        Where one process cannot get them, all raise its RunError, with the steps before this one
-        in a checkpoint.
+        Where it fails in one of them, all raise that RunError, with the steps before this one in a
+        checkpoint.
         """
-        examples, failure = [], ""
+        done, failure = None, ""
         try:
-            examples = self.teacher.collect()
+            done = work()
         except RunError as error:
             failure = str(error)
         failures = [text for text in gather_object([failure]) if text]
-        if failures:
+        if failures or done is None:
             self.rollouts.put_back()
-            self._save_checkpoint()
+            if self.steps_done:
+                self._save_checkpoint()
             raise RunError(failures[0])
-        return examples
+        return done
 
     def student_log_probs(self, examples: Sequence[Example]) -> list[list[float]]:
         """The student's own of each example's trained tokens; all processes call it."""
@@ -321,7 +324,7 @@ class Trainer:
             weights, optimizer, state = checkpoint.load(path)
             self.student.load_trained_weights(weights)
             load_optimizer_state(self.updater.optimizer, optimizer)
-            self.updater.max_tokens = state["max_tokens"]
+            self.updater.max_tokens = min(state["max_tokens"], self.updater.max_tokens)
             steps = state["step"]
             mine = {(r.prompt_index, r.sample_index) for r in self._requests(steps)}
             self.rollouts.restore(

@@ -49,7 +49,8 @@ def inspect(config: Config) -> Inspected:
     """Geometries and checks. Raises UsageError where a model cannot be planned at all."""
     hub = Hub()
     own = (config.model.student, config.model.trust_remote_code)
-    other = (config.only_teacher.model, config.only_teacher.trust_remote_code)
+    section = config.only_teacher
+    other = (section.tokenizer or section.model, section.trust_remote_code)
     student, teacher, sources = geometries(config, hub)
     unreachable = [name for name, _ in (own, other) if not hub.can_load(name)]
     if unreachable:
@@ -176,7 +177,7 @@ def check_prompts(
     if not hub.can_load(source):
         return None, Check("prompts", "not checked", f"hub unreachable: {source}")
     try:
-        prompts = data.load_prompts(config.data, tokenizer, teacher_tokenizer)
+        prompts = data.load_prompts(config.data, tokenizer, {"": teacher_tokenizer})
     except UsageError as error:
         return None, Check("prompts", "failed", str(error))
     lengths = [len(prompt.prompt_ids) for prompt in prompts]

@@ -91,6 +91,8 @@ class RunDirectory:
         elif run.path.exists() and not run._is_empty():
             raise UsageError(f"run.dir: {run.path} exists and is not a run directory")
         run.path.mkdir(parents=True, exist_ok=True)
+        for file in run.path.glob("quantization*.json"):  # of another configuration
+            file.unlink()
         write_atomically(run.config_path, config.to_yaml())
         write_atomically(run.path / "environment.json", json.dumps(environment(), indent=2))
         return run

@@ -81,6 +81,7 @@ class Ahead:
 
     def finish(self) -> None:
         if self._running is not None:
+            self.taken = []  # they are trained on
             self.ready, self._running = self._running.result(), None
 
     def put_back(self) -> None:

@@ -40,12 +40,14 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run.")] = False,
 ) -> None:
     """Run a recipe's variants, each with several seeds, and compare them in one table."""
-    from poweropd.sweep import command
+    from poweropd.sweep import command, runner
 
     folder = out or Path(f"runs/{recipe.stem}-sweep")
     trainings = command.trainings(
         recipe, overrides or [], over or [], case or [], seeds=seeds, out=folder
     )
+    if snr:
+        runner.check_snr(trainings)
     if dry_run:
         command.show_plan(trainings, snr)
     else:
