@@ -257,6 +257,15 @@ def test_another_configuration_is_refused_and_nothing_is_written_over(recipe: MA
     assert Trainer(recipe(), progress=False).train().steps == 3  # complete: nothing to do
 
 
+def test_a_run_goes_on_with_another_token_budget(recipe: MAKES) -> None:
+    Trainer(recipe(), progress=False).train(until=2)
+    smaller = recipe(**{"train.max_tokens_per_batch": 40, "model.gradient_checkpointing": True})
+    trainer = Trainer(smaller, progress=False)
+    assert trainer.updater.max_tokens == 40
+    assert trainer.train().steps == 3
+    assert Config.load(trainer.run.config_path) == smaller
+
+
 def test_a_directory_with_other_things_in_it_is_refused(recipe: MAKES, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("precious")

@@ -155,7 +155,7 @@ class Config(Section):
     def differences(self, other: "Config") -> list[str]:
         """The keys whose values differ, as "key: this != other".
 
-        run.dir is not compared, nor where a teacher's servers are and how they are asked.
+        run.dir is not compared, nor where servers are, nor HOW a step is computed.
         """
         mine, theirs = (
             {

@@ -87,6 +87,8 @@ class RunDirectory:
                     "choose another run.dir, or delete that directory"
                 )
             if not differences:
+                if run.config_path.read_text() != config.to_yaml():  # how, not what, is computed
+                    write_atomically(run.config_path, config.to_yaml())
                 return run
         elif run.path.exists() and not run._is_empty():
             raise UsageError(f"run.dir: {run.path} exists and is not a run directory")
