@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "src" / "poweropd"
 # Module (or package) -> what of ours it may import. `errors` may be imported anywhere.
 MAY_IMPORT = {
     "errors": set(),
+    "access": set(),
     "rewards": set(),
     "stops": set(),
     "costs": {"kernels"},
@@ -25,7 +26,7 @@ MAY_IMPORT = {
     "batching": {"stops"},
     "recipe_file": set(),
     "contradictions": {"config"},  # for its type alone
-    "sections": {"rewards"},
+    "sections": {"access", "rewards"},
     "config": {"contradictions", "rewards", "recipe_file", "sections"},
     "records": {"config"},
     "checkpoint": {"records"},
@@ -33,8 +34,10 @@ MAY_IMPORT = {
     "objectives": {"rewards", "batching", "kernels", "selection"},
     "models": {"sections", "objectives", "kernels", "batching", "config", "embedded", "sharding"},
     "attention": {"models", "batching"},
-    "rollouts": {"batching", "stops"},
-    "teachers": {"sections", "models", "batching", "config", "records", "rewards", "stops"},
+    "rollouts": {"access", "batching", "stops"},
+    "teachers": {
+        *("access", "batching", "config", "models", "records", "rewards", "sections", "stops"),
+    },
     "diagnostics": {"models", "kernels", "objectives", "batching", "rewards"},
     "update": {"sections", "models", "objectives", "batching", "rewards", "config", "sharding"},
     "evaluation": {"rollouts", "batching", "models", "data", "embedded", "records", "stops"},

@@ -4,17 +4,24 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from poweropd import Config
 from poweropd.errors import RunError, UsageError
 from poweropd.rollouts import http
+from poweropd.rollouts.base import Request, Sampling
 from poweropd.rollouts.http import Server, Unavailable
+from poweropd.rollouts.vllm_server import VllmServerEngine
 
 
 class Scripted(ThreadingHTTPServer):
-    """Gives `answers`, (status, body), one a request; a status of 0 drops the connection."""
+    """Gives `answers`, (status, body), one a request; a status of 0 drops the connection.
+
+    A body of bytes is sent as it is, anything else as JSON.
+    """
 
     daemon_threads = True
 
@@ -28,14 +35,20 @@ class Scripted(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: Scripted
 
+    def do_GET(self) -> None:
+        self.answer()
+
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer()
+
+    def answer(self) -> None:
         self.server.keys.append(self.headers["Authorization"])
         status, body = self.server.answers.pop(0)
         if status == 0:
             self.close_connection = True
             return
-        content = json.dumps(body).encode()
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -59,7 +72,8 @@ def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_may_pass_is_asked_again(scripted: Scripted) -> None:
-    scripted.answers = [(0, None), (500, {}), (429, {}), (503, {}), (200, {"ids": [1]})]
+    scripted.answers = [(0, None), (500, {}), (429, {}), (503, {}), (408, {}), (200, b"<html>")]
+    scripted.answers.append((200, {"ids": [1]}))
     server = Server(scripted.url, timeout=5, patience=5)
     assert server.patiently(lambda: server.post("/v1/completions", {})) == {"ids": [1]}
     assert scripted.answers == []
@@ -99,7 +113,10 @@ def test_a_slow_answer_is_unavailable(scripted: Scripted) -> None:
 def test_the_key_comes_from_the_environment(
     scripted: Scripted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UsageError, match="api_key_env: ROLLOUT_KEY is not set"):
+    with pytest.raises(UsageError, match=r"api_key_env: .* ROLLOUT_KEY, which is not set"):
+        Server(scripted.url, 1, 1, api_key_env="ROLLOUT_KEY")
+    monkeypatch.setenv("ROLLOUT_KEY", "ключ")
+    with pytest.raises(UsageError, match="ROLLOUT_KEY, which is not plain text"):
         Server(scripted.url, 1, 1, api_key_env="ROLLOUT_KEY")
     monkeypatch.setenv("ROLLOUT_KEY", "secret")
     scripted.answers = [(401, {})]
@@ -107,3 +124,46 @@ def test_the_key_comes_from_the_environment(
         Server(scripted.url, 1, 1, api_key_env="ROLLOUT_KEY").post("/v1/completions", {})
     assert scripted.keys == ["Bearer secret"]
     assert "secret" not in str(raised.value)
+
+
+def engine(scripted: Scripted, folder: Path) -> VllmServerEngine:
+    scripted.answers.insert(0, (200, {"data": [{"id": "student"}]}))
+    return VllmServerEngine(
+        Server(f"{scripted.url}/v1/", timeout=5, patience=5), lambda: [], folder, 1
+    )
+
+
+@pytest.mark.parametrize("body", [{"object": "list"}, {"data": []}, {"data": [{}]}, [], None])
+def test_what_lists_no_models_is_not_a_vllm_server(
+    scripted: Scripted, tmp_path: Path, body: Any
+) -> None:
+    scripted.answers = [(200, body)]
+    with pytest.raises(UsageError, match=rf"rollout.server.url: {scripted.url} is not a vLLM"):
+        VllmServerEngine(Server(scripted.url, 5, 5), lambda: [], tmp_path, 1)
+
+
+def test_malformed_answers_are_asked_for_again(scripted: Scripted, tmp_path: Path) -> None:
+    sampler = engine(scripted, tmp_path)
+    sampler.version = "v"
+    version = (200, {"weight_version": "v"})
+    choice = {"token_ids": [7, 2], "finish_reason": "stop"}
+    whole = {**choice, "logprobs": {"token_logprobs": [-1.0, -0.5]}}
+    scripted.answers = [(200, {}), (200, None)]  # no version
+    for body in ({}, [], {"choices": []}, {"choices": [choice]}, {"choices": [{}]}):
+        scripted.answers += [version, (200, body), version]
+    scripted.answers += [version, (200, {"choices": [whole]}), version]
+    (rollout,) = sampler.generate([Request(0, 0, [1], [1], seed=0)], Sampling(4, (2,)))
+    assert rollout.completion_ids == [7, 2]
+    assert rollout.sampling_log_probs == [-1.0, -0.5]
+    assert scripted.answers == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["h:1", "http://", "http://h:port", "http://[::1", "http://me:secret@h", "http://h?k=secret"],
+)
+def test_addresses_are_checked_in_the_recipe(url: str) -> None:
+    tree = {"model": {"student": "a"}, "teacher": {"model": "b"}, "data": {"prompts": "p"}}
+    with pytest.raises(UsageError, match=r"rollout.server.url: expected a base URL") as refused:
+        Config.from_dict({**tree, "rollout": {"server": {"url": url}}})
+    assert "secret" not in str(refused.value)

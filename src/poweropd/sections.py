@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -13,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from poweropd import rewards
+from poweropd import access, rewards
 
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"]
 Attention = Literal[
@@ -76,13 +75,7 @@ class Teacher(Section):
     @model_validator(mode="after")
     def _valid(self) -> Self:
         for url in self.servers:
-            parts = urlsplit(url)
-            known = parts.scheme in ("http", "https") and parts.hostname
-            if not known or parts.username or parts.query:
-                raise ValueError(
-                    "servers: expected base URLs such as http://127.0.0.1:8000, without a key or "
-                    f"password (see api_key_env), got ...{url.rpartition('@')[2].partition('?')[0]}"
-                )
+            access.check_url("servers", url)
         local = {"quantization": self.quantization is not None, "offload": self.offload}
         for key, is_set in local.items():
             if is_set and self.servers:
@@ -150,6 +143,11 @@ class RolloutServer(Section):
     timeout: PositiveFloat = 600.0  # seconds, of one request
     patience: PositiveFloat = 300.0  # seconds for which the server may be away
     api_key_env: str | None = None  # the environment variable that holds its key
+
+    @model_validator(mode="after")
+    def _valid(self) -> Self:
+        access.check_url("url", self.url)
+        return self
 
 
 class TaskReward(Section):

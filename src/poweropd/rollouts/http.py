@@ -1,7 +1,6 @@
 """A server that may be away for a while: JSON over HTTP, repeated until it is back."""
 
 import logging
-import os
 import random
 import time
 import weakref
@@ -11,7 +10,8 @@ from typing import Any, TypeVar
 
 import httpx2
 
-from poweropd.errors import RunError, UsageError
+from poweropd.access import api_key, base_url
+from poweropd.errors import RunError
 
 logger = logging.getLogger("poweropd")
 Answer = TypeVar("Answer")
@@ -19,6 +19,7 @@ Answer = TypeVar("Answer")
 CONNECT_SECONDS = 10.0
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 10.0
+RETRIED = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS, *range(500, 600)}
 
 
 class Unavailable(Exception):
@@ -28,23 +29,19 @@ class Unavailable(Exception):
 class Server:
     """`timeout` bounds one request and `patience` how long the server may be away, in seconds.
 
-    The API key is read from the environment variable `api_key_env`. Raises UsageError where that is
-    not set; RunError, naming the URL, where the server refuses a request or stays away.
+    The API key is read from the environment variable `api_key_env`. Raises UsageError where
+    that has none; RunError, naming the URL, where the server refuses a request or stays away.
     """
 
     def __init__(
         self, url: str, timeout: float, patience: float, api_key_env: str | None = None
     ) -> None:
-        self.url, self.patience = url.rstrip("/"), patience
-        headers = {}
-        if api_key_env is not None:
-            if api_key_env not in os.environ:
-                raise UsageError(f"rollout.server.api_key_env: {api_key_env} is not set")
-            headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
+        self.url, self.patience = base_url(url), patience
+        key = api_key("rollout.server.api_key_env", api_key_env)
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
         self.client = httpx2.Client(
             base_url=self.url,
-            headers=headers,
+            headers={} if key is None else {"Authorization": f"Bearer {key}"},
             timeout=httpx2.Timeout(timeout, connect=CONNECT_SECONDS),
             limits=limits,
         )
@@ -65,10 +62,10 @@ class Server:
     def _request(self, method: str, path: str, **options: Any) -> Any:
         try:
             response = self.client.request(method, path, **options)
-        except httpx2.TransportError as error:
+        except (httpx2.TransportError, httpx2.InvalidURL) as error:
             raise Unavailable(f"{type(error).__name__}: {error}") from error
         status = response.status_code
-        if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        if status in RETRIED:
             raise Unavailable(f"HTTP {status} from {path}: {response.text[:300]}")
         if status == HTTPStatus.NOT_FOUND and not path.startswith("/v1/"):
             raise RunError(
@@ -77,7 +74,10 @@ class Server:
             )
         if status >= HTTPStatus.BAD_REQUEST:
             raise RunError(f"{self.url}{path}: HTTP {status}: {response.text[:300]}")
-        return response.json() if response.content else None
+        try:
+            return response.json() if response.content else None
+        except ValueError as error:
+            raise Unavailable(f"no JSON from {path}: {response.text[:300]}") from error
 
     def patiently(self, ask: Callable[[], Answer]) -> Answer:
         """`ask()`, again after every Unavailable, with growing pauses, until patience is out."""

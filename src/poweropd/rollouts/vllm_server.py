@@ -21,6 +21,7 @@ from poweropd.rollouts.base import Request, Sampling
 from poweropd.rollouts.http import Server, Unavailable
 
 FIRST_VERSION = "default"  # of a server that has been told nothing since its start
+MALFORMED = (KeyError, IndexError, TypeError, ValueError)  # what reading a bad answer raises
 
 
 class VllmServerEngine:
@@ -54,6 +55,11 @@ class VllmServerEngine:
             raise UsageError(
                 f"rollout.server.url: no vLLM server answers at {server.url} ({error}); start one: "
                 "VLLM_SERVER_DEV_MODE=1 vllm serve STUDENT"
+            ) from None
+        except MALFORMED as error:
+            raise UsageError(
+                f"rollout.server.url: {server.url} is not a vLLM server: it lists no models "
+                f"({type(error).__name__}: {error})"
             ) from None
 
     def sync(self) -> None:
@@ -113,7 +119,10 @@ class VllmServerEngine:
             ) from None
 
     def _current_version(self) -> str:
-        return str(self.server.get("/weight_info")["weight_version"])
+        try:
+            return str(self.server.get("/weight_info")["weight_version"])
+        except MALFORMED as error:
+            raise Unavailable(f"/weight_info without a version ({error!r})") from error
 
     def _check_version(self) -> None:
         """Raises Unavailable where the server was restarted, once it has the weights again."""
@@ -154,20 +163,28 @@ class VllmServerEngine:
         # Before and after: the server may be restarted at any moment.
         self._check_version()
         body = _completion_body(self.model, request, sampling)
-        (choice,) = self.server.post("/v1/completions", body)["choices"]
+        answer = self.server.post("/v1/completions", body)
         self._check_version()
-        ids, log_probs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-        complete = (
-            ids[-1:] and ids[-1] in sampling.stop_ids
-            if choice["finish_reason"] == "stop"
-            else len(ids) == sampling.max_new_tokens
+        try:
+            return _read_completion(answer, sampling)
+        except MALFORMED as error:
+            raise Unavailable(f"an answer that is no completion ({error!r})") from error
+
+
+def _read_completion(answer: Any, sampling: Sampling) -> tuple[list[int], list[float]]:
+    (choice,) = answer["choices"]
+    ids, log_probs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+    complete = (
+        ids[-1:] and ids[-1] in sampling.stop_ids
+        if choice["finish_reason"] == "stop"
+        else len(ids) == sampling.max_new_tokens
+    )
+    if not complete or len(log_probs) != len(ids) or None in log_probs:
+        raise Unavailable(
+            f"a completion of {len(ids)} tokens and {len(log_probs)} log-probs ended early "
+            f"({choice['finish_reason']})"
         )
-        if not complete or len(log_probs) != len(ids) or None in log_probs:
-            raise Unavailable(
-                f"a completion of {len(ids)} tokens and {len(log_probs)} log-probs ended early "
-                f"({choice['finish_reason']})"
-            )
-        return ids, log_probs
+    return ids, log_probs
 
 
 def _completion_body(model: str, request: Request, sampling: Sampling) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The teachers of a recipe: what is known before any weight is loaded, then their scorers."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from transformers.quantizers import AutoQuantizationConfig
 
 from poweropd import models, sections, stops
+from poweropd.access import api_key, base_url
 from poweropd.errors import UsageError
 from poweropd.teachers.local import LocalTeacher
 from poweropd.teachers.pool import Settings
@@ -48,18 +48,11 @@ def profile(section: sections.Teacher) -> Profile:
 
 
 def connect(section: sections.Teacher) -> ServerTeacher:
-    key = None
-    if section.api_key_env is not None:
-        key = os.environ.get(section.api_key_env, "").strip()
-        if not key or not key.isascii():
-            raise UsageError(
-                f"teacher.api_key_env: expected a key of ASCII characters in the variable "
-                f"{section.api_key_env}, which is {'not plain text' if key else 'not set'}"
-            )
+    key = api_key("teacher.api_key_env", section.api_key_env)
     settings = Settings(
         section.model, section.timeout, section.concurrency, section.give_up_after, key
     )
-    return ServerTeacher([u.rstrip("/").removesuffix("/v1") for u in section.servers], settings)
+    return ServerTeacher([base_url(url) for url in section.servers], settings)
 
 
 def load(section: sections.Teacher, device: torch.device) -> Any:
