@@ -75,6 +75,22 @@ def test_hub_names_are_in_the_front_matter(recipe: MAKES, tmp_path: Path) -> Non
     assert found.data.datasets == "owner/prompts"
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_where_servers_are_stays_private(recipe: MAKES, tmp_path: Path, several: bool) -> None:
+    teacher: dict[str, Any] = {"model": "owner/teacher", "concurrency": 7}
+    teacher |= {"servers": ["http://private:1"], "api_key_env": "PRIVATE_KEY"}
+    server = {"url": "http://private:2", "weights_dir": "/private", "api_key_env": "PRIVATE_KEY"}
+    teachers = {"by": "domain", "math": teacher, "code": teacher} if several else teacher
+    config = recipe(teacher=teachers, **{"rollout.server": server})
+    run = Path(config.run.dir)
+    run.mkdir()
+    (run / "environment.json").write_text('{"python": "3.12", "packages": {}}')
+    card.write(tmp_path, config, step=0)
+    text = (tmp_path / "README.md").read_text()
+    assert "private" not in text.lower()
+    assert text.count("concurrency: 7") == (2 if several else 1)
+
+
 class Hub(BaseHTTPRequestHandler):
     """The few endpoints of the Hub that an upload of small files needs."""
 

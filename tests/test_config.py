@@ -56,6 +56,13 @@ def test_differences_name_keys_and_both_values(tmp_path: Path) -> None:
     assert config.differences(other) == ["train.steps: 3 != 4"]
 
 
+def test_a_run_may_go_on_with_another_rollout_server(tmp_path: Path) -> None:
+    config = Config.load(write(tmp_path), ["rollout.engine=vllm_server"])
+    moved = ["rollout.server={url: 'http://other:2', weights_dir: /dev/shm, concurrency: 2}"]
+    other = Config.load(write(tmp_path), ["rollout.engine=vllm_server", *moved])
+    assert config.differences(other) == []
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -114,6 +121,8 @@ FULL_VOCAB, TRUNCATED = "objective.kind=full_vocab", "rollout.score=truncated"
         ([FULL_VOCAB, "rollout.correction=truncated"], "override rollout.correction: truncated ne"),
         ([TRUNCATED, "objective.stop=cross"], "override rollout.score: truncated cannot go with"),
         ([TRUNCATED, "rollout.temperature=0"], "override rollout.score: truncated needs rollout"),
+        (["rollout.staleness=1"], "override rollout.staleness: 1 needs an engine that samples"),
+        (["rollout.staleness=1", "rollout.engine=vllm"], "such as vllm_server; vllm does not"),
         (["objective.stop=semantics"], "override objective.stop: expected 'raw', 'mask', 'canon"),
     ],
 )

@@ -161,8 +161,12 @@ def test_parts_end_at_writes_and_truncation_removes_whole_ones(tmp_path: Path) -
             recorder.write()
             written[step] = RewardRecords.read(recorder.folder)
     (recorder.folder / ".tmp-steps-00000010-00000012").mkdir()
+    (recorder.folder / "notes.txt").touch()
+    (recorder.folder / "figures").mkdir()
     recorder.truncate(6)
     assert {p.name for p in recorder.folder.iterdir()} == {
+        "notes.txt",
+        "figures",
         "steps-00000001-00000003",
         "steps-00000004-00000006",
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from poweropd import Config
 from poweropd.errors import RunError, UsageError
@@ -156,6 +157,25 @@ def test_malformed_answers_are_asked_for_again(scripted: Scripted, tmp_path: Pat
     assert rollout.completion_ids == [7, 2]
     assert rollout.sampling_log_probs == [-1.0, -0.5]
     assert scripted.answers == []
+
+
+def test_runs_that_share_a_folder_keep_their_weights(scripted: Scripted, tmp_path: Path) -> None:
+    first, second = engine(scripted, tmp_path), engine(scripted, tmp_path)
+    scripted.answers = [(200, {})] * 6 * 3  # what a sync asks for
+    for one in (first, second, first):
+        one.sync()
+    assert scripted.answers == []
+    found = {path.parent for path in tmp_path.rglob("model.safetensors")}
+    assert found == {first.target, second.target} == set(tmp_path.glob("*/*"))
+    other = engine(scripted, tmp_path)  # of another process of the first run
+    other.is_main = False
+    scripted.answers = [(200, {"weight_version": first.version})]
+    other.sync()
+    assert other.target == first.target
+    kept = second.target
+    del second, one
+    assert not kept.exists()
+    assert first.target.exists()
 
 
 @pytest.mark.parametrize(

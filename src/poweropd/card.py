@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from poweropd.config import Config
 from poweropd.records import RunDirectory, write_atomically
-from poweropd.sections import Run
+from poweropd.sections import RolloutServer, Run, Teacher
 
 TEMPLATE = "card.md"
 TAGS = ["poweropd", "on-policy-distillation", "knowledge-distillation"]
@@ -44,12 +44,22 @@ def write(folder: Path, config: Config, step: int) -> None:
         reward_name=config.reward.name,
         step=step,
         steps=config.train.steps,
-        recipe=config.model_copy(update={"run": Run()}).to_yaml(),  # its path is nobody's business
+        recipe=_public(config).to_yaml(),
         metrics=_last_metrics(rows),
         evaluation=[_line(name, result) for name, result in evaluation.items()],
         environment=json.loads((run.path / "environment.json").read_text("utf-8")),
     )
     write_atomically(folder / "README.md", str(card).rstrip() + "\n")
+
+
+def _public(config: Config) -> Config:
+    """Without paths and addresses of the machines that it ran on: they are nobody's business."""
+    unknown: dict[str, Any] = {"servers": [], "api_key_env": None}
+    teachers = {k: t.model_copy(update=unknown) for k, t in config.teachers.items()}
+    one = isinstance(config.teacher, Teacher)
+    teacher = teachers[""] if one else config.teacher.model_copy(update=teachers)
+    rollout = config.rollout.model_copy(update={"server": RolloutServer()})
+    return config.model_copy(update={"run": Run(), "teacher": teacher, "rollout": rollout})
 
 
 def latest_evaluation(run: RunDirectory, step: int) -> dict[str, Any]:

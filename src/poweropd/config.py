@@ -184,7 +184,8 @@ HOW = (
 
 def _is_access(key: str) -> bool:
     access = {"servers", "api_key_env", "timeout", "concurrency", "give_up_after"}
-    return key.startswith("teacher.") and key.rpartition(".")[2] in access
+    of_teacher = key.startswith("teacher.") and key.rpartition(".")[2] in access
+    return of_teacher or key.startswith("rollout.server.")
 
 
 def _parameters(reward: rewards.Reward) -> dict[str, Any]:

@@ -9,7 +9,6 @@ if TYPE_CHECKING:
 def of(config: "Config") -> list[tuple[bool, str]]:
     """Settings that cannot go together: whether they are there, and what the user is told."""
     objective, rollout, select = config.objective, config.rollout, config.objective.select
-    alone = config.has_one_local_teacher
     full_vocab, truncated = objective.kind == "full_vocab", rollout.score == "truncated"
     return [
         (
@@ -46,15 +45,27 @@ def of(config: "Config") -> list[tuple[bool, str]]:
             "greedy sampling is a single id",
         ),
         (
-            config.needs_local_teacher is not None and not alone,
-            f"teacher: {config.needs_local_teacher} needs the teacher's hidden states, so a "
-            "single teacher in this process (teacher.model without servers and by)",
+            rollout.staleness > 0 and rollout.engine in ("transformers", "vllm"),
+            f"rollout.staleness: {rollout.staleness} needs an engine that samples while the "
+            f"student is trained, such as vllm_server; {rollout.engine} does not",
+        ),
+        *_of_teachers(config),
+    ]
+
+
+def _of_teachers(config: "Config") -> list[tuple[bool, str]]:
+    needs, alone = config.needs_local_teacher, config.has_one_local_teacher
+    return [
+        (
+            needs is not None and not alone,
+            f"teacher: {needs} needs the teacher's hidden states, so a single "
+            "teacher in this process (teacher.model without servers and by)",
         ),
         *(
             (
-                config.needs_local_teacher is not None and alone and is_set,
-                f"teacher.{key}: it cannot go with {config.needs_local_teacher}, which reads the "
-                "teacher during the update",
+                needs is not None and alone and is_set,
+                f"teacher.{key}: it cannot go with {needs}, which reads the teacher "
+                "during the update",
             )
             for teacher in config.teachers.values()
             for key, is_set in teacher.scoring_only.items()

@@ -79,7 +79,7 @@ class Where:
 
 def _explain(config: type[BaseModel], error: ErrorDetails) -> tuple[tuple[str, ...], str]:
     """The key an error is about and a sentence: "train.steps: expected ..., got ..."."""
-    # pydantic also names the member of a union, which config.py puts in brackets.
+    # pydantic also names the member of a union, which sections.py puts in brackets.
     key = tuple(str(part) for part in error["loc"] if not str(part).startswith("("))
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":

@@ -125,7 +125,8 @@ class RewardRecorder:
             return
         for path in self.folder.iterdir():
             match = NAME.fullmatch(path.name)
-            if match is None or int(match[2]) > steps:  # or what a kill has left
+            left_by_a_kill = path.name.startswith(".tmp-")
+            if left_by_a_kill or (match is not None and int(match[2]) > steps):
                 shutil.rmtree(path)
 
     def __enter__(self) -> Self:

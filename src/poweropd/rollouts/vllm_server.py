@@ -7,6 +7,7 @@ one that was restarted since, or that another run has written to.
 
 import shutil
 import uuid
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -27,7 +28,8 @@ MALFORMED = (KeyError, IndexError, TypeError, ValueError)  # what reading a bad 
 class VllmServerEngine:
     """`weights()` yields the student's weights as `rollouts.vllm.VllmEngine` takes them.
 
-    The main process writes them to `folder` and tells the server; `wait()` is a barrier of all
+    The main process writes them to a folder of the run's own in `folder`, which goes when the
+    engine does, and tells the server; `wait()` is a barrier of all
     processes, each of which samples its own requests, `concurrency` at once. A server that was
     restarted is given the weights again. Raises RunError where it stays away, holds another run's
     weights, or refuses something.
@@ -49,6 +51,8 @@ class VllmServerEngine:
         self.folder = folder.absolute()
         self.run = uuid.uuid4().hex
         self.syncs = 0
+        if is_main:
+            weakref.finalize(self, shutil.rmtree, self.folder / self.run, ignore_errors=True)
         try:
             self.model = server.get("/v1/models")["data"][0]["id"]
         except Unavailable as error:
@@ -64,14 +68,13 @@ class VllmServerEngine:
 
     def sync(self) -> None:
         self.syncs += 1
-        self.target = self.folder / f"sync-{self.syncs}"
         # Gathering is collective: every process goes through the weights, one keeps them.
         found = ((name, tensor.detach()) for name, tensor in self.weights())
         if self.is_main:
+            self.version = f"{self.run}/sync-{self.syncs}"
             self._write({name: tensor.to("cpu", copy=True) for name, tensor in found})
-            self.version = f"{self.run}/{self.syncs}"
             self.server.patiently(lambda: self._load("wait"))
-            for old in self.folder.glob("sync-*"):
+            for old in self.target.parent.glob("sync-*"):
                 if old != self.target:
                     shutil.rmtree(old)
         else:
@@ -82,10 +85,13 @@ class VllmServerEngine:
             self.version = self.server.patiently(self._current_version)
         self.wait()
 
+    @property
+    def target(self) -> Path:
+        """Where the weights of the last sync are; every process knows it by their version."""
+        return self.folder / self.version
+
     def _write(self, weights: dict[str, Tensor]) -> None:
-        temporary = self.folder / f".tmp-{self.target.name}"
-        for leftover in (temporary, self.target):
-            shutil.rmtree(leftover, ignore_errors=True)
+        temporary = self.target.with_name(f".tmp-{self.target.name}")
         temporary.mkdir(parents=True)
         save_file({k: v.contiguous() for k, v in weights.items()}, temporary / "model.safetensors")
         temporary.rename(self.target)
