@@ -130,7 +130,10 @@ def test_the_key_comes_from_the_environment(
 def engine(scripted: Scripted, folder: Path) -> VllmServerEngine:
     scripted.answers.insert(0, (200, {"data": [{"id": "student"}]}))
     return VllmServerEngine(
-        Server(f"{scripted.url}/v1/", timeout=5, patience=5), lambda: [], folder, 1
+        Server(f"{scripted.url}/v1/", timeout=5, patience=5),
+        lambda: [("head", torch.ones(2))],
+        folder,
+        1,
     )
 
 

@@ -66,18 +66,18 @@ class Server:
             raise Unavailable(f"{type(error).__name__}: {error}") from error
         status = response.status_code
         if status in RETRIED:
-            raise Unavailable(f"HTTP {status} from {path}: {response.text[:300]}")
+            raise Unavailable(f"HTTP {status} from {path}: {_detail(response)}")
         if status == HTTPStatus.NOT_FOUND and not path.startswith("/v1/"):
             raise RunError(
                 f"{self.url}{path}: not found: start vLLM with VLLM_SERVER_DEV_MODE=1 in its "
                 "environment, on an address that only you can reach"
             )
         if status >= HTTPStatus.BAD_REQUEST:
-            raise RunError(f"{self.url}{path}: HTTP {status}: {response.text[:300]}")
+            raise RunError(f"{self.url}{path}: HTTP {status}: {_detail(response)}")
         try:
             return response.json() if response.content else None
         except ValueError as error:
-            raise Unavailable(f"no JSON from {path}: {response.text[:300]}") from error
+            raise Unavailable(f"no JSON from {path}: {_detail(response)}") from error
 
     def patiently(self, ask: Callable[[], Answer]) -> Answer:
         """`ask()`, again after every Unavailable, with growing pauses, until patience is out."""
@@ -96,3 +96,8 @@ class Server:
                 logger.warning("%s: %s; trying again", self.url, error)
                 time.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+
+def _detail(response: httpx2.Response) -> str:
+    """What the server says, in one line."""
+    return " ".join(response.text.split())[:300]

@@ -29,10 +29,10 @@ class VllmServerEngine:
     """`weights()` yields the student's weights as `rollouts.vllm.VllmEngine` takes them.
 
     The main process writes them to a folder of the run's own in `folder`, which goes when the
-    engine does, and tells the server; `wait()` is a barrier of all
-    processes, each of which samples its own requests, `concurrency` at once. A server that was
-    restarted is given the weights again. Raises RunError where it stays away, holds another run's
-    weights, or refuses something.
+    engine does, and tells the server; `wait()` is a barrier of all processes, each of which samples
+    its own requests, `concurrency` at once. A server that was restarted is given the weights again.
+    Raises UsageError where there is no vLLM server; RunError where it stays away, holds another
+    run's weights, or refuses something.
     """
 
     concurrent = True
@@ -63,7 +63,7 @@ class VllmServerEngine:
         except MALFORMED as error:
             raise UsageError(
                 f"rollout.server.url: {server.url} is not a vLLM server: it lists no models "
-                f"({type(error).__name__}: {error})"
+                f"({error!r})"
             ) from None
 
     def sync(self) -> None:
