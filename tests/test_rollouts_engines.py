@@ -152,6 +152,24 @@ def test_what_an_engine_yields_is_checked(
     assert f"rollout.engine {__name__}:Broken: expected one whole rollout" in str(raised.value)
 
 
+def test_an_engine_may_not_know_its_log_probs(
+    recipe: MAKES, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Broken,
+        "change",
+        staticmethod(lambda r: [replace(r, sampling_log_probs=[])]),
+        raising=False,
+    )
+    engine = {"rollout.engine": f"{__name__}:Broken"}
+    row = Trainer(recipe(**engine), progress=False).step(0)
+    assert row["num_tokens"] > 0
+    assert "sampler/mean_abs_difference" not in row
+    corrected = recipe(**engine, **{"rollout.correction": "truncated"})
+    with pytest.raises(UsageError, match="the engine gave none with its completions"):
+        Trainer(corrected, progress=False).step(0)
+
+
 def not_an_engine(student: Any, config: Config, tokenizer: Any) -> object:
     return object()
 

@@ -28,7 +28,8 @@ class Rollout:
     prompt_ids: list[int]
     teacher_prompt_ids: list[int]
     completion_ids: list[int]
-    sampling_log_probs: list[float]  # the sampler's own, temperature 1, no truncation
+    # The sampler's own, at temperature 1, without truncation; none where the engine knows none.
+    sampling_log_probs: list[float]
     stopped: bool  # ended with a stop token, which is then the last id
     completion_mask: list[bool] | None = None  # False: another's token (a tool's), never trained
 

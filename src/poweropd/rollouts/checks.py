@@ -45,7 +45,8 @@ class CheckedEngine:
         )
 
     def _problem(self, request: Request, rollout: Rollout) -> str | None:
-        ids, log_probs = rollout.completion_ids, rollout.sampling_log_probs
+        ids = rollout.completion_ids
+        log_probs = rollout.sampling_log_probs or [0.0] * len(ids)  # none: it does not know them
         mask = [True] * len(ids) if rollout.completion_mask is None else rollout.completion_mask
         if rollout.prompt_ids != request.prompt_ids:
             return "another prompt_ids than the request's"
