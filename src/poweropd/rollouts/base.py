@@ -29,6 +29,18 @@ class Request:
     teacher_prompt_ids: list[int]
     seed: int
 
+    def rollout(self, ids: list[int], log_probs: list[float], stopped: bool) -> Rollout:
+        """The completion of this request."""
+        return Rollout(
+            prompt_index=self.prompt_index,
+            sample_index=self.sample_index,
+            prompt_ids=self.prompt_ids,
+            teacher_prompt_ids=self.teacher_prompt_ids,
+            completion_ids=ids,
+            sampling_log_probs=log_probs,
+            stopped=stopped,
+        )
+
 
 @runtime_checkable
 class RolloutEngine(Protocol):

@@ -127,15 +127,7 @@ class _Decoder:
 
     def _rollout(self, row: int, stopped: bool) -> Rollout:
         request = self.requests[row]
-        return Rollout(
-            prompt_index=request.prompt_index,
-            sample_index=request.sample_index,
-            prompt_ids=request.prompt_ids,
-            teacher_prompt_ids=request.teacher_prompt_ids,
-            completion_ids=self.tokens[row],
-            sampling_log_probs=self.log_probs[row],
-            stopped=stopped,
-        )
+        return request.rollout(self.tokens[row], self.log_probs[row], stopped)
 
 
 def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:

@@ -144,14 +144,8 @@ def _sampling_params(sampling: Sampling, seed: int) -> Any:
 
 def _rollout(request: Request, output: Any, sampling: Sampling) -> Rollout:
     ids = list(output.token_ids)
-    return Rollout(
-        prompt_index=request.prompt_index,
-        sample_index=request.sample_index,
-        prompt_ids=request.prompt_ids,
-        teacher_prompt_ids=request.teacher_prompt_ids,
-        completion_ids=ids,
-        sampling_log_probs=[
-            found[i].logprob for i, found in zip(ids, output.logprobs, strict=True)
-        ],
-        stopped=ids[-1] in sampling.stop_ids,
+    return request.rollout(
+        ids,
+        [found[i].logprob for i, found in zip(ids, output.logprobs, strict=True)],
+        ids[-1] in sampling.stop_ids,
     )

@@ -154,15 +154,7 @@ class VllmServerEngine:
 
     def _rollout(self, request: Request, sampling: Sampling) -> Rollout:
         ids, log_probs = self.server.patiently(lambda: self._complete(request, sampling))
-        return Rollout(
-            prompt_index=request.prompt_index,
-            sample_index=request.sample_index,
-            prompt_ids=request.prompt_ids,
-            teacher_prompt_ids=request.teacher_prompt_ids,
-            completion_ids=ids,
-            sampling_log_probs=log_probs,
-            stopped=ids[-1] in sampling.stop_ids,
-        )
+        return request.rollout(ids, log_probs, ids[-1] in sampling.stop_ids)
 
     def _complete(self, request: Request, sampling: Sampling) -> tuple[list[int], list[float]]:
         """Ids and log-probs of a whole completion by the weights of the last sync."""
