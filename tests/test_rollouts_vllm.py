@@ -1,6 +1,9 @@
 """The in-process vLLM engine, for real: what it samples, and whose weights it holds."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -151,6 +154,22 @@ def test_a_run_is_repeatable_and_resumes_exactly(sampled: MAKES, tmp_path: Path)
     for until in (2, None):
         Trainer(resumed, progress=False).train(until=until)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "resumed")
+
+
+def test_two_processes_give_the_losses_of_one(sampled: MAKES, tmp_path: Path) -> None:
+    Trainer(sampled(), progress=False).train()
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text(sampled(**{"run.dir": str(tmp_path / "two")}).to_yaml())
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    subprocess.run(
+        [*launch, "-m", "poweropd", "train", str(recipe)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        check=True,
+    )
+    assert json.loads((tmp_path / "two" / "environment.json").read_text())["processes"] == 2
+    for mine, theirs in zip(metrics(tmp_path / "run"), metrics(tmp_path / "two"), strict=True):
+        assert mine["num_tokens"] == theirs["num_tokens"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
 
 
 def test_options_that_vllm_does_not_know_are_refused(wide_student: Path) -> None:

@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+from vllm_models import widened_student
 from vllm_server import VllmServer, require_vllm
 
 from poweropd import Config, Trainer, embedded
@@ -59,6 +62,35 @@ def test_rewards_are_those_of_the_local_teacher(
         student = a.sampling_log_probs
         mine, theirs = (local.reward(e.teacher_log_probs, student) for e in (a, b))
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0, equal_nan=True)
+
+
+def test_vllm_may_sample_while_a_server_scores(
+    recipe: MAKES, remote: MAKES, tmp_path: Path
+) -> None:
+    options = {"kv_cache_memory_bytes": 1 << 26, "enforce_eager": True}
+    student = {"model.student": str(widened_student(tmp_path / "student"))}
+    student |= {"rollout.engine": "vllm", "rollout.vllm": options, "train.prompts_per_step": 8}
+    local = recipe(**{**PAIR, **student, "run.dir": str(tmp_path / "local")})
+    for config in (local, remote(**student)):
+        Trainer(config, progress=False).train()
+    assert losses(remote()) == pytest.approx(losses(local), abs=1e-5)
+
+
+@torch.no_grad()
+def test_vllm_serves_the_student_that_a_run_leaves(recipe: MAKES, tmp_path: Path) -> None:
+    student = str(widened_student(tmp_path / "student"))
+    final = Trainer(recipe(**{**PAIR, "model.student": student}), progress=False).train().final
+    assert final is not None
+    ids = list(range(3, 60))
+    request = {"model": str(final), "prompt": [ids], "max_tokens": 1, "prompt_logprobs": 0}
+    with VllmServer(final, tmp_path / "log") as server:
+        answer = httpx2.post(f"{server.url}/v1/completions", json=request, timeout=60).json()
+    found = answer["choices"][0]["prompt_logprobs"][1:]
+    served = [scores[str(i)]["logprob"] for scores, i in zip(found, ids[1:], strict=True)]
+    model = AutoModelForCausalLM.from_pretrained(final)
+    log_probs = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    own = log_probs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(served), own, atol=1e-4, rtol=0)
 
 
 def test_two_runs_on_one_server_do_not_disturb_each_other(

@@ -173,15 +173,18 @@ TWO = {"train.steps": 5, "train.prompts_per_step": 5, "rollout.max_new_tokens": 
 
 def test_two_launched_processes_give_the_losses_of_one(recipe: MAKES, tmp_path: Path) -> None:
     path = write_recipe(recipe(**TWO, **{"run.dir": str(tmp_path / "two")}), tmp_path / "two.yaml")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     subprocess.run(
         [*launch, "-m", "poweropd", "train", str(path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         check=True,
         capture_output=True,
     )
     Trainer(recipe(**TWO), progress=False).train()
     assert_same_losses(tmp_path / "run", tmp_path / "two")
+    for run, processes in (("run", 1), ("two", 2)):
+        found = json.loads((tmp_path / run / "environment.json").read_text())
+        assert found["processes"] == processes
 
 
 def test_statistics_and_counts_of_a_step_are_over_all_processes(
