@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,13 @@ def build_model(
     Qwen3ForCausalLM(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def peak_bytes(profile: torch.profiler.profile) -> int:
+    """The most that tensors made under `profile_memory` held at once."""
+    events = sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return max(accumulate(sizes))
 
 
 @pytest.fixture(scope="session")

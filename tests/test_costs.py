@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import peak_bytes
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -178,12 +179,6 @@ def test_the_predicted_peak_is_that_of_the_allocator(
     update()  # AdamW's moments, live from here on
     with torch.profiler.profile(profile_memory=True) as profile:
         update()
-    held = peak = 0
-    events = profile.profiler.kineto_results.events()
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
     step = savings.predicted(geometry, path, "fixed")
     moments = next(part.bytes for part in step.parts if part.name == "AdamW moments")
-    assert savings.above_weights(step) - moments == pytest.approx(peak, rel=0.1)
+    assert savings.above_weights(step) - moments == pytest.approx(peak_bytes(profile), rel=0.1)

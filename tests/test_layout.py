@@ -26,27 +26,27 @@ MAY_IMPORT = {
     "batching": {"stops"},
     "recipe_file": set(),
     "contradictions": {"config"},  # for its type alone
-    "sections": {"access", "rewards"},
+    "sections": {"access", "evaluation", "rewards"},
     "config": {"contradictions", "rewards", "recipe_file", "sections"},
     "records": {"config"},
     "checkpoint": {"records"},
     "selection": {"batching"},
     "objectives": {"rewards", "batching", "kernels", "selection"},
-    "models": {"sections", "objectives", "kernels", "batching", "config", "embedded", "sharding"},
+    "models": {"sections", "objectives", "kernels", "batching", "embedded", "sharding"},
     "attention": {"models", "batching"},
-    "rollouts": {"access", "batching", "stops"},
+    "rollouts": {"access", "batching"},
     "teachers": {
-        *("access", "batching", "config", "models", "records", "rewards", "sections", "stops"),
+        *("access", "batching", "models", "records", "rewards", "sections", "stops"),
     },
     "diagnostics": {"models", "kernels", "objectives", "batching", "rewards"},
-    "update": {"sections", "models", "objectives", "batching", "rewards", "config", "sharding"},
+    "update": {"sections", "models", "objectives", "batching", "rewards", "sharding"},
     "evaluation": {"rollouts", "batching", "models", "data", "embedded", "records", "stops"},
     "report": {"records", "rewards", "recipe_file"},
     "validation": {"sections", "config", "evaluation", "records"},
     "signals": set(),
     "trackers": set(),
     "card": {"sections", "config", "records"},
-    "task_reward": {"sections", "batching", "config", "data", "evaluation", "rewards"},
+    "task_reward": {"sections", "batching", "data", "evaluation", "rewards"},
     "engines": {"attention", "batching", "config", "data", "models", "rewards", "rollouts"},
     "assembly": {
         "accounting",
@@ -100,6 +100,15 @@ def test_imports_point_one_way(path: Path) -> None:
     assert imported(path) - {place(path), "errors"} <= MAY_IMPORT[place(path)]
 
 
+def test_what_may_be_imported_is_imported() -> None:
+    found = {place(path): set[str]() for path in modules()}
+    for path in modules():
+        found[place(path)] |= imported(path)
+    assert {name: allowed - found[name] for name, allowed in MAY_IMPORT.items()} == {
+        name: set() for name in MAY_IMPORT
+    }
+
+
 @pytest.mark.parametrize("name", ["grading", "metrics", "answers", "comparison"])
 def test_grading_and_metrics_need_nothing_of_ours(name: str) -> None:
     path = PACKAGE / "evaluation" / f"{name}.py"
@@ -120,6 +129,7 @@ def test_no_file_is_longer_than_400_lines(path: Path) -> None:
         ("poweropd.kernels", ["transformers", "accelerate", "datasets", "pydantic"]),
         ("poweropd.evaluation.grading", ["torch", "transformers", "datasets"]),
         ("poweropd.evaluation.metrics", ["torch", "transformers", "datasets"]),
+        ("poweropd.evaluation.settings", ["torch", "transformers", "datasets"]),
         ("poweropd.cli", ["torch", "transformers"]),
     ],
 )

@@ -19,7 +19,8 @@ from poweropd.embedded import task
 from poweropd.errors import RunError, UsageError
 from poweropd.evaluation.benchmarks import Problem
 from poweropd.evaluation.grading import Grader
-from poweropd.evaluation.runner import Evaluation, Settings, Subject, load_subject
+from poweropd.evaluation.runner import Evaluation, Subject, load_subject
+from poweropd.evaluation.settings import Settings
 
 SERVER = get_context("forkserver")
 SERVER.set_forkserver_preload(["poweropd.cli", "poweropd.evaluation.command"])

@@ -1,5 +1,6 @@
 """FSDP2 in two real processes: gradients, losses, checkpoints and exports of one process."""
 
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -9,10 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import build_model, peak_bytes
 from test_trainer import SERVER, assert_same_end, free_port, metrics, weights
 
 from poweropd import Config, Trainer
 from poweropd.batching import Example
+from poweropd.costs import memory
+from poweropd.costs.geometry import Geometry
+from poweropd.embedded.build import END_OF_TEXT, TURN_END
 from poweropd.errors import UsageError
 from poweropd.rewards import create
 from poweropd.sharding import collected
@@ -147,3 +152,44 @@ def test_accelerates_own_sharding_is_refused(
     monkeypatch.setenv(f"ACCELERATE_USE_{plugin}", "true")
     with pytest.raises(UsageError, match=rf"got --use_{plugin.lower()}.* train\.sharding=fsdp2"):
         Trainer(recipe(), progress=False)
+
+
+def peak_of_an_update(config: Config, result: Path, rank: int) -> None:
+    """Bytes of tensors that a second update holds at most, above the student and the teacher."""
+    trainer = Trainer(config, progress=False)
+    examples = list(trainer.scored(list(trainer.sample(0)), trainer.prompts(0)))
+    num_tokens = 2 * sum(e.num_tokens for e in examples)
+
+    def update() -> None:
+        trainer.updater.accumulate(examples, create("power"), num_tokens)
+
+    update()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        update()
+    if rank == 0:
+        longest = max(len(e.rollout.prompt_ids) for e in examples)
+        result.write_text(json.dumps([peak_bytes(profile), longest]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_predicted_peak_of_a_sharded_update(recipe: MAKES, tmp_path: Path, dtype: str) -> None:
+    wide = build_model(
+        tmp_path / "student", END_OF_TEXT, 192, seed=1, rows=2048, num_hidden_layers=4
+    )
+    teacher = build_model(tmp_path / "teacher", TURN_END, 32, seed=2, rows=2048)
+    config = recipe(
+        **{"model.student": str(wide), "teacher.model": str(teacher), "model.dtype": dtype},
+        **{"train.sharding": "fsdp2", "train.max_tokens_per_batch": 256},
+        **{"train.prompts_per_step": 8, "rollout.max_new_tokens": 100},
+    )
+    on_two_processes(partial(peak_of_an_update, config, tmp_path / "peak"))
+    peak, prompt = json.loads((tmp_path / "peak").read_text())
+    geometry = Geometry.from_fields("student", json.loads((wide / "config.json").read_text()))
+    setup = memory.Setup(
+        completions=4, prompt=prompt, completion=100, max_tokens=256, teacher_max_tokens=256,
+        compute=torch.finfo(getattr(torch, dtype)).bits // 8, master=4, teacher=4,
+        device="cpu", shards=2,
+    )  # fmt: skip
+    parts = memory.of_step(geometry, geometry, setup).parts
+    expected = sum(part.bytes for part in parts if part.phases == ("update",))
+    assert expected == pytest.approx(peak, rel=0.1)

@@ -17,6 +17,7 @@ from rich.logging import RichHandler
 
 from poweropd import push
 from poweropd.errors import RunError, UsageError
+from poweropd.evaluation.settings import BATCH_SIZE, Settings
 from poweropd.sweep import options as sweep
 
 app = typer.Typer(
@@ -55,7 +56,7 @@ def evaluate(
     benchmark: Annotated[
         str, typer.Option(help="Names, JSONL files or Hub datasets, separated by commas.")
     ] = "",
-    n: Annotated[int, typer.Option(min=1, help="Completions of each problem.")] = 8,
+    n: Annotated[int, typer.Option(min=1, help="Completions of each problem.")] = Settings.n,
     k: Annotated[int | None, typer.Option(min=1, help="Of Avg@k and Pass@k; n if absent.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first problems.")] = None,
     data: Annotated[
@@ -64,17 +65,19 @@ def evaluate(
     problem: Annotated[str | None, typer.Option(help="Column of one's own data.")] = None,
     answer: Annotated[str | None, typer.Option(help="Column of one's own data.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of one's own Hub dataset.")] = None,
-    temperature: Annotated[float, typer.Option(min=0)] = 0.6,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
-    top_k: Annotated[int, typer.Option(min=0, help="0: the whole vocabulary.")] = 20,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 4096,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    temperature: Annotated[float, typer.Option(min=0)] = Settings.temperature,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = Settings.top_p,
+    top_k: Annotated[int, typer.Option(min=0, help="0: the whole vocabulary.")] = Settings.top_k,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = Settings.max_new_tokens,
+    seed: Annotated[int, typer.Option(min=0)] = Settings.seed,
     thinking: Annotated[bool, typer.Option(help="The chat template's enable_thinking.")] = False,
     chat_template: Annotated[bool, typer.Option(help="Off: problems as plain text.")] = True,
     system: Annotated[str | None, typer.Option(help="A system turn.")] = None,
     instruction: Annotated[str | None, typer.Option(help="Appended to every problem.")] = None,
     dtype: Annotated[str, typer.Option()] = "bfloat16",
-    batch_size: Annotated[int, typer.Option(min=1, help="Completions sampled at once.")] = 64,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Completions sampled at once.")
+    ] = BATCH_SIZE,
     trust_remote_code: Annotated[bool, typer.Option()] = False,
     out: Annotated[
         Path | None, typer.Option(help="Where completions are kept; runs/eval/MODEL if absent.")
@@ -91,7 +94,6 @@ def evaluate(
 ) -> None:
     """Measure a model on benchmarks: Avg@k, Pass@k, length, with 95% intervals over problems."""
     from poweropd.evaluation import command
-    from poweropd.evaluation.runner import Settings
 
     names = [name.strip() for name in benchmark.split(",") if name.strip()]
     columns = {"problem_column": problem, "answer_column": answer, "split": split}

@@ -30,6 +30,7 @@ from poweropd.evaluation import runner
 from poweropd.evaluation.benchmarks import Problem
 from poweropd.evaluation.grading import Grader
 from poweropd.evaluation.metrics import paired_bootstrap, problem_values
+from poweropd.evaluation.settings import Settings
 from poweropd.records import write_atomically
 from poweropd.report import figures
 from poweropd.trainer import Trainer
@@ -47,7 +48,7 @@ STEPS = 200
 PROMPTS_PER_STEP = 4
 LEARNING_RATE = 2e-5
 MAX_NEW_TOKENS = 64
-SETTINGS = runner.Settings(n=1, max_new_tokens=MAX_NEW_TOKENS, top_p=1.0, top_k=0)
+SETTINGS = Settings(n=1, max_new_tokens=MAX_NEW_TOKENS, top_p=1.0, top_k=0)
 
 CURVE_POINTS = 3  # after the start, at which a run's accuracy and gradients are measured
 CURVE_PROBLEMS = 128

@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from poweropd import access, rewards
+from poweropd.evaluation.settings import Settings
 
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"]
 Attention = Literal[
@@ -234,10 +235,10 @@ class Evaluate(Section):
     n: PositiveInt = 1
     limit: PositiveInt | None = None
     data_dir: str | None = None  # a folder with NAME.jsonl, instead of the Hub
-    max_new_tokens: PositiveInt = 4096
-    temperature: NonNegativeFloat = 0.6
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
-    top_k: Annotated[int, Field(ge=0)] = 20
+    max_new_tokens: PositiveInt = Settings.max_new_tokens
+    temperature: NonNegativeFloat = Settings.temperature
+    top_p: Annotated[float, Field(gt=0, le=1)] = Settings.top_p
+    top_k: Annotated[int, Field(ge=0)] = Settings.top_k
     best: str = "avg_at_k"  # the metric, averaged over the benchmarks, by which best/ is kept
 
 

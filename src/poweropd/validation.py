@@ -10,7 +10,8 @@ from poweropd.config import Config
 from poweropd.errors import UsageError
 from poweropd.evaluation import benchmarks, results
 from poweropd.evaluation.metrics import summarize
-from poweropd.evaluation.runner import Settings, Subject, check_room, evaluate, prompt_ids
+from poweropd.evaluation.runner import Subject, check_room, evaluate, prompt_ids
+from poweropd.evaluation.settings import Settings
 from poweropd.records import RunDirectory, write_atomically
 from poweropd.sections import Evaluate
 

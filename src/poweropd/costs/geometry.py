@@ -63,10 +63,17 @@ class Geometry:
         return sum(inputs * outputs for inputs, outputs in self.linears.values())
 
     @property
+    def layer_parameters(self) -> int:
+        return self.linear_parameters + 2 * self.hidden + 2 * self.head_dim
+
+    @property
+    def outer_parameters(self) -> int:
+        """Outside the layers: embedding, head and last norm."""
+        return self.hidden + self.vocab * self.hidden * (1 if self.tied else 2)
+
+    @property
     def parameters(self) -> int:
-        norms = 2 * self.hidden + 2 * self.head_dim
-        body = self.layers * (self.linear_parameters + norms) + self.hidden
-        return body + self.vocab * self.hidden * (1 if self.tied else 2)
+        return self.layers * self.layer_parameters + self.outer_parameters
 
     @classmethod
     def from_fields(cls, name: str, fields: Mapping[str, Any]) -> "Geometry":

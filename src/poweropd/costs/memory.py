@@ -5,6 +5,7 @@ Bytes throughout. Not counted: the CUDA context, libraries, and what an allocato
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -36,11 +37,26 @@ class Setup:
     lora_parameters: int = 0
     padded: bool = True  # sequences differ in length, so that attention gets a mask
     device: str = "cuda"
+    shards: int = 1  # processes that share the student's weights, gradients and moments
+    samples: Literal["transformers", "vllm", "server"] = "transformers"
+    vllm_bytes: int = 0  # what vLLM takes of the device while it samples
+    teacher_at: Literal["device", "host", "servers"] = "device"  # host: but for scoring
+    teacher_linear: float | None = None  # bytes of a quantized number of its linear layers
 
     @property
     def mixed(self) -> bool:
         """Autocast: weights of one dtype, matmuls of another."""
         return self.compute != self.master
+
+    @property
+    def casts_layers(self) -> bool:
+        """Autograd keeps a cast copy of each layer; shards are gathered in the compute dtype."""
+        return self.mixed and self.shards == 1
+
+    @property
+    def copies(self) -> bool:
+        """transformers samples from a copy of the student."""
+        return self.samples == "transformers" and (self.mixed or self.shards > 1)
 
     @property
     def length(self) -> int:
@@ -104,7 +120,7 @@ def layer_activations(geometry: Geometry, setup: Setup, tokens: int) -> int:
     adapters = compute * len(g.linears) * setup.lora_rank if setup.lora_rank else 0
     adapters += compute * g.query if lora and setup.mixed else 0
     kept = tokens * (norms + inputs + attention + mask + mlp + adapters)
-    return kept + (compute * layer_weights(geometry, setup) if setup.mixed else 0)
+    return kept + (compute * layer_weights(geometry, setup) if setup.casts_layers else 0)
 
 
 def layer_weights(geometry: Geometry, setup: Setup) -> int:
@@ -176,37 +192,86 @@ def sampling(geometry: Geometry, setup: Setup) -> int:
     return sequences * geometry.vocab * (setup.compute + 2 * FLOAT32 + 2 * 8)
 
 
+def gathered(geometry: Geometry, setup: Setup, chunk: int) -> int:
+    """What a sharded student has whole in the update, beside its shards.
+
+    Embeddings, head and last norm from the forward to the end of the backward. In the backward a
+    layer is there and the next on its way, and one's gradient, in the compute dtype and in float32;
+    the head's chunk of so many bytes is free by then.
+    """
+    if setup.shards == 1:
+        return 0
+    adapter = setup.lora_parameters // geometry.layers
+    layer = geometry.layer_parameters + adapter
+    gradient = (adapter if setup.lora_rank else layer) * (setup.compute + FLOAT32)
+    in_layers = 2 * layer * setup.compute + gradient
+    return geometry.outer_parameters * setup.master + max(0, in_layers - chunk)
+
+
+def teacher_weights(teacher: Geometry, setup: Setup) -> int:
+    if setup.teacher_linear is None:
+        return teacher.parameters * setup.teacher
+    linear = teacher.layers * teacher.linear_parameters
+    return int(linear * setup.teacher_linear) + (teacher.parameters - linear) * setup.teacher
+
+
+def rollout_parts(student: Geometry, weights: int, setup: Setup) -> list[Part]:
+    """What sampling takes of this device beside the student itself."""
+    if setup.samples == "vllm":  # it sleeps through the rest of the step
+        return [Part("vLLM", setup.vllm_bytes, ("rollout",))]
+    if setup.samples == "server":
+        return []
+    return [
+        Part("their copy for rollouts", weights * setup.compute if setup.copies else 0),
+        Part("KV cache", kv_cache(student, setup), ("rollout",)),
+        Part("sampling", sampling(student, setup), ("rollout",)),
+    ]
+
+
+def teacher_parts(teacher: Geometry, setup: Setup) -> list[Part]:
+    """A teacher behind servers takes nothing here."""
+    if setup.teacher_at == "servers":
+        return []
+    weights = teacher_weights(teacher, setup)
+    phases = ("score",) if setup.teacher_at == "host" else PHASES
+    # One that reads along reads the student's micro-batches, and leaves the head to the update.
+    rows = setup.rows(setup.max_tokens if setup.reads_along else setup.teacher_max_tokens)
+    mask = setup.length if setup.padded else 0
+    workspace = forward_workspace(teacher, setup.teacher, rows * setup.length, mask)
+    chunk = head_chunk(teacher, setup, rows * setup.completion, buffers=1)
+    return [
+        Part("teacher weights", weights, phases),
+        Part("teacher activations", workspace, ("score",)),
+        Part("teacher head chunk", 0 if setup.reads_along else chunk, ("score",)),
+    ]
+
+
+def update_parts(student: Geometry, teacher: Geometry, trained: int, setup: Setup) -> list[Part]:
+    """Gradients of `trained` parameters, and what a micro-batch needs to give them."""
+    rows = setup.rows(setup.max_tokens)
+    loss = rows * setup.completion
+    read_along = loss * teacher.hidden * setup.teacher if setup.reads_along else 0
+    chunk = head_chunk(student, setup, loss, buffers=2 if setup.reads_along else 1)
+    parts = {
+        "gradients": trained * setup.master // setup.shards,
+        "gathered from shards": gathered(student, setup, chunk),
+        "student activations": activations(student, setup, rows * setup.length),
+        "head chunk": chunk,
+        "head gradient": head_gradient(student, setup, loss) + read_along,
+    }
+    return [Part(name, size, ("update",)) for name, size in parts.items()]
+
+
 def of_step(student: Geometry, teacher: Geometry, setup: Setup) -> Memory:
-    """Peak memory of a step by part: rollouts by transformers, a local teacher, data parallel."""
+    """Peak memory of a step by part, on one of the devices of a data-parallel run."""
     trained = setup.lora_parameters if setup.lora_rank else student.parameters
     weights = student.parameters + (setup.lora_parameters if setup.lora_rank else 0)
-    rows, teacher_rows = setup.rows(setup.max_tokens), setup.rows(setup.teacher_max_tokens)
-    if setup.reads_along:  # the teacher reads the student's micro-batches
-        teacher_rows = rows
-    read, scored = rows * setup.length, teacher_rows * setup.length
-    loss, scored_loss = rows * setup.completion, teacher_rows * setup.completion
-    mask = setup.length if setup.padded else 0
-    update, score, rollout = ("update",), ("score",), ("rollout",)
-    chunk = head_chunk(student, setup, loss, buffers=2 if setup.reads_along else 1)
-    teacher_hidden = loss * teacher.hidden * setup.teacher if setup.reads_along else 0
-    teacher_chunk = 0 if setup.reads_along else head_chunk(teacher, setup, scored_loss, buffers=1)
     return Memory(
         [
-            Part("student weights", weights * setup.master),
-            Part("their copy for rollouts", weights * setup.compute if setup.mixed else 0),
-            Part("AdamW moments", 2 * trained * setup.master),
-            Part("teacher weights", teacher.parameters * setup.teacher),
-            Part("KV cache", kv_cache(student, setup), rollout),
-            Part("sampling", sampling(student, setup), rollout),
-            Part(
-                "teacher activations",
-                forward_workspace(teacher, setup.teacher, scored, mask),
-                score,
-            ),
-            Part("teacher head chunk", teacher_chunk, score),
-            Part("gradients", trained * setup.master, update),
-            Part("student activations", activations(student, setup, read), update),
-            Part("head chunk", chunk, update),
-            Part("head gradient", head_gradient(student, setup, loss) + teacher_hidden, update),
+            Part("student weights", weights * setup.master // setup.shards),
+            Part("AdamW moments", 2 * trained * setup.master // setup.shards),
+            *teacher_parts(teacher, setup),
+            *rollout_parts(student, weights, setup),
+            *update_parts(student, teacher, trained, setup),
         ]
     )

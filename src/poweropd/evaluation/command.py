@@ -16,7 +16,8 @@ from poweropd.evaluation import benchmarks, results
 from poweropd.evaluation.benchmarks import Problem
 from poweropd.evaluation.grading import Grader
 from poweropd.evaluation.metrics import summarize
-from poweropd.evaluation.runner import BATCH_SIZE, Settings, evaluate, load_subject
+from poweropd.evaluation.runner import evaluate, load_subject
+from poweropd.evaluation.settings import BATCH_SIZE, Settings
 from poweropd.records import write_atomically
 
 UNKNOWN_STOP = "unknown"

@@ -12,7 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +26,13 @@ from poweropd.errors import RunError, UsageError
 from poweropd.evaluation.benchmarks import Problem
 from poweropd.evaluation.grading import Grade, Grader
 from poweropd.evaluation.metrics import Summary, summarize
+from poweropd.evaluation.settings import BATCH_SIZE, Settings
 from poweropd.rollouts.base import Request, RolloutEngine, Sampling, completion_seed
 from poweropd.rollouts.transformers import TransformersEngine
 
 logger = logging.getLogger("poweropd")
 
 Row = dict[str, Any]
-BATCH_SIZE = 64  # completions at once: 4,096 tokens of each must fit beside the model
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a benchmark is sampled; the defaults are the paper's (temperature 0.6, n = 8)."""
-
-    n: int = 8
-    max_new_tokens: int = 4096
-    temperature: float = 0.6
-    top_p: float = 0.95
-    top_k: int = 20
-    seed: int = 0
-    chat: Mapping[str, Any] | None = field(default_factory=lambda: {"enable_thinking": False})
-    system: str | None = None
-    instruction: str | None = None  # appended to each problem, after a line break
-    group_size: int = 256  # completions sampled together; part of what makes a run repeatable
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from poweropd.costs.memory import GIB
 from poweropd.errors import UsageError
 from poweropd.plan import checks
 from poweropd.plan.estimate import (
+    Advice,
     Estimate,
     Workload,
     advice,
@@ -74,7 +75,7 @@ class Plan:
     gpu_bytes: float
     gpus_needed: int | None  # None: no number of them is enough
     estimates: list[Estimate]  # of the recipe's own objective first
-    advice: list[tuple[str, int]]  # (override, peak in bytes)
+    advice: list[Advice]
 
     @property
     def failed(self) -> list[checks.Check]:
@@ -95,7 +96,7 @@ class Plan:
             "throughput": asdict(self.throughput),
             "gpu_bytes": self.gpu_bytes,
             "gpus_needed": self.gpus_needed,
-            "advice": [{"override": key, "peak_bytes": peak} for key, peak in self.advice],
+            "advice": [asdict(advice) for advice in self.advice],
             "steps": steps,
             "estimates": [e.to_dict(steps) for e in self.estimates],
         }
@@ -127,8 +128,15 @@ def make(config: Config, options: Options) -> Plan:
         throughput=throughput,
         gpu_bytes=gpu_bytes,
         gpus_needed=needed,
-        estimates=[estimate(c, student, teacher, workload, throughput, gpus) for c in configs],
-        advice=advice(student, teacher, setup(config, student, workload, options.gpus or 1)),
+        estimates=[
+            estimate(c, student, teacher, workload, throughput, gpus, gpu_bytes) for c in configs
+        ],
+        advice=advice(
+            student,
+            teacher,
+            setup(config, student, workload, options.gpus or 1, gpu_bytes),
+            options.gpus or 1,
+        ),
     )
 
 

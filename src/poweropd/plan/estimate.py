@@ -1,8 +1,9 @@
 """FLOPs, memory, time and cost of a run: arithmetic on geometries and a recipe."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from poweropd.config import Config
 from poweropd.costs import flops, memory
@@ -15,6 +16,13 @@ BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # Of a device's memory: the rest goes to the CUDA context and to what the allocator cannot use.
 USABLE = 0.9
 KINDS = ("sampled", "full_vocab")
+SAMPLES: dict[str, Literal["transformers", "vllm", "server"]] = {
+    "vllm": "vllm",
+    "vllm_server": "server",
+}
+# bitsandbytes: four bits and a float32 scale for 64 of them; eight bits, scales by row.
+QUANTIZED = {"load_in_4bit": 0.5 + 4 / 64, "load_in_8bit": 1.0}
+MANY = 8  # GPUs, of which sharding is advised
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,7 @@ def estimate(
     workload: Workload,
     throughput: Throughput,
     gpus: int,
+    gpu_bytes: float,
 ) -> Estimate:
     sequences = workload.sequences
     passes = passes_of(config)
@@ -108,7 +117,7 @@ def estimate(
         ),
         true=flops.update(student, teacher, sequences, passes),
         done=done,
-        memory=memory.of_step(student, teacher, setup(config, student, workload, gpus)),
+        memory=memory.of_step(student, teacher, setup(config, student, workload, gpus, gpu_bytes)),
         seconds=throughput.seconds(workload.tokens / gpus, done / gpus),
         gpus=gpus,
     )
@@ -124,25 +133,35 @@ def with_recomputing(config: Config, passes: flops.Passes) -> flops.Passes:
 
 
 def setup(
-    config: Config, student: Geometry, workload: Workload, gpus: int = 1, device: str = "cuda"
+    config: Config, student: Geometry, workload: Workload, gpus: int, gpu_bytes: float
 ) -> memory.Setup:
-    lora = config.model.lora
+    lora, teacher, engine = config.model.lora, config.only_teacher, config.rollout.engine
+    sharded, vllm = config.train.sharding == "fsdp2", config.rollout.vllm
     return memory.Setup(
         completions=math.ceil(workload.completions / gpus),
         prompt=workload.prompt,
         completion=workload.longest,
         max_tokens=config.train.max_tokens_per_batch,
-        teacher_max_tokens=config.only_teacher.max_tokens_per_batch,
+        teacher_max_tokens=teacher.max_tokens_per_batch,
         compute=BYTES[config.model.dtype],
         master=BYTES[config.model.master_dtype],
-        teacher=BYTES[config.only_teacher.dtype],
+        teacher=BYTES[teacher.dtype],
         rollout_batch=config.rollout.batch_size,
         reads_along=config.needs_local_teacher is not None,
         checkpointing=config.model.gradient_checkpointing,
         lora_rank=lora.r if lora else None,
         lora_parameters=lora_parameters(student, lora) if lora else 0,
-        device=device,
+        shards=gpus if sharded else 1,
+        samples=SAMPLES.get(engine, "transformers"),
+        vllm_bytes=int(vllm.gpu_memory_utilization * gpu_bytes),
+        teacher_at="servers" if teacher.servers else "host" if teacher.offload else "device",
+        teacher_linear=quantized(teacher.quantization or {}),
     )
+
+
+def quantized(options: Mapping[str, Any]) -> float | None:
+    """Bytes of a number of a linear layer; None where it is not known."""
+    return next((size for key, size in QUANTIZED.items() if options.get(key)), None)
 
 
 def lora_parameters(geometry: Geometry, lora: Lora) -> int:
@@ -162,25 +181,43 @@ def with_kind(config: Config, kind: str) -> Config:
 def gpus_needed(
     config: Config, student: Geometry, teacher: Geometry, workload: Workload, gpu_bytes: float
 ) -> int | None:
-    """The fewest GPUs that hold a step, or None: each holds both models, so more of them only
-    share the completions."""
+    """The fewest GPUs that hold a step, or None: each holds both models, sharding apart, so more
+    of them only share the completions."""
     for gpus in range(1, workload.completions + 1):
-        step = memory.of_step(student, teacher, setup(config, student, workload, gpus))
+        each = setup(config, student, workload, gpus, gpu_bytes)
+        step = memory.of_step(student, teacher, each)
         if step.peak <= USABLE * gpu_bytes:
             return gpus
     return None
 
 
-def advice(student: Geometry, teacher: Geometry, base: memory.Setup) -> list[tuple[str, int]]:
-    """Settings that lower the peak, each alone, as (override, peak in bytes), lowest first."""
+@dataclass(frozen=True)
+class Advice:
+    """A setting that lowers the peak."""
+
+    override: str
+    peak_bytes: int
+    gpus: int
+
+
+def advice(student: Geometry, teacher: Geometry, base: memory.Setup, gpus: int) -> list[Advice]:
+    """What lowers the peak on each of so many GPUs, each setting alone, the lowest first."""
     peak = memory.of_step(student, teacher, base).peak
     half = max(base.length, base.max_tokens // 2)
-    adapter = lora_parameters(student, Lora())
+    adapter, shards = lora_parameters(student, Lora()), max(gpus, MANY)
     options = {
-        f"train.max_tokens_per_batch={half}": replace(base, max_tokens=half),
-        "model.gradient_checkpointing=true": replace(base, checkpointing=True),
-        "model.lora={}": replace(base, lora_rank=Lora().r, lora_parameters=adapter),
+        f"train.max_tokens_per_batch={half}": (gpus, replace(base, max_tokens=half)),
+        "model.gradient_checkpointing=true": (gpus, replace(base, checkpointing=True)),
+        "model.lora={}": (gpus, replace(base, lora_rank=Lora().r, lora_parameters=adapter)),
+        "train.sharding=fsdp2": (
+            shards,
+            replace(base, shards=shards, completions=math.ceil(base.completions * gpus / shards)),
+        ),
     }
-    peaks = {key: memory.of_step(student, teacher, s).peak for key, s in options.items()}
-    lower = [(key, other) for key, other in peaks.items() if other < peak]
-    return sorted(lower, key=lambda pair: pair[1])
+    if base.teacher_at == "device" and base.teacher_linear is None and not base.reads_along:
+        options["teacher.offload=true"] = (gpus, replace(base, teacher_at="host"))
+    found = [
+        Advice(key, memory.of_step(student, teacher, changed).peak, count)
+        for key, (count, changed) in options.items()
+    ]
+    return sorted((a for a in found if a.peak_bytes < peak), key=lambda a: a.peak_bytes)

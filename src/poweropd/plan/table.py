@@ -14,6 +14,7 @@ from poweropd.plan.command import Plan
 from poweropd.plan.estimate import USABLE, Estimate
 
 WIDTH = 80
+UNSHARED = {"none": "both models", "fsdp2": "the teacher, and the copy that samples"}
 STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "not checked": "dim"}
 
 
@@ -149,16 +150,19 @@ def fit(plan: Plan) -> list[str]:
     peak = f"Peak {_gib(own.memory.peak)} GiB, in {own.memory.peak_phase}"
     if plan.gpus_needed is None:
         lines = [
-            f"{peak}: more than {usable} of {size} GiB. More GPUs do not help: each holds both",
-            "models, and only the completions are shared.",
+            f"{peak}: more than {usable} of {size} GiB. More GPUs do not help: each holds",
+            f"{UNSHARED[plan.config.train.sharding]}, and the completions are shared.",
         ]
     else:
         lines = [
             f"{peak}; of {size} GiB, {usable} count as usable. GPUs needed: {plan.gpus_needed}."
         ]
     if plan.gpus_needed != 1:
-        where = f"on {own.gpus} GPUs" if plan.gpus_needed is None else "on one GPU"
-        lines += [f"  {key}: {_gib(low)} GiB {where}" for key, low in plan.advice]
+        lines += [
+            f"  {a.override}: {_gib(a.peak_bytes)} GiB on "
+            + ("one GPU" if a.gpus == 1 else f"each of {a.gpus} GPUs")
+            for a in plan.advice
+        ]
     return lines
 
 

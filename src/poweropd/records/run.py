@@ -150,7 +150,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: metadata.version(name) for name in PACKAGES if name in installed},
         "cpu_count": os.cpu_count(),
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),  # set by the launcher
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),  # set by the launcher
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         if cuda
         else ["cpu"],
