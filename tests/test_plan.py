@@ -159,3 +159,37 @@ def test_the_table_is_at_most_80_columns_wide_in_a_wide_terminal(
     console = Console(width=200, file=io.StringIO())
     table.show(command.make(recipe(), command.Options()), console)
     assert max(map(len, console.file.getvalue().splitlines())) <= 80
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    ("override", "part", "ratio"),
+    [
+        ("train.sharding=fsdp2", "student weights", 1 / 4),
+        ("train.sharding=fsdp2", "AdamW moments", 1 / 4),
+        ("teacher.servers=[http://127.0.0.1:1]", "teacher weights", 0),
+        ("teacher.quantization={quant_method: bitsandbytes, load_in_8bit: true}",
+         "teacher weights", 0.55),
+        ("rollout.engine=vllm_server", "KV cache", 0),
+        ("rollout.engine=vllm", "vLLM", None),
+    ],
+)  # fmt: skip
+def test_what_is_shared_or_elsewhere_takes_less(
+    override: str, part: str, ratio: float | None
+) -> None:
+    def held(*overrides: str) -> dict[str, int]:
+        plan = command.make(Config.load(PAPER, list(overrides)), command.Options(gpus=4))
+        return {p.name: p.bytes for p in plan.estimates[0].memory.parts}
+
+    plain, other = held(), held(override)
+    if ratio is None:
+        assert other[part] == pytest.approx(0.3 * command.Options().gpu_bytes())
+    else:
+        assert other.get(part, 0) == pytest.approx(ratio * plain[part], rel=0.05)
+
+
+@pytest.mark.usefixtures("offline")
+def test_an_offloaded_teacher_is_held_for_scoring_alone() -> None:
+    config = Config.load(PAPER, ["teacher.offload=true"])
+    parts = command.make(config, command.Options()).estimates[0].memory.parts
+    assert [p.phases for p in parts if p.name == "teacher weights"] == [("score",)]

@@ -150,8 +150,9 @@ def fit(plan: Plan) -> list[str]:
     peak = f"Peak {_gib(own.memory.peak)} GiB, in {own.memory.peak_phase}"
     if plan.gpus_needed is None:
         lines = [
-            f"{peak}: more than {usable} of {size} GiB. More GPUs do not help: each holds",
-            f"{UNSHARED[plan.config.train.sharding]}, and the completions are shared.",
+            f"{peak}: more than {usable} of {size} GiB.",
+            "More GPUs do not help: each holds "
+            f"{UNSHARED[plan.config.train.sharding]}; completions are shared.",
         ]
     else:
         lines = [
