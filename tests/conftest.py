@@ -1,6 +1,9 @@
 """Tiny models that tests build: random Qwen3s with the embedded pair's tokenizer."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -44,6 +47,17 @@ def build_model(
     Qwen3ForCausalLM(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def train_on_two_processes(recipe: Path) -> None:
+    """`poweropd train` by torch's launcher, on CPUs; raises if it fails."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    subprocess.run(
+        [*launch, "-m", "poweropd", "train", str(recipe)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        check=True,
+        capture_output=True,
+    )
 
 
 def peak_bytes(profile: torch.profiler.profile) -> int:

@@ -1,9 +1,6 @@
 """The in-process vLLM engine, for real: what it samples, and whose weights it holds."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_model
+from conftest import build_model, train_on_two_processes
 from torch import Tensor
 from vllm_models import widened_student
 
@@ -160,12 +157,7 @@ def test_two_processes_give_the_losses_of_one(sampled: MAKES, tmp_path: Path) ->
     Trainer(sampled(), progress=False).train()
     recipe = tmp_path / "two.yaml"
     recipe.write_text(sampled(**{"run.dir": str(tmp_path / "two")}).to_yaml())
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    subprocess.run(
-        [*launch, "-m", "poweropd", "train", str(recipe)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        check=True,
-    )
+    train_on_two_processes(recipe)
     assert json.loads((tmp_path / "two" / "environment.json").read_text())["processes"] == 2
     for mine, theirs in zip(metrics(tmp_path / "run"), metrics(tmp_path / "two"), strict=True):
         assert mine["num_tokens"] == theirs["num_tokens"]

@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import train_on_two_processes
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -173,13 +173,7 @@ TWO = {"train.steps": 5, "train.prompts_per_step": 5, "rollout.max_new_tokens": 
 
 def test_two_launched_processes_give_the_losses_of_one(recipe: MAKES, tmp_path: Path) -> None:
     path = write_recipe(recipe(**TWO, **{"run.dir": str(tmp_path / "two")}), tmp_path / "two.yaml")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    subprocess.run(
-        [*launch, "-m", "poweropd", "train", str(path)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        check=True,
-        capture_output=True,
-    )
+    train_on_two_processes(path)
     Trainer(recipe(**TWO), progress=False).train()
     assert_same_losses(tmp_path / "run", tmp_path / "two")
     for run, processes in (("run", 1), ("two", 2)):

@@ -119,7 +119,7 @@ def make(config: Config, options: Options) -> Plan:
     kinds = dict.fromkeys([config.objective.kind, *options.compare])
     configs = [with_kind(config, kind) for kind in kinds]
     needed = gpus_needed(config, student, teacher, workload, gpu_bytes)
-    gpus = options.gpus or needed or 1
+    gpus, asked = options.gpus or needed or 1, options.gpus or 1
     return Plan(
         config=config,
         inspected=found,
@@ -131,12 +131,7 @@ def make(config: Config, options: Options) -> Plan:
         estimates=[
             estimate(c, student, teacher, workload, throughput, gpus, gpu_bytes) for c in configs
         ],
-        advice=advice(
-            student,
-            teacher,
-            setup(config, student, workload, options.gpus or 1, gpu_bytes),
-            options.gpus or 1,
-        ),
+        advice=advice(student, teacher, setup(config, student, workload, asked, gpu_bytes), asked),
     )
 
 
