@@ -20,9 +20,13 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from poweropd import rewards
-from poweropd.batching import Example, Rollout, collate, pack
-from poweropd.models import DTYPES, Student, Teacher
-from poweropd.objectives import FullVocab, MakeObjective, Sampled
+from poweropd.data.batch import collate, pack
+from poweropd.data.rollout import Example, Rollout
+from poweropd.models.language_model import Student, Teacher
+from poweropd.models.loading import DTYPES
+from poweropd.objectives.factory import MakeObjective
+from poweropd.objectives.full_vocab import FullVocab
+from poweropd.objectives.sampled import Sampled
 from poweropd.teachers import base as teachers
 from poweropd.teachers.local import LocalTeacher
 
@@ -177,7 +181,7 @@ def train_on(
     pair: Pair, examples: Sequence[Example], make_objective: MakeObjective, reward: rewards.Reward,
     full: bool = False,
 ) -> None:  # fmt: skip
-    """`poweropd.update.Updater` for one process, less the checks and the record of the run."""
+    """Does what `poweropd.training.update.Updater` does in one process, less checks and records."""
     objective = make_objective(reward, 1 / sum(e.num_tokens for e in examples))
     for group in pack([e.student_length for e in examples], pair.geometry.max_tokens):
         batch = collate([examples[i] for i in group]).to(DEVICE)

@@ -12,8 +12,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from poweropd.demo import REWARDS, SEEDS, STEPS, Job, measure_accuracy, start_process
-from poweropd.trainer import Trainer
+from poweropd.sweep.demo import REWARDS, SEEDS, STEPS, Job, measure_accuracy, start_process
+from poweropd.training.trainer import Trainer
 
 
 def accuracy(job: Job) -> float:

@@ -16,16 +16,15 @@ import torch
 from common import machine, print_table
 
 from poweropd import rewards
-from poweropd.batching import Batch
-from poweropd.demo import BASELINE, Job
-from poweropd.diagnostics import gradients, mean_cosine, signal_to_noise
-from poweropd.gradient_quality import fresh_batches
-from poweropd.models import Student, Teacher
-from poweropd.objectives import SAMPLED, Maker, maker
+from poweropd.data.batch import Batch
+from poweropd.models.language_model import Student, Teacher
+from poweropd.objectives.factory import SAMPLED, Maker, maker
+from poweropd.objectives.selection import Dial, Random
 from poweropd.rewards import Reward
-from poweropd.selection import Dial, Random
-from poweropd.trainer import Trainer
-from poweropd.update import with_teacher
+from poweropd.sweep.demo import BASELINE, Job
+from poweropd.training.gradient_noise import fresh_batches, gradients, mean_cosine, signal_to_noise
+from poweropd.training.trainer import Trainer
+from poweropd.training.update import with_teacher
 
 KEEP = 0.4
 REWARDS: dict[str, Reward] = {

@@ -15,9 +15,10 @@ import common
 import torch
 from transformers import Qwen3ForCausalLM
 
-from poweropd.attention import PADDED
-from poweropd.batching import Sequences, pack
-from poweropd.models import DTYPES, Student
+from poweropd.data.batch import Sequences, pack
+from poweropd.models.attention import PADDED
+from poweropd.models.language_model import Student
+from poweropd.models.loading import DTYPES
 
 LAYOUTS = {"padded": False, "flat": True}
 

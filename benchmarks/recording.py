@@ -31,10 +31,10 @@ from common import (
 )
 
 from poweropd import rewards
-from poweropd.batching import pack, teacher_sequences
+from poweropd.data.batch import pack, teacher_sequences
 from poweropd.kernels import linear_log_prob
-from poweropd.objectives import TokenRecord
-from poweropd.records import RewardRecorder
+from poweropd.objectives.base import TokenRecord
+from poweropd.runs.recorder import RewardRecorder
 
 RUN_STEPS, PART_STEPS = 1500, 100
 

@@ -23,10 +23,11 @@ from recording import decode, random_record
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
-from poweropd.batching import Rollout
 from poweropd.config import Config
-from poweropd.records import RewardRecorder, RunDirectory
+from poweropd.data.rollout import Rollout
 from poweropd.report import page
+from poweropd.runs.directory import RunDirectory
+from poweropd.runs.recorder import RewardRecorder
 
 REWARDS = ["log_ratio", "clip", "tanh", "zscore", "power", "hellinger", "gate", "power"]
 DIFFERENT_STEPS = 20  # records are made once and used in turn: they look the same in a picture
@@ -118,7 +119,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         runs = [make_run(folder, number, arguments.steps) for number in range(arguments.runs)]
-        made = time_of(lambda: page.write(runs, folder / "report.html", None))
+        made = time_of(lambda: page.write_report(runs, folder / "report.html", None))
         size = (folder / "report.html").stat().st_size
         opened = [opening(folder / "report.html") for _ in range(5)]
     medians = [statistics.median(column) for column in zip(*opened, strict=True)]

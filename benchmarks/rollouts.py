@@ -27,11 +27,12 @@ from vllm_models import widened_student
 from vllm_server import VllmServer
 
 from poweropd import Config, Trainer, embedded
-from poweropd.demo import SEEDS, Job, measure_accuracy
-from poweropd.embedded.build import END_OF_TEXT
+from poweropd.data.rollout import Request
+from poweropd.embedded import END_OF_TEXT
 from poweropd.evaluation import runner
-from poweropd.rollouts.base import Request, Sampling, completion_seed
+from poweropd.rollouts.base import Sampling, completion_seed
 from poweropd.rollouts.transformers import TransformersEngine
+from poweropd.sweep.demo import SEEDS, Job, measure_accuracy
 
 PROMPTS, TOKENS, REPEATS = 64, 128, 7
 OPTIONS = {"kv_cache_memory_bytes": 1 << 28}

@@ -6,7 +6,7 @@
     full_vocab   ours from both models' whole distributions, by chunks: the reverse KL
     naive        the same loss by autograd from logits of both models, [B, T, V] in float32
 
-Each path runs in its own process. `predicted` is the memory of `poweropd.costs.memory` above the
+Each path runs in its own process. `predicted` is the memory of `poweropd.plan.memory` above the
 weights, tensors only; the C library's heap keeps holes between them, and `without holes` is the
 peak of one more run in which every tensor of 64 KiB or more is returned as soon as it is freed.
 """
@@ -37,9 +37,10 @@ from common import (
 from update import Padded
 
 from poweropd import rewards
-from poweropd.costs import flops, memory
-from poweropd.costs.geometry import Geometry as Shape
-from poweropd.models import DTYPES
+from poweropd.models import flops
+from poweropd.models.geometry import Geometry as Shape
+from poweropd.models.loading import DTYPES
+from poweropd.plan import memory
 
 REWARD = rewards.create("log_ratio")  # its divergence is the reverse KL
 NO_HOLES = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # read by glibc when a process starts

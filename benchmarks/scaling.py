@@ -38,9 +38,9 @@ from common import (
 from torch import Tensor
 
 from poweropd import rewards
-from poweropd.batching import Batch, collate, pack
+from poweropd.data.batch import Batch, collate, pack
 from poweropd.kernels import Head, linear_log_prob, linear_policy_gradient, reference
-from poweropd.objectives import Sampled
+from poweropd.objectives.sampled import Sampled
 
 T = TypeVar("T")
 Row = dict[str, Any]

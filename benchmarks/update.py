@@ -40,7 +40,8 @@ from common import (
 from torch import Tensor
 
 from poweropd import rewards
-from poweropd.models import DTYPES, LanguageModel
+from poweropd.models.language_model import LanguageModel
+from poweropd.models.loading import DTYPES
 
 # Random models give every token a probability near 1 / V, where a power would vanish. For the
 # full vocabulary this is the reverse KL, TRL's own divergence.

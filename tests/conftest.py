@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from build_embedded import END_OF_TEXT, TURN_END, make_tokenizer
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from poweropd.config import Config
 from poweropd.embedded import task
-from poweropd.embedded.build import END_OF_TEXT, TURN_END, make_tokenizer
 
 torch.set_num_threads(1)
 

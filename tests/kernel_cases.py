@@ -6,11 +6,7 @@ import torch
 from torch import Tensor
 
 from poweropd import rewards
-from poweropd.kernels import (
-    Head,
-    linear_policy_gradient,
-    reference,
-)
+from poweropd.kernels import Head, linear_policy_gradient, reference
 
 V, H, CHUNK = 61, 8, 6  # V is prime
 # These factors, and their quotients, have no rounding in float32: else the one whose rounding of

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from poweropd import Config, Trainer
-from poweropd.batching import Rollout
-from poweropd.objectives import TokenRecord
-from poweropd.records import RewardRecorder, RunDirectory
+from poweropd.data.rollout import Rollout
+from poweropd.objectives.base import TokenRecord
+from poweropd.runs.directory import RunDirectory
+from poweropd.runs.recorder import RewardRecorder
 
 INJECTED = (
     "<script>window.injected = 'script'</script><img src=x onerror=\"window.injected = 'img'\">"

@@ -6,18 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from poweropd import assembly
-from poweropd.accounting import (
-    GPUS,
-    StepClock,
-    Utilization,
-    geometry_of,
-    peak_flops,
-    peak_flops_of,
-)
-from poweropd.batching import Example, Rollout
 from poweropd.config import Config
-from poweropd.costs import flops
+from poweropd.data.rollout import Example, Rollout
+from poweropd.models import flops
+from poweropd.models.devices import GPUS, peak_flops, peak_flops_of
+from poweropd.training import build
+from poweropd.training.accounting import StepClock, Utilization, geometry_of
 
 CPU = torch.device("cpu")
 
@@ -54,12 +48,12 @@ def example(prompt: int, completion: int) -> Example:
 
 
 @pytest.fixture
-def pair(recipe: Callable[..., Config]) -> assembly.Models:
+def pair(recipe: Callable[..., Config]) -> build.RunModels:
     config = recipe()
-    return assembly.load_models(config, assembly.Inputs.load(config), CPU)
+    return build.load_models(config, build.RunInputs.load(config), CPU)
 
 
-def test_mfu_is_the_models_flops_over_scoring_and_update(pair: assembly.Models) -> None:
+def test_mfu_is_the_models_flops_over_scoring_and_update(pair: build.RunModels) -> None:
     utilization = Utilization.of(pair.student, pair.teacher, False, peak=1e9)
     assert utilization is not None
     clock = StepClock(CPU)
@@ -74,7 +68,7 @@ def test_mfu_is_the_models_flops_over_scoring_and_update(pair: assembly.Models) 
     assert remote.metrics(examples, clock)["mfu"] < utilization.metrics(examples, clock)["mfu"]
 
 
-def test_without_a_peak_there_is_no_utilization(pair: assembly.Models) -> None:
+def test_without_a_peak_there_is_no_utilization(pair: build.RunModels) -> None:
     assert Utilization.of(pair.student, pair.teacher, False) is None
 
 

@@ -11,11 +11,12 @@ from torch import nn
 from transformers import BloomConfig, BloomForCausalLM, Lfm2Config, Lfm2ForCausalLM
 
 from poweropd import Config, Trainer
-from poweropd.attention import mixing, packs_flat, why_not_flat
-from poweropd.batching import Example
+from poweropd.data.rollout import Example
 from poweropd.errors import RunError, UsageError
 from poweropd.kernels import TokenStatistics
-from poweropd.models import LanguageModel, load_model
+from poweropd.models.attention import mixing, packs_flat, why_not_flat
+from poweropd.models.language_model import LanguageModel
+from poweropd.models.loading import load_model
 from poweropd.rewards import create
 from poweropd.teachers.base import score
 from poweropd.teachers.local import LocalTeacher
@@ -76,7 +77,7 @@ def test_a_model_whose_layers_mix_sequences_is_found_out(monkeypatch: pytest.Mon
     hybrid = language_model(Lfm2ForCausalLM(config))
     assert mixing(hybrid) > 0.01
     assert why_not_flat(hybrid) == "has layers of type conv"
-    monkeypatch.setattr("poweropd.attention.LAYER_TYPES", {"conv", "full_attention"})
+    monkeypatch.setattr("poweropd.models.attention.LAYER_TYPES", {"conv", "full_attention"})
     reason = why_not_flat(hybrid)
     assert reason is not None
     assert "computes other hidden states in a flat row" in reason
@@ -97,7 +98,7 @@ def test_flat_rows_come_by_themselves_where_masked_blocks_are_skipped(
     model = language_model(load_model(str(student_dir), "float32"))
     assert mixing(model) < 1e-5
     assert not packs_flat(model, "auto", "student")
-    monkeypatch.setattr("poweropd.attention.PADDED", ("eager",))  # as if sdpa skipped them
+    monkeypatch.setattr("poweropd.models.attention.PADDED", ("eager",))  # as if sdpa skipped them
     assert packs_flat(model, "auto", "student")
     assert not packs_flat(model, "padded", "student")
 

@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from poweropd.batching import Rollout, collate, make_examples, pack
+from poweropd.data.batch import collate, pack
+from poweropd.data.rollout import Rollout, make_examples
 
 STOP, TEACHER_STOP = 21, 22
 

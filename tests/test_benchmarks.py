@@ -9,7 +9,7 @@ import pytest
 from poweropd.errors import UsageError
 from poweropd.evaluation import benchmarks
 from poweropd.evaluation.benchmarks import BENCHMARKS, Problem
-from poweropd.evaluation.rules import Rule
+from poweropd.grading.rules import Rule
 
 HUB_ROWS: dict[str, tuple[dict[str, Any], Problem]] = {
     "gsm8k": (
@@ -78,7 +78,7 @@ def test_rows_of_the_hub_become_problems(name: str, hub: Path) -> None:
     benchmark = BENCHMARKS[name]
     assert benchmark.dataset is not None
     publish(hub, benchmark.dataset, benchmark.config or "default", benchmark.split, row)
-    assert benchmarks.load(name) == [problem]
+    assert benchmarks.load_benchmark(name) == [problem]
 
 
 def test_every_benchmark_is_in_the_table() -> None:
@@ -88,7 +88,7 @@ def test_every_benchmark_is_in_the_table() -> None:
 def test_local_files_replace_the_hub(tmp_path: Path) -> None:
     rows = [{"id": f"q{i}", "problem": f"{i} + 1?", "answer": f"{i + 1}"} for i in range(5)]
     write_rows(tmp_path / "minerva.jsonl", *rows)
-    loaded = benchmarks.load("minerva", data_dir=tmp_path, limit=2)
+    loaded = benchmarks.load_benchmark("minerva", data_dir=tmp_path, limit=2)
     rule = Rule(relative_tolerance=1e-2)
     assert loaded == [Problem("q0", "0 + 1?", "1", rule), Problem("q1", "1 + 1?", "2", rule)]
 
@@ -96,35 +96,35 @@ def test_local_files_replace_the_hub(tmp_path: Path) -> None:
 def test_stated_tolerances_are_found_under_either_id(tmp_path: Path) -> None:
     row = {"id": "olympiadbench-2592", "problem": "Which?", "answer": "3"}
     write_rows(tmp_path / "olympiadbench.jsonl", row, row | {"id": "olympiadbench-2593"})
-    first, second = benchmarks.load("olympiadbench", data_dir=tmp_path)
+    first, second = benchmarks.load_benchmark("olympiadbench", data_dir=tmp_path)
     assert (first.rule.absolute_tolerance, second.rule.absolute_tolerance) == (0.1, 0.0)
 
 
 def test_one_of_your_own_in_the_data_folder(tmp_path: Path) -> None:
     write_rows(tmp_path / "mine.jsonl", {"id": 1, "problem": "1 + 1?", "answer": 2})
-    assert benchmarks.load("mine", data_dir=tmp_path) == [Problem("1", "1 + 1?", "2")]
+    assert benchmarks.load_benchmark("mine", data_dir=tmp_path) == [Problem("1", "1 + 1?", "2")]
 
 
 def test_any_file_with_named_columns(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "own.jsonl", {"q": "7 * 6?", "a": "42"}, {"q": "8?", "a": 8.5})
-    loaded = benchmarks.load(path, problem_column="q", answer_column="a")
+    loaded = benchmarks.load_benchmark(path, problem_column="q", answer_column="a")
     assert loaded == [Problem("0", "7 * 6?", "42"), Problem("1", "8?", "8.5")]
 
 
 def test_any_dataset_with_named_columns(hub: Path) -> None:
     publish(hub, "someone/sums", "small", "dev", {"q": "7 + 6?", "a": "It is \\boxed{13}."})
-    loaded = benchmarks.load(
+    loaded = benchmarks.load_benchmark(
         "someone/sums", problem_column="q", answer_column="a", config="small", split="dev"
     )
     assert loaded == [Problem("0", "7 + 6?", "13")]
 
 
 def test_the_embedded_task() -> None:
-    loaded = benchmarks.load("embedded", limit=3)
+    loaded = benchmarks.load_benchmark("embedded", limit=3)
     assert len(loaded) == 3
-    assert loaded == benchmarks.load("embedded", limit=5)[:3]
+    assert loaded == benchmarks.load_benchmark("embedded", limit=5)[:3]
     assert sum(map(int, loaded[0].problem.split("+"))) == int(loaded[0].answer)
-    assert len(benchmarks.load("embedded")) == benchmarks.EMBEDDED_PROBLEMS
+    assert len(benchmarks.load_benchmark("embedded")) == benchmarks.EMBEDDED_PROBLEMS
 
 
 GOOD = '{"id": "a", "problem": "1?", "answer": "1"}'
@@ -145,7 +145,7 @@ def test_broken_files_name_the_line(second: str, message: str, tmp_path: Path) -
     path = tmp_path / "gsm8k.jsonl"
     path.write_text(f"{GOOD}\n{second}\n")
     with pytest.raises(UsageError, match=r"gsm8k\.jsonl") as caught:
-        benchmarks.load("gsm8k", data_dir=tmp_path)
+        benchmarks.load_benchmark("gsm8k", data_dir=tmp_path)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -166,7 +166,7 @@ def test_what_cannot_be_loaded(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UsageError) as caught:
-        benchmarks.load(**arguments)
+        benchmarks.load_benchmark(**arguments)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, ValueError)

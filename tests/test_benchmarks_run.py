@@ -13,10 +13,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from poweropd.batching import collate
 from poweropd.config import Config
-from poweropd.trainer import Trainer
-from poweropd.update import with_teacher
+from poweropd.data.batch import collate
+from poweropd.training.trainer import Trainer
+from poweropd.training.update import with_teacher
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

@@ -15,9 +15,10 @@ import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from poweropd import Config, Trainer, card
+from poweropd import Config, Trainer
 from poweropd.evaluation.metrics import problem_values
-from poweropd.records import read_jsonl
+from poweropd.runs import card
+from poweropd.runs.directory import read_jsonl
 
 MAKES = Callable[..., Config]
 EVALUATE = {"every": 2, "benchmarks": ["embedded"], "n": 2, "limit": 4, "max_new_tokens": 8}
@@ -69,7 +70,7 @@ def test_hub_names_are_in_the_front_matter(recipe: MAKES, tmp_path: Path) -> Non
     run = Path(config.run.dir)
     run.mkdir()
     (run / "environment.json").write_text('{"python": "3.12", "packages": {}}')
-    card.write(tmp_path, config, step=0)
+    card.write_card(tmp_path, config, step=0)
     found = ModelCard.load(tmp_path / "README.md")
     assert found.data.base_model == "Qwen/Qwen3-0.6B-Base"
     assert found.data.datasets == "owner/prompts"
@@ -85,7 +86,7 @@ def test_where_servers_are_stays_private(recipe: MAKES, tmp_path: Path, several:
     run = Path(config.run.dir)
     run.mkdir()
     (run / "environment.json").write_text('{"python": "3.12", "packages": {}}')
-    card.write(tmp_path, config, step=0)
+    card.write_card(tmp_path, config, step=0)
     text = (tmp_path / "README.md").read_text()
     assert "private" not in text.lower()
     assert text.count("concurrency: 7") == (2 if several else 1)

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from poweropd.costs import flops, memory
-from poweropd.costs.geometry import KNOWN, Geometry
 from poweropd.errors import UsageError
+from poweropd.models import flops
+from poweropd.models.geometry import KNOWN, Geometry
+from poweropd.plan import memory
 
 STUDENT, TEACHER = KNOWN["Qwen/Qwen3-0.6B-Base"], KNOWN["Qwen/Qwen3-4B"]
 ROWS, LENGTH = 3, 50

@@ -9,8 +9,8 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
-from poweropd import data
 from poweropd.config import Config
+from poweropd.data import prompts as data_prompts
 from poweropd.errors import UsageError
 
 ROWS = [{"problem": "1+2", "hint": "3"}, {"problem": "4+5", "hint": "9"}]
@@ -26,8 +26,8 @@ def jsonl(tmp_path: Path) -> Path:
 def test_jsonl_and_parquet_hold_the_same_rows(jsonl: Path, tmp_path: Path) -> None:
     parquet = tmp_path / "prompts.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), parquet)
-    assert data.read_rows(str(jsonl), ["problem"]) == ROWS
-    assert data.read_rows(str(parquet), ["problem"]) == ROWS
+    assert data_prompts.read_rows(str(jsonl), ["problem"]) == ROWS
+    assert data_prompts.read_rows(str(parquet), ["problem"]) == ROWS
 
 
 @pytest.mark.parametrize(
@@ -44,39 +44,39 @@ def test_a_bad_line_is_named(jsonl: Path, line: str, message: str) -> None:
     with jsonl.open("a") as file:
         file.write(line + "\n")
     with pytest.raises(UsageError, match=message):
-        data.read_rows(str(jsonl), ["problem"])
+        data_prompts.read_rows(str(jsonl), ["problem"])
 
 
 def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"none\.jsonl: cannot read it \(No such file"):
-        data.read_rows(str(tmp_path / "none.jsonl"), ["problem"])
+        data_prompts.read_rows(str(tmp_path / "none.jsonl"), ["problem"])
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n")
     with pytest.raises(UsageError, match="expected at least one row, got none"):
-        data.read_rows(str(empty), ["problem"])
+        data_prompts.read_rows(str(empty), ["problem"])
     broken = tmp_path / "broken.parquet"
     broken.write_text("no parquet")
     with pytest.raises(UsageError, match="cannot read it as a Parquet file"):
-        data.read_rows(str(broken), ["problem"])
+        data_prompts.read_rows(str(broken), ["problem"])
 
 
 def test_an_unknown_embedded_split_is_named() -> None:
     with pytest.raises(UsageError, match="train, development, evaluation"):
-        data.read_rows("embedded:test", ["problem"])
+        data_prompts.read_rows("embedded:test", ["problem"])
 
 
 def test_prompts_end_where_the_models_turn_begins(student_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(student_dir)
-    (ids,) = data.encode_chat(tokenizer, ["1+2"], {"enable_thinking": False}, system="Add.")
+    (ids,) = data_prompts.encode_chat(tokenizer, ["1+2"], {"enable_thinking": False}, system="Add.")
     assert tokenizer.decode(ids) == (
         "<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n1+2<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    (plain,) = data.encode_chat(tokenizer, ["1+2"], None)
+    (plain,) = data_prompts.encode_chat(tokenizer, ["1+2"], None)
     assert tokenizer.decode(plain) == "1+2"
     tokenizer.chat_template = None
     with pytest.raises(UsageError, match=r"set data\.chat=null"):
-        data.encode_chat(tokenizer, ["1+2"], {})
+        data_prompts.encode_chat(tokenizer, ["1+2"], {})
 
 
 def test_the_teacher_may_see_another_prompt(
@@ -84,26 +84,26 @@ def test_the_teacher_may_see_another_prompt(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(student_dir)
     config = recipe(**{"data.prompts": str(jsonl), "data.teacher_column": "hint"})
-    first = data.load_prompts(config.data, tokenizer, {"": tokenizer})[0]
+    first = data_prompts.load_prompts(config.data, tokenizer, {"": tokenizer})[0]
     assert "1+2" in tokenizer.decode(first.prompt_ids)
     assert "1+2" not in tokenizer.decode(first.teacher_prompt_ids)
 
 
 def test_a_prompt_that_leaves_no_room_is_named() -> None:
-    prompts = [data.Prompt(0, [1] * 5, [1] * 5), data.Prompt(1, [1] * 9, [1] * 12)]
-    data.check_lengths(prompts, 20, 20, max_new_tokens=8)
+    prompts = [data_prompts.Prompt(0, [1] * 5, [1] * 5), data_prompts.Prompt(1, [1] * 9, [1] * 12)]
+    data_prompts.check_lengths(prompts, 20, 20, max_new_tokens=8)
     with pytest.raises(
         UsageError, match=r"row 1: a prompt of 12 tokens .* teacher's context of 18"
     ):
-        data.check_lengths(prompts, 18, 18, max_new_tokens=8)
+        data_prompts.check_lengths(prompts, 18, 18, max_new_tokens=8)
 
 
 def test_every_row_comes_once_per_epoch_in_an_order_of_the_seed() -> None:
-    order = data.PromptOrder(count=10, seed=3)
+    order = data_prompts.PromptOrder(count=10, seed=3)
     steps = [order.at_step(step, 4) for step in range(5)]
     flat = [row for rows in steps for row in rows]
     assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10))
     assert flat[:10] != flat[10:]
-    assert order.at_step(3, 4) == data.PromptOrder(10, 3).at_step(3, 4) == steps[3]
-    assert data.PromptOrder(10, 4).at_step(0, 10) != order.at_step(0, 10)
-    assert data.PromptOrder(3, 0, shuffle=False).at_step(1, 4) == [1, 2, 0, 1]
+    assert order.at_step(3, 4) == data_prompts.PromptOrder(10, 3).at_step(3, 4) == steps[3]
+    assert data_prompts.PromptOrder(10, 4).at_step(0, 10) != order.at_step(0, 10)
+    assert data_prompts.PromptOrder(3, 0, shuffle=False).at_step(1, 4) == [1, 2, 0, 1]

@@ -9,11 +9,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from poweropd import demo, gradient_quality
-from poweropd.diagnostics import mean_cosine, signal_to_noise
 from poweropd.errors import RunError
 from poweropd.report import figures
-from poweropd.trainer import Result, Trainer
+from poweropd.sweep import demo
+from poweropd.training import gradient_noise
+from poweropd.training.gradient_noise import mean_cosine, signal_to_noise
+from poweropd.training.trainer import Result, Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -21,18 +22,18 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name, value in (
         (demo, "START_BATCHES", 2),
         (demo, "CURVE_BATCHES", 2),
-        (gradient_quality, "PROMPTS", 4),
+        (gradient_noise, "PROMPTS", 4),
     ):
         monkeypatch.setattr(module, name, value)
 
 
 def test_a_run_of_the_demo_is_measured_on_its_way_and_not_repeated(tmp_path: Path) -> None:
     job = demo.Job("power", seed=0, steps=3, num_problems=16, out=tmp_path)
-    found = demo.train(job)
+    found = demo.train_job(job)
     assert [point["step"] for point in found["points"]] == [0, 1, 2, 3]
     assert 0 <= found["accuracy"] <= 1
     assert len(found["solved"]) == 16
-    again = demo.train(job)
+    again = demo.train_job(job)
     assert {**again, "seconds": 0} == {**found, "seconds": 0}
 
 
@@ -42,7 +43,7 @@ def test_an_interrupted_run_is_not_taken_for_a_measured_one(
     stopped = Result(tmp_path, steps=1, final=None, interrupted_by=2)
     monkeypatch.setattr(Trainer, "train", lambda self, until: stopped)
     with pytest.raises(RunError, match="the same command goes on"):
-        demo.train(demo.Job("power", seed=0, steps=3, num_problems=16, out=tmp_path))
+        demo.train_job(demo.Job("power", seed=0, steps=3, num_problems=16, out=tmp_path))
 
 
 def run(reward: str, seed: int, right: list[int]) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def test_the_summary_pairs_problems_and_averages_seeds() -> None:
     runs += [run("clip", s, [1, 1, 0, 0]) for s in (0, 1)]
     runs += [run("power", s, [1, 1, 1, 0]) for s in (0, 1)]
     fixed = run("none", 0, [0, 0, 0, 1])
-    numbers = demo.summary(fixed, fixed, runs)
+    numbers = demo.demo_summary(fixed, fixed, runs)
     assert set(numbers) == {"problems", "before", "teacher", "runs", "differences"}
     assert numbers["problems"] == 4
     assert "solved" not in numbers["runs"][0]
@@ -74,7 +75,7 @@ def test_the_summary_pairs_problems_and_averages_seeds() -> None:
     assert first["low"] <= first["mean"] <= first["high"]
     json.dumps(numbers)
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(demo.table(numbers))
+    console.print(demo.demo_table(numbers))
     text = console.export_text()
     assert "+0.375" in text
     assert all(len(line) <= 80 for line in text.splitlines())

@@ -52,7 +52,7 @@ def test_unknown_split_is_refused():
 
 
 def test_worked_solution_is_correct():
-    problem = task.Problem("x", "3+8+9", "20")
+    problem = task.ToyProblem("x", "3+8+9", "20")
     assert task.worked_solution(problem) == WORKED
     for problem in task.problems("train", 200):
         assert task.is_correct(problem, task.worked_solution(problem))
@@ -76,7 +76,7 @@ def test_worked_solution_is_correct():
     ],
 )
 def test_only_the_last_box_counts_and_only_exactly(completion, correct):
-    assert task.is_correct(task.Problem("x", "3+8+9", "20"), completion) is correct
+    assert task.is_correct(task.ToyProblem("x", "3+8+9", "20"), completion) is correct
 
 
 def test_the_task_needs_neither_torch_nor_transformers():
@@ -147,7 +147,7 @@ def load(directory: Path):
     )
 
 
-def accuracy(name: str, temperature: float, problems: list[task.Problem]) -> float:
+def accuracy(name: str, temperature: float, problems: list[task.ToyProblem]) -> float:
     """The share of problems solved when sampling from the whole distribution."""
     model, tokenizer = load(embedded.path(name))
     prompts = [

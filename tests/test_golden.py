@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from poweropd import rewards
-from poweropd.batching import Example, Rollout, collate, make_examples
+from poweropd.data.batch import collate
+from poweropd.data.rollout import Example, Rollout, make_examples
 from poweropd.kernels import Head, linear_log_prob
-from poweropd.objectives import Sampled, TokenRecord
+from poweropd.objectives.base import TokenRecord
+from poweropd.objectives.sampled import Sampled
 
 FOLDER = os.environ.get("POWEROPD_REFERENCE", Path(__file__).parents[2] / "shared" / "reference")
 PATH = Path(FOLDER) / "golden.npz"

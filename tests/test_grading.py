@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poweropd.evaluation import answers, exact
-from poweropd.evaluation.grading import REASONS, Grader, Rule
+from poweropd.grading import answers, exact
+from poweropd.grading.grader import REASONS, Grader, Rule
 
 
 @pytest.fixture(scope="module")

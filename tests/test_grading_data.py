@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from poweropd.evaluation import benchmarks
-from poweropd.evaluation.grading import Grader
+from poweropd.grading.grader import Grader
 
 DATA = Path(os.environ.get("POWEROPD_DATA", Path(__file__).parents[2] / "shared" / "data"))
 SETS = {
@@ -30,7 +30,7 @@ FORMS = {"box": "Thus \\boxed{%s}", "alone": "%s", "sentence": "The final answer
 
 @pytest.mark.parametrize("name", SETS)
 def test_every_gold_equals_itself(name: str) -> None:
-    problems = benchmarks.load(name, data_dir=DATA)
+    problems = benchmarks.load_benchmark(name, data_dir=DATA)
     assert len(problems) == SETS[name]
     with Grader(workers=2) as grader:
         pending = [
@@ -44,7 +44,7 @@ def test_every_gold_equals_itself(name: str) -> None:
 
 def test_different_golds_are_different() -> None:
     """Each MATH-500 answer against the next one, unless it stands in it, as 5 does in x=5."""
-    golds = [problem.answer for problem in benchmarks.load("math500", data_dir=DATA)]
+    golds = [problem.answer for problem in benchmarks.load_benchmark("math500", data_dir=DATA)]
     pairs = [(a, b) for a, b in pairwise(golds) if a not in b and b not in a]
     with Grader(workers=2) as grader:
         grader.warm_up()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from poweropd.evaluation import grading
-from poweropd.evaluation.grading import REASONS, Grader
+from poweropd.grading import grader as grading_grader
+from poweropd.grading.grader import REASONS, Grader
 
 TOWER = r"\boxed{10^{10^{10^{10}}}}"
 
@@ -78,8 +78,8 @@ def test_submitted_work_ends_before_closing() -> None:
 
 
 def test_the_shared_grader() -> None:
-    assert grading.grade("18", "9 * 2 = 18\n#### 18").correct
-    assert grading.grade("x^2 - 1", r"\boxed{(x-1)(x+1)}").correct
+    assert grading_grader.grade("18", "9 * 2 = 18\n#### 18").correct
+    assert grading_grader.grade("x^2 - 1", r"\boxed{(x-1)(x+1)}").correct
 
 
 @pytest.mark.parametrize("arguments", [{"workers": 0}, {"timeout": 0}])
@@ -94,13 +94,13 @@ def test_workers_load_neither_torch_nor_the_script(tmp_path: Path) -> None:
     script.write_text(
         textwrap.dedent("""
             import sys
-            import poweropd.evaluation.grading as grading
+            import poweropd.grading.grader as grading
             import poweropd.evaluation.metrics
             assert not {"torch", "transformers", "sympy", "math_verify"} & set(sys.modules)
             import torch
-            from poweropd.evaluation import workers
+            from poweropd.grading import workers
             print("script runs")
-            with workers.pool(1) as pool:
+            with workers.worker_pool(1) as pool:
                 code = "sorted({'torch', 'transformers', 'sympy'} & set(__import__('sys').modules))"
                 print(pool.schedule(eval, args=(code,)).result())
             print(grading.grade("x + 1", "$1 + x$").correct)

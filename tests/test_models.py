@@ -7,13 +7,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from poweropd.models import Student, add_lora, load_model
-from poweropd.sections import Lora
+from poweropd.config.sections import LoraConfig
+from poweropd.models.language_model import Student
+from poweropd.models.loading import add_lora, load_model
 
 IDS = torch.arange(8)[None]
 
 
-@pytest.fixture(params=[None, Lora(r=2)], ids=["plain", "lora"])
+@pytest.fixture(params=[None, LoraConfig(r=2)], ids=["plain", "lora"])
 def student(request: pytest.FixtureRequest, student_dir: Path) -> Student:
     model = load_model(str(student_dir), "float32")
     if request.param is not None:

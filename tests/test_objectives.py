@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 
 from poweropd import rewards
-from poweropd.batching import Batch, Example, Rollout, collate
+from poweropd.data.batch import Batch, collate
+from poweropd.data.rollout import Example, Rollout
 from poweropd.errors import UsageError
 from poweropd.kernels import Head, Support, reference
-from poweropd.objectives import FullVocab, Maker, Objective, Sampled, maker
-from poweropd.selection import Random
+from poweropd.objectives.base import Objective
+from poweropd.objectives.factory import Maker, maker
+from poweropd.objectives.full_vocab import FullVocab
+from poweropd.objectives.sampled import Sampled
+from poweropd.objectives.selection import Random
 
 V, H, H_TEACHER, N = 37, 6, 8, 9
 STOPS = torch.tensor([0, 2])

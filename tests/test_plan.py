@@ -11,7 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from poweropd import Trainer
-from poweropd.cli import app
+from poweropd.commands import app
 from poweropd.config import Config
 from poweropd.errors import UsageError
 from poweropd.plan import command, table
@@ -72,7 +72,7 @@ def test_json_holds_what_is_shown(tmp_path: Path) -> None:
 def test_more_gpus_share_the_completions_and_cost_the_same_hours() -> None:
     config = Config.load(PAPER)
     one, four = (
-        command.make(config, command.Options(gpus=n, tokens_per_second=5000)).estimates[0]
+        command.make_plan(config, command.Options(gpus=n, tokens_per_second=5000)).estimates[0]
         for n in (1, 4)
     )
     assert four.memory.peak < one.memory.peak
@@ -98,17 +98,17 @@ def test_where_no_number_of_gpus_is_enough_it_says_what_helps() -> None:
 )
 def test_wrong_options_are_refused(options: dict, said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        command.make(Config.load(PAPER), command.Options(**options))
+        command.make_plan(Config.load(PAPER), command.Options(**options))
 
 
 @pytest.mark.usefixtures("offline")
 def test_a_hub_model_that_is_not_built_in_needs_the_hub() -> None:
     with pytest.raises(UsageError, match="its geometry is not built in"):
-        command.make(Config.load(PAPER, ["model.student=some/model"]), command.Options())
+        command.make_plan(Config.load(PAPER, ["model.student=some/model"]), command.Options())
 
 
 def statuses(config: Config) -> dict[str, str]:
-    found = command.make(config, command.Options()).inspected
+    found = command.make_plan(config, command.Options()).inspected
     return {check.name: check.status for check in found.checks}
 
 
@@ -143,10 +143,10 @@ def test_a_measured_run_gives_its_own_time_back(recipe: Callable[..., Config]) -
     config = recipe()
     run_dir = Trainer(config, progress=False).train().run_dir
     measured = Measured.read(run_dir)
-    own = command.make(config, command.Options(measured=run_dir)).estimates[0]
+    own = command.make_plan(config, command.Options(measured=run_dir)).estimates[0]
     expected = measured.rollout + measured.busy + measured.sync
     assert own.step_seconds == pytest.approx(expected, rel=0.05)  # whole tokens
-    longer = command.make(
+    longer = command.make_plan(
         recipe(**{"rollout.max_new_tokens": 24}),
         command.Options(measured=run_dir, completion_tokens=24),
     ).estimates[0]
@@ -157,7 +157,7 @@ def test_the_table_is_at_most_80_columns_wide_in_a_wide_terminal(
     recipe: Callable[..., Config],
 ) -> None:
     console = Console(width=200, file=io.StringIO())
-    table.show(command.make(recipe(), command.Options()), console)
+    table.print_plan(command.make_plan(recipe(), command.Options()), console)
     assert max(map(len, console.file.getvalue().splitlines())) <= 80
 
 
@@ -178,7 +178,7 @@ def test_what_is_shared_or_elsewhere_takes_less(
     override: str, part: str, ratio: float | None
 ) -> None:
     def held(*overrides: str) -> dict[str, int]:
-        plan = command.make(Config.load(PAPER, list(overrides)), command.Options(gpus=4))
+        plan = command.make_plan(Config.load(PAPER, list(overrides)), command.Options(gpus=4))
         return {p.name: p.bytes for p in plan.estimates[0].memory.parts}
 
     plain, other = held(), held(override)
@@ -191,5 +191,5 @@ def test_what_is_shared_or_elsewhere_takes_less(
 @pytest.mark.usefixtures("offline")
 def test_an_offloaded_teacher_is_held_for_scoring_alone() -> None:
     config = Config.load(PAPER, ["teacher.offload=true"])
-    parts = command.make(config, command.Options()).estimates[0].memory.parts
+    parts = command.make_plan(config, command.Options()).estimates[0].memory.parts
     assert [p.phases for p in parts if p.name == "teacher weights"] == [("score",)]

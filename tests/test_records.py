@@ -15,10 +15,9 @@ from pyarrow import parquet
 from torch import Tensor
 
 from poweropd import Config, Trainer
-from poweropd.batching import Rollout
-from poweropd.objectives import TokenRecord
-from poweropd.records import RewardRecorder, RewardRecords
-from poweropd.records.bins import (
+from poweropd.data.rollout import Rollout
+from poweropd.objectives.base import TokenRecord
+from poweropd.runs.bins import (
     NUM_VALUES,
     POSITION_STARTS,
     VALUE_EDGES,
@@ -27,7 +26,8 @@ from poweropd.records.bins import (
     value_bins,
     value_ends,
 )
-from poweropd.records.statistics import HISTOGRAM, POSITIONS, histogram_table, merge, position_table
+from poweropd.runs.recorder import RewardRecorder, RewardRecords
+from poweropd.runs.statistics import HISTOGRAM, POSITIONS, histogram_table, merge, position_table
 
 MAKES = Callable[..., Config]
 

@@ -9,11 +9,12 @@ import pytest
 from report_cases import token_record, unknown_teacher
 from typer.testing import CliRunner
 
-from poweropd import Config, cli
+from poweropd import Config, commands
 from poweropd.errors import UsageError
-from poweropd.records import RewardRecorder, RunDirectory
 from poweropd.report import curves, distributions, heatmaps, page, samples, tables
-from poweropd.report.runs import Run, read
+from poweropd.report.runs import RecordedRun, read_runs
+from poweropd.runs.directory import RunDirectory
+from poweropd.runs.recorder import RewardRecorder
 
 MAKES = Callable[..., Config]
 
@@ -51,7 +52,7 @@ def metrics(step: int) -> dict[str, float]:
 
 
 def rendered(paths: list[Path]) -> str:
-    runs = read(paths)
+    runs = read_runs(paths)
     made, notes = page.sections(runs)
     return page.render(runs, made, notes)
 
@@ -64,7 +65,7 @@ def test_the_summary_has_the_numbers_of_each_run(make_run: Callable[..., Path]) 
     (one / "gradients.json").write_text(json.dumps(gradients))
     found = {"sums": {"avg_at_k": {"mean": 0.5, "low": 0.4, "high": 0.625}}}
     (folder / "results.json").write_text(json.dumps({"results": found}))
-    table = tables.summary(read([one, two]))
+    table = tables.summary_table(read_runs([one, two]))
     rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
     assert rows[0]["Avg@k on sums"] == "50.0% [40.0, 62.5] at step 20"
     assert rows[1]["Avg@k on sums"] == "–"
@@ -107,29 +108,29 @@ def test_runs_of_different_tasks_and_rewards_are_told_apart(
     other.write_text(prompts.read_text())
     one = make_run("one")
     two = make_run("two", **{"data.prompts": str(other), "reward.name": "clip"})
-    notes = tables.notes(read([one, two]))
+    notes = tables.comparison_notes(read_runs([one, two]))
     assert any("differ in data.prompts: they are of different tasks" in note for note in notes)
     assert any("have different rewards" in note for note in notes)
-    rows = {row[0]: row[1:] for row in tables.differences(read([one, two])).rows}
+    rows = {row[0]: row[1:] for row in tables.differences_table(read_runs([one, two])).rows}
     assert rows["reward.name"] == ["power", "clip"]
     assert rows["reward.alpha"] == ["5.0", "–"]
     assert "data.prompts" in rows
     assert "train.steps" not in rows
-    assert tables.notes(read([one])) == []
+    assert tables.comparison_notes(read_runs([one])) == []
 
 
 def test_wrong_arguments_are_one_line(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run()
     with pytest.raises(UsageError, match=r"RUN: .* directories .*/nowhere does not exist"):
-        read([run, tmp_path / "nowhere"])
+        read_runs([run, tmp_path / "nowhere"])
     with pytest.raises(UsageError, match=r"has no config\.yaml"):
-        read([tmp_path])
+        read_runs([tmp_path])
     with pytest.raises(UsageError, match="is given twice"):
-        read([run, run / ".." / run.name])
+        read_runs([run, run / ".." / run.name])
 
 
 def test_runs_of_one_name_are_shown_by_longer_ones(make_run: Callable[..., Path]) -> None:
-    runs = read([make_run("a/run", steps=1), make_run("b/run", steps=1)])
+    runs = read_runs([make_run("a/run", steps=1), make_run("b/run", steps=1)])
     assert [run.name for run in runs] == ["a/run", "b/run"]
 
 
@@ -138,7 +139,7 @@ def test_the_command_writes_the_page_and_every_figure(
 ) -> None:
     out, pictures = tmp_path / "out" / "page.html", tmp_path / "pictures"
     arguments = ["report", str(make_run(steps=3)), "--out", str(out), "--png", str(pictures)]
-    result = CliRunner().invoke(cli.app, arguments)
+    result = CliRunner().invoke(commands.app, arguments)
     assert result.exit_code == 0, result.output
     assert out.read_text().count('class="chart"') == len(list(pictures.iterdir())) > 10
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in pictures.iterdir())
@@ -146,7 +147,7 @@ def test_the_command_writes_the_page_and_every_figure(
 
 
 def test_long_curves_are_drawn_by_mean_and_range_of_buckets(make_run: Callable[..., Path]) -> None:
-    run = read([make_run(steps=2)])[0]
+    run = read_runs([make_run(steps=2)])[0]
     run.metrics = [{"step": s, "grad_norm": float(s % 7)} for s in range(1, 1001)]
     width = curves.bucket_width([run])
     rows = list(curves.curve_rows(run, "grad_norm", width))
@@ -157,7 +158,7 @@ def test_long_curves_are_drawn_by_mean_and_range_of_buckets(make_run: Callable[.
 
 
 def test_figures_of_rewards_are_those_of_the_tokens(make_run: Callable[..., Path]) -> None:
-    run = read([make_run(steps=20)])[0]
+    run = read_runs([make_run(steps=20)])[0]
     all_tokens = [token_record(40, seed=step) for step in range(1, 21)]
     rewards = np.concatenate([record.rewards.numpy() for record in all_tokens])
     tails = rows_of(run, "tail-below")
@@ -180,7 +181,7 @@ def test_figures_of_rewards_are_those_of_the_tokens(make_run: Callable[..., Path
     assert cell["mean"] == pytest.approx(all_tokens[2].rewards[7].item(), rel=1e-3)
 
 
-def rows_of(run: Run, key: str) -> list[dict[str, float]]:
+def rows_of(run: RecordedRun, key: str) -> list[dict[str, float]]:
     plots = [*distributions.DISTRIBUTIONS, *distributions.BY_POSITION, *distributions.PERSISTENCE]
     (plot,) = (plot for plot in plots if plot.key == key)
     return list(plot.rows(run))
@@ -194,7 +195,7 @@ def test_without_the_teachers_statistics_its_lines_are_absent(
     recorder.truncate(0)
     recorder.record(1, unknown_teacher(token_record(40)), [])
     recorder.write()
-    run = read([path])[0]
+    run = read_runs([path])[0]
     assert {row["kind"] for row in rows_of(run, "entropy-by-position")} == {"student"}
     assert {row["kind"] for row in rows_of(run, "top1-by-position")} == {"student"}
 
@@ -203,8 +204,8 @@ def test_the_plane_shows_the_reward_of_the_run(make_run: Callable[..., Path]) ->
     alpha = {"schedule": "linear", "start": 1.0, "end": 3.0, "steps": 2}
     scheduled = make_run("a", steps=3, **{"reward.name": "power", "reward.alpha": alpha})
     zscore = make_run("b", steps=1, **{"reward.name": "zscore"})
-    runs = read([scheduled, zscore])
-    runs.append(read([make_run("c", steps=1)])[0])
+    runs = read_runs([scheduled, zscore])
+    runs.append(read_runs([make_run("c", steps=1)])[0])
     runs[2].recipe["reward"] = {"name": "nowhere.at:all"}
     figures, notes = heatmaps.plane(runs)
     assert len(figures) == 2

@@ -76,7 +76,7 @@ def report(
     folder = tmp_path_factory.mktemp("report")
     models = (student_dir, teacher_dir)
     runs = [train(folder, models, prompts, name, steps=12) for name in ("log_ratio", "power")]
-    page.write([*runs, with_markup(runs[0], folder)], folder / "report.html", None)
+    page.write_report([*runs, with_markup(runs[0], folder)], folder / "report.html", None)
     return folder / "report.html"
 
 

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from poweropd import Config, Trainer
-from poweropd.batching import Rollout
-from poweropd.rollouts.base import Request, Sampling, completion_seed
+from poweropd.data.rollout import Request, Rollout
+from poweropd.rollouts.base import Sampling, completion_seed
 from poweropd.rollouts.transformers import TransformersEngine, draw
 
 STOPS = (0, 2)

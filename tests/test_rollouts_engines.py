@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from poweropd import Config, Trainer
-from poweropd.batching import Rollout
+from poweropd.data.rollout import Request, Rollout
 from poweropd.errors import RunError, UsageError
-from poweropd.rollouts.base import Request, Sampling
+from poweropd.rollouts.base import Sampling
 from poweropd.rollouts.transformers import TransformersEngine
 
 MAKES = Callable[..., Config]

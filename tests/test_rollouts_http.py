@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from poweropd import Config
+from poweropd.data.rollout import Request
 from poweropd.errors import RunError, UsageError
 from poweropd.rollouts import http
-from poweropd.rollouts.base import Request, Sampling
-from poweropd.rollouts.http import Server, Unavailable
+from poweropd.rollouts.base import Sampling
+from poweropd.rollouts.http import JsonServer, Unavailable
 from poweropd.rollouts.vllm_server import VllmServerEngine
 
 
@@ -75,7 +76,7 @@ def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_may_pass_is_asked_again(scripted: Scripted) -> None:
     scripted.answers = [(0, None), (500, {}), (429, {}), (503, {}), (408, {}), (200, b"<html>")]
     scripted.answers.append((200, {"ids": [1]}))
-    server = Server(scripted.url, timeout=5, patience=5)
+    server = JsonServer(scripted.url, timeout=5, patience=5)
     assert server.patiently(lambda: server.post("/v1/completions", {})) == {"ids": [1]}
     assert scripted.answers == []
 
@@ -92,7 +93,7 @@ def test_a_refusal_is_not_asked_again(
     scripted: Scripted, answer: tuple[int, Any], path: str, message: str
 ) -> None:
     scripted.answers = [answer]
-    server = Server(scripted.url, timeout=5, patience=5)
+    server = JsonServer(scripted.url, timeout=5, patience=5)
     with pytest.raises(RunError, match=message) as raised:
         server.patiently(lambda: server.post(path, {}))
     assert scripted.url in str(raised.value)
@@ -100,7 +101,7 @@ def test_a_refusal_is_not_asked_again(
 
 def test_patience_ends_with_the_url_and_what_to_do(scripted: Scripted) -> None:
     scripted.answers = [(500, {"error": "engine is dead"})] * 100
-    server = Server(scripted.url, timeout=5, patience=0.2)
+    server = JsonServer(scripted.url, timeout=5, patience=0.2)
     with pytest.raises(RunError, match=r"no good answer .*engine is dead.*start the server again"):
         server.patiently(lambda: server.post("/v1/completions", {}))
 
@@ -108,21 +109,21 @@ def test_patience_ends_with_the_url_and_what_to_do(scripted: Scripted) -> None:
 def test_a_slow_answer_is_unavailable(scripted: Scripted) -> None:
     scripted.shutdown()  # nobody accepts: the connection waits in the queue
     with pytest.raises(Unavailable, match="Timeout"):
-        Server(scripted.url, timeout=0.1, patience=1).post("/v1/completions", {})
+        JsonServer(scripted.url, timeout=0.1, patience=1).post("/v1/completions", {})
 
 
 def test_the_key_comes_from_the_environment(
     scripted: Scripted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UsageError, match=r"api_key_env: .* ROLLOUT_KEY, which is not set"):
-        Server(scripted.url, 1, 1, api_key_env="ROLLOUT_KEY")
+        JsonServer(scripted.url, 1, 1, api_key_env="ROLLOUT_KEY")
     monkeypatch.setenv("ROLLOUT_KEY", "ключ")
     with pytest.raises(UsageError, match="ROLLOUT_KEY, which is not plain text"):
-        Server(scripted.url, 1, 1, api_key_env="ROLLOUT_KEY")
+        JsonServer(scripted.url, 1, 1, api_key_env="ROLLOUT_KEY")
     monkeypatch.setenv("ROLLOUT_KEY", "secret")
     scripted.answers = [(401, {})]
     with pytest.raises(RunError) as raised:
-        Server(scripted.url, 1, 1, api_key_env="ROLLOUT_KEY").post("/v1/completions", {})
+        JsonServer(scripted.url, 1, 1, api_key_env="ROLLOUT_KEY").post("/v1/completions", {})
     assert scripted.keys == ["Bearer secret"]
     assert "secret" not in str(raised.value)
 
@@ -130,7 +131,7 @@ def test_the_key_comes_from_the_environment(
 def engine(scripted: Scripted, folder: Path) -> VllmServerEngine:
     scripted.answers.insert(0, (200, {"data": [{"id": "student"}]}))
     return VllmServerEngine(
-        Server(f"{scripted.url}/v1/", timeout=5, patience=5),
+        JsonServer(f"{scripted.url}/v1/", timeout=5, patience=5),
         lambda: [("head", torch.ones(2))],
         folder,
         1,
@@ -143,7 +144,7 @@ def test_what_lists_no_models_is_not_a_vllm_server(
 ) -> None:
     scripted.answers = [(200, body)]
     with pytest.raises(UsageError, match=rf"rollout.server.url: {scripted.url} is not a vLLM"):
-        VllmServerEngine(Server(scripted.url, 5, 5), lambda: [], tmp_path, 1)
+        VllmServerEngine(JsonServer(scripted.url, 5, 5), lambda: [], tmp_path, 1)
 
 
 def test_malformed_answers_are_asked_for_again(scripted: Scripted, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from test_rollouts_vllm import OPTIONS, generate, metrics, worst
 from vllm_server import VllmServer, require_vllm
 
 from poweropd import Config, Trainer
-from poweropd.embedded.build import END_OF_TEXT
+from poweropd.embedded import END_OF_TEXT
 from poweropd.errors import RunError, UsageError
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]

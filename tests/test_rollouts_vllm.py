@@ -13,13 +13,13 @@ from torch import Tensor
 from vllm_models import widened_student
 
 from poweropd import Config, Trainer
-from poweropd.batching import Rollout
-from poweropd.demo import Job, measure_accuracy
-from poweropd.embedded.build import END_OF_TEXT
+from poweropd.data.rollout import Request, Rollout
+from poweropd.embedded import END_OF_TEXT
 from poweropd.errors import RunError, UsageError
 from poweropd.evaluation.runner import load_subject
-from poweropd.rollouts.base import Request, Sampling, completion_seed
+from poweropd.rollouts.base import Sampling, completion_seed
 from poweropd.rollouts.vllm import VllmEngine
+from poweropd.sweep.demo import Job, measure_accuracy
 
 # vLLM's own imports warn.
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]

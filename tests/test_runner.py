@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from poweropd import Config, Trainer, cli
+from poweropd import Config, Trainer, commands
 from poweropd.embedded import task
 from poweropd.errors import RunError, UsageError
 from poweropd.evaluation.benchmarks import Problem
-from poweropd.evaluation.grading import Grader
 from poweropd.evaluation.runner import Evaluation, Subject, load_subject
-from poweropd.evaluation.settings import Settings
+from poweropd.evaluation.settings import EvaluationSettings
+from poweropd.grading.grader import Grader
 
 SERVER = get_context("forkserver")
-SERVER.set_forkserver_preload(["poweropd.cli", "poweropd.evaluation.command"])
-SETTINGS = Settings(n=2, max_new_tokens=12, group_size=16)
+SERVER.set_forkserver_preload(["poweropd.commands", "poweropd.evaluation.command"])
+SETTINGS = EvaluationSettings(n=2, max_new_tokens=12, group_size=16)
 
 
 @pytest.fixture(scope="session")
@@ -80,15 +80,15 @@ def test_the_seed_decides_and_other_settings_are_refused(
     subject: Subject, grader: Grader, tmp_path: Path
 ) -> None:
     def texts(seed: int, folder: str) -> list[str]:
-        settings = Settings(n=2, max_new_tokens=12, seed=seed)
+        settings = EvaluationSettings(n=2, max_new_tokens=12, seed=seed)
         evaluation = Evaluation("sums", problems(4), settings, tmp_path / folder, "model")
         evaluation.run(subject, grader, progress=False)
         return [row["completion"] for row in rows(evaluation.path)]
 
     assert texts(1, "a") == texts(1, "b") != texts(2, "c")
-    asked = {"settings": Settings(n=2, max_new_tokens=12, seed=1), "model": "model"}
+    asked = {"settings": EvaluationSettings(n=2, max_new_tokens=12, seed=1), "model": "model"}
     for key, value, message in (
-        ("settings", Settings(n=2, max_new_tokens=12, seed=3), "seed: 1 != 3"),
+        ("settings", EvaluationSettings(n=2, max_new_tokens=12, seed=3), "seed: 1 != 3"),
         ("model", "another", "model: 'model' != 'another'"),
         ("problems", problems(3), "problems: .*; count: 4 != 3"),
     ):
@@ -117,7 +117,7 @@ def run_command(arguments: list[str]) -> None:
     sys.argv = ["poweropd", *arguments]
     with open(os.devnull, "w") as nowhere:
         sys.stdout = sys.stderr = nowhere
-        cli.main()
+        commands.main()
 
 
 def test_a_killed_evaluation_of_the_embedded_student_ends_with_the_same_rows(
@@ -176,7 +176,7 @@ def test_a_full_disk_keeps_what_was_written(
 def test_the_context_bounds_the_completion(
     subject: Subject, grader: Grader, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = Settings(n=1, max_new_tokens=4096)
+    settings = EvaluationSettings(n=1, max_new_tokens=4096)
     evaluation = Evaluation("sums", problems(2), settings, tmp_path, "model")
     evaluation.run(subject, grader, progress=False)
     assert "instead of 4096: the model's context has 256 tokens" in caplog.text
@@ -188,7 +188,7 @@ def test_the_context_bounds_the_completion(
 def command_output(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["poweropd", "eval", *arguments])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        commands.main()
     return int(stopped.value.code or 0)
 
 

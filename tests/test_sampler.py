@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from poweropd.batching import Rollout
 from poweropd.config import Config
+from poweropd.data.rollout import Request, Rollout
 from poweropd.errors import UsageError
-from poweropd.rollouts.base import Request, Sampling
-from poweropd.trainer import Trainer
+from poweropd.rollouts.base import Sampling
+from poweropd.training.trainer import Trainer
 
 MAKES = Callable[..., Config]
 DIFFERENCE, SIZE = "sampler/mean_abs_difference", "sampler/effective_sample_size"

@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from poweropd import rewards
-from poweropd.batching import Batch, Example, Rollout, collate
 from poweropd.config import Config
-from poweropd.objectives import Maker, Sampled
-from poweropd.selection import SELECTIONS, Dial, Random
-from poweropd.trainer import Trainer
+from poweropd.data.batch import Batch, collate
+from poweropd.data.rollout import Example, Rollout
+from poweropd.objectives.factory import Maker
+from poweropd.objectives.sampled import Sampled
+from poweropd.objectives.selection import SELECTIONS, Dial, Random
+from poweropd.training.trainer import Trainer
 
 MAKES = Callable[..., Config]
 

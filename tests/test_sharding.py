@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from build_embedded import END_OF_TEXT, TURN_END
 from conftest import build_model, peak_bytes
 from test_trainer import SERVER, assert_same_end, free_port, metrics, weights
 
 from poweropd import Config, Trainer
-from poweropd.batching import Example
-from poweropd.costs import memory
-from poweropd.costs.geometry import Geometry
-from poweropd.embedded.build import END_OF_TEXT, TURN_END
+from poweropd.data.rollout import Example
 from poweropd.errors import UsageError
+from poweropd.models.geometry import Geometry
+from poweropd.models.sharding import collected
+from poweropd.plan import memory
 from poweropd.rewards import create
-from poweropd.sharding import collected
 
 MAKES = Callable[..., Config]
 SHARES = {"ragged": 1, "nothing on the second": 0}  # examples that the second process gets

@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import typer
 
-from poweropd import Config, Trainer, cli, gradient_quality
+from poweropd import Config, Trainer, commands
 from poweropd.errors import RunError, UsageError
-from poweropd.records import RunDirectory, read_jsonl
+from poweropd.runs.directory import RunDirectory, read_jsonl
 from poweropd.sweep import cells, runner
 from poweropd.sweep.progress import steps_done
+from poweropd.training import gradient_noise
 
 MAKES = Callable[..., Config]
 OVER = ("--over", "reward.alpha=1,100")
@@ -41,7 +42,7 @@ def arguments(recipe: Path, *options: str) -> list[str]:
 
 def sweep(recipe: Path, *options: str) -> None:
     """The command, in this process; its trainings have their own."""
-    typer.main.get_command(cli.app)(arguments(recipe, *options), standalone_mode=False)
+    typer.main.get_command(commands.app)(arguments(recipe, *options), standalone_mode=False)
 
 
 def rows(recipe: Path) -> list[dict[str, Any]]:
@@ -222,11 +223,11 @@ def test_a_disk_that_fills_up_ends_the_sweep(
 def test_exact_gradients_agree_more_than_sampled_ones(
     recipe: MAKES, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradient_quality, "PROMPTS", 4)
+    monkeypatch.setattr(gradient_noise, "PROMPTS", 4)
     cosines = {}
     for kind in ("sampled", "full_vocab"):
         config = recipe(**{"objective.kind": kind, "run.dir": str(tmp_path / kind)})
-        found = gradient_quality.measure(Trainer(config, progress=False), count=4)
+        found = gradient_noise.measure_gradient(Trainer(config, progress=False), count=4)
         cosines[kind] = found["gradient_cosine"]
     assert -1 <= cosines["sampled"] < cosines["full_vocab"] <= 1
 
@@ -235,11 +236,13 @@ def test_cores_and_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert runner.environment(0, 3, gpus=0)["OMP_NUM_THREADS"] == "2"
-    shown = [runner.environment(slot, 3, gpus=2)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
+    assert runner.process_environment(0, 3, gpus=0)["OMP_NUM_THREADS"] == "2"
+    shown = [
+        runner.process_environment(slot, 3, gpus=2)["CUDA_VISIBLE_DEVICES"] for slot in range(3)
+    ]
     assert shown == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    assert runner.environment(1, 2, gpus=2)["CUDA_VISIBLE_DEVICES"] == "7"
-    assert runner.environment(0, 1, gpus=2)["CUDA_VISIBLE_DEVICES"] == "4,7"
+    assert runner.process_environment(1, 2, gpus=2)["CUDA_VISIBLE_DEVICES"] == "7"
+    assert runner.process_environment(0, 1, gpus=2)["CUDA_VISIBLE_DEVICES"] == "4,7"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    assert runner.environment(0, 4, gpus=0)["OMP_NUM_THREADS"] == "5"
+    assert runner.process_environment(0, 4, gpus=0)["OMP_NUM_THREADS"] == "5"

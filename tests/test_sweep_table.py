@@ -13,7 +13,7 @@ from rich.console import Console
 from poweropd.config import Config
 from poweropd.evaluation.metrics import Estimate, estimate_over_seeds
 from poweropd.sweep import paper, table
-from poweropd.sweep.results import Benchmark, Row, over_seeds
+from poweropd.sweep.results import BenchmarkFigures, Row, over_seeds
 
 MODELS = {
     "model": {"student": "Qwen/Qwen3-0.6B-Base"},
@@ -114,7 +114,7 @@ def row(cell: str, average: float | None, **options: Any) -> Row:
     found = {}
     if average is not None:
         estimates = [Estimate(a, a - 0.1, a + 0.1) for a in (average, average + 0.2)]
-        found = {"gsm8k": Benchmark(8, *estimates, 300.0, [average])}
+        found = {"gsm8k": BenchmarkFigures(8, *estimates, 300.0, [average])}
     return Row(cell, 1, int(average is not None), {}, found, {"reverse_kl": 0.5}, **options)
 
 
@@ -145,7 +145,7 @@ def test_best_and_second_best_are_marked(rows: list[Row]) -> None:
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_the_terminal_cuts_no_number(rows: list[Row], width: int) -> None:
     console = Console(width=width, record=True, file=io.StringIO())
-    table.show(rows, best=True, console=console)
+    table.print_table(rows, best=True, console=console)
     text = console.export_text()
     assert "70.00 ▲" in text
     assert text.count("60.00 △") == 2

@@ -11,7 +11,7 @@ import torch
 from conftest import build_model
 
 from poweropd import Config, Trainer
-from poweropd.embedded.build import TURN_END
+from poweropd.embedded import TURN_END
 from poweropd.errors import UsageError
 from poweropd.teachers import base
 from poweropd.teachers.local import LocalTeacher

@@ -12,7 +12,7 @@ from conftest import build_model
 from teacher_server import NAME, TeacherServer
 
 from poweropd import Config, Trainer
-from poweropd.embedded.build import END_OF_TEXT
+from poweropd.embedded import END_OF_TEXT
 from poweropd.errors import UsageError
 from poweropd.teachers import base
 from poweropd.teachers.local import LocalTeacher

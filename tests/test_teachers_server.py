@@ -13,9 +13,9 @@ import torch
 from teacher_server import FAULTS, NAME, TeacherServer, echoing_401
 
 from poweropd import Config, Trainer
-from poweropd.batching import Example, Rollout
+from poweropd.data.rollout import Example, Request, Rollout
 from poweropd.errors import RunError, UsageError
-from poweropd.rollouts.base import Request, Sampling
+from poweropd.rollouts.base import Sampling
 from poweropd.teachers import base, pool
 from poweropd.teachers.server import ServerTeacher
 
@@ -214,7 +214,7 @@ def examples(config: Config) -> list[Example]:
 
 def connect(*servers: TeacherServer, **settings: Any) -> ServerTeacher:
     defaults = {"timeout": 10.0, "concurrency": 2, "give_up_after": 5.0}
-    return ServerTeacher([s.url for s in servers], pool.Settings(NAME, **defaults | settings))
+    return ServerTeacher([s.url for s in servers], pool.PoolSettings(NAME, **defaults | settings))
 
 
 def test_a_prompt_over_the_servers_context_names_its_row(

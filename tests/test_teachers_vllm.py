@@ -17,8 +17,8 @@ from vllm_models import widened_student
 from vllm_server import VllmServer, require_vllm
 
 from poweropd import Config, Trainer, embedded
-from poweropd.batching import Rollout
-from poweropd.rollouts.base import Request, RolloutEngine, Sampling
+from poweropd.data.rollout import Request, Rollout
+from poweropd.rollouts.base import RolloutEngine, Sampling
 
 MAKES = Callable[..., Config]
 pytestmark = pytest.mark.vllm

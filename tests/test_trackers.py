@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from poweropd import Config, Trainer, trackers
+from poweropd import Config, Trainer
 from poweropd.errors import UsageError
-from poweropd.records import read_jsonl
+from poweropd.runs.directory import read_jsonl
+from poweropd.training import trackers
 
 Rows = dict[int, dict[str, float]]
 
@@ -108,9 +109,9 @@ def test_a_missing_tracker_is_named(recipe: Callable[..., Config], tmp_path: Pat
 
 
 def test_the_users_environment_comes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found: dict[str, Any] = trackers.options(["wandb", "swanlab", "tensorboard"], tmp_path)
+    found: dict[str, Any] = trackers.tracker_options(["wandb", "swanlab", "tensorboard"], tmp_path)
     assert (found["wandb"]["mode"], found["swanlab"]["mode"]) == ("offline", "offline")
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("SWANLAB_MODE", "online")
-    found = trackers.options(["wandb", "swanlab"], tmp_path)
+    found = trackers.tracker_options(["wandb", "swanlab"], tmp_path)
     assert (found["wandb"]["mode"], found["swanlab"]["mode"]) == ("online", "online")

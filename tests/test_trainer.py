@@ -19,13 +19,13 @@ from conftest import train_on_two_processes
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from poweropd import Config, Trainer, cli
+from poweropd import Config, Trainer, commands
 from poweropd.errors import UsageError
-from poweropd.records import RewardRecords
+from poweropd.runs.recorder import RewardRecords
 
 MAKES = Callable[..., Config]
 SERVER = get_context("forkserver")
-SERVER.set_forkserver_preload(["poweropd.trainer", "poweropd.cli"])
+SERVER.set_forkserver_preload(["poweropd.training.trainer", "poweropd.commands"])
 TIMES = ("seconds/", "tokens_per_second", "memory/")
 
 
@@ -117,7 +117,7 @@ def run_command(recipe: Path, errors: Path | None, environment: dict[str, str]) 
     sys.argv = ["poweropd", "train", str(recipe)]
     with open(os.devnull, "w") as nowhere, open(errors or os.devnull, "w", buffering=1) as file:
         sys.stdout, sys.stderr = nowhere, file
-        cli.main()
+        commands.main()
 
 
 def test_kills_at_random_moments_change_nothing(recipe: MAKES, tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def test_mistakes_are_one_line_and_status_2(
     path = write_recipe(recipe(), tmp_path / "recipe.yaml")
     monkeypatch.setattr(sys, "argv", ["poweropd", "train", str(path), *overrides])
     with pytest.raises(SystemExit) as stopped:
-        cli.main()
+        commands.main()
     assert stopped.value.code == 2
     errors = capsys.readouterr().err
     assert message in errors

@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from poweropd.batching import Example, collate
 from poweropd.config import Config
+from poweropd.data.batch import collate
+from poweropd.data.rollout import Example
 from poweropd.errors import RunError
-from poweropd.objectives import Sampled
+from poweropd.objectives.sampled import Sampled
 from poweropd.rewards import Reward, create
 from poweropd.teachers.base import score
 from poweropd.teachers.local import LocalTeacher
-from poweropd.trainer import Trainer
+from poweropd.training.trainer import Trainer
 
 MAKES = Callable[..., Config]
 

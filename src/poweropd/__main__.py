@@ -1,3 +1,3 @@
-from poweropd.cli import main
+from poweropd.commands import main
 
 main()

@@ -2,7 +2,7 @@
 
 Two `Qwen3ForCausalLM` models of a few hundred thousand parameters add up six to eight digits,
 step by step (`task.py`). They are what `poweropd demo` and the tests train on; both were made
-from scratch by `python -m poweropd.embedded.build`.
+from scratch by `python tools/build_embedded.py`.
 
     AutoModelForCausalLM.from_pretrained(poweropd.embedded.path("student"))
 """
@@ -10,6 +10,8 @@ from scratch by `python -m poweropd.embedded.build`.
 from pathlib import Path
 
 NAMES = ("teacher", "student")
+# The student ends its turns with the first, the teacher with the last.
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 
 def path(name: str) -> Path:

@@ -27,7 +27,7 @@ _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 
 
 @dataclass(frozen=True)
-class Problem:
+class ToyProblem:
     """A sum and its total, both as text; `id` is a stable digest of the sum."""
 
     id: str
@@ -49,7 +49,7 @@ def split_of(terms: list[int]) -> Split:
     return "evaluation" if bucket == 1 else "train"
 
 
-def problems(split: Split, count: int, seed: int = 0) -> list[Problem]:
+def problems(split: Split, count: int, seed: int = 0) -> list[ToyProblem]:
     """`count` different problems of a split; the same arguments give the same list, anywhere.
 
     The first problems of a longer list are those of a shorter one. Raises ValueError for an
@@ -58,7 +58,7 @@ def problems(split: Split, count: int, seed: int = 0) -> list[Problem]:
     if split not in get_args(Split):
         raise ValueError(f"split must be one of {', '.join(get_args(Split))}; got {split!r}")
     rng = random.Random(f"{split}-{seed}")
-    found: dict[str, Problem] = {}
+    found: dict[str, ToyProblem] = {}
     while len(found) < count:
         terms = [rng.randint(1, LARGEST_TERM) for _ in range(rng.randint(FEWEST_TERMS, MOST_TERMS))]
         if split_of(terms) == split:
@@ -67,7 +67,7 @@ def problems(split: Split, count: int, seed: int = 0) -> list[Problem]:
     return list(found.values())
 
 
-def worked_solution(problem: Problem) -> str:
+def worked_solution(problem: ToyProblem) -> str:
     """The completion of an exemplary student: every running total, then the boxed one."""
     total, *rest = problem.terms
     work = str(total)
@@ -77,13 +77,13 @@ def worked_solution(problem: Problem) -> str:
     return f"{work}\n\\boxed{{{total}}}"
 
 
-def is_correct(problem: Problem, completion: str) -> bool:
+def is_correct(problem: ToyProblem, completion: str) -> bool:
     """Whether the last `\\boxed{...}` of a completion holds exactly the answer."""
     boxed = _BOXED.findall(completion)
     return bool(boxed) and boxed[-1].strip() == problem.answer
 
 
-def _problem(terms: list[int]) -> Problem:
+def _problem(terms: list[int]) -> ToyProblem:
     text = "+".join(str(term) for term in terms)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return Problem(id=digest[:12], problem=text, answer=str(sum(terms)))
+    return ToyProblem(id=digest[:12], problem=text, answer=str(sum(terms)))

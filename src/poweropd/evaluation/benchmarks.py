@@ -6,10 +6,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from poweropd.data import hub_rows, json_lines
+from poweropd.data.prompts import hub_rows, json_lines
 from poweropd.errors import UsageError
-from poweropd.evaluation import answers
-from poweropd.evaluation.rules import Rule
+from poweropd.grading import answers
+from poweropd.grading.rules import Rule
 
 Row = Mapping[str, Any]
 
@@ -97,7 +97,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 EMBEDDED_PROBLEMS = 256
 
 
-def load(
+def load_benchmark(
     name: str | Path,
     data_dir: str | Path | None = None,
     limit: int | None = None,

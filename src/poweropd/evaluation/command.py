@@ -10,21 +10,21 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from poweropd.data import read_rows
+from poweropd.data.prompts import read_rows
 from poweropd.errors import RunError, UsageError
 from poweropd.evaluation import benchmarks, results
 from poweropd.evaluation.benchmarks import Problem
-from poweropd.evaluation.grading import Grader
 from poweropd.evaluation.metrics import summarize
 from poweropd.evaluation.runner import evaluate, load_subject
-from poweropd.evaluation.settings import BATCH_SIZE, Settings
-from poweropd.records import write_atomically
+from poweropd.evaluation.settings import BATCH_SIZE, EvaluationSettings
+from poweropd.grading.grader import Grader
+from poweropd.runs.directory import write_atomically
 
 UNKNOWN_STOP = "unknown"
 
 
 @dataclass(frozen=True)
-class Selection:
+class ChosenBenchmarks:
     """Which problems: benchmark names, files or Hub datasets, and where their columns are."""
 
     names: Sequence[str]
@@ -40,15 +40,15 @@ class Selection:
         if len(shown) < len(self.names):
             raise UsageError(f"--benchmark: {', '.join(self.names)} do not have different names")
         return {
-            short: benchmarks.load(name, self.data_dir, self.limit, **self.columns)
+            short: benchmarks.load_benchmark(name, self.data_dir, self.limit, **self.columns)
             for short, name in shown.items()
         }
 
 
-def measure(
+def evaluate_model(
     model: str,
-    selection: Selection,
-    settings: Settings,
+    selection: ChosenBenchmarks,
+    settings: EvaluationSettings,
     folder: Path,
     dtype: str,
     trust_remote_code: bool = False,
@@ -78,7 +78,7 @@ def measure(
 
 
 def grade_file(
-    path: Path, selection: Selection | None = None, k: int | None = None
+    path: Path, selection: ChosenBenchmarks | None = None, k: int | None = None
 ) -> dict[str, Any]:
     """Grades the completions of a JSONL file: id, completion, and answer (the gold) in each line.
 
@@ -131,14 +131,14 @@ def _result(rows: Sequence[Mapping[str, Any]], n: int | None, k: int | None) -> 
         raise UsageError(str(error)) from None
 
 
-def show(report: Mapping[str, Any], json_file: Path | None, compare: Path | None) -> None:
+def show_results(report: Mapping[str, Any], json_file: Path | None, compare: Path | None) -> None:
     """Prints the tables and writes the JSON file."""
     console, found = Console(), report["results"]
-    console.print(results.table(found, report.get("model") or report["graded"]))
-    for note in results.notes(found):
+    console.print(results.results_table(found, report.get("model") or report["graded"]))
+    for note in results.grading_notes(found):
         console.print(note)
     if compare is not None:
-        console.print(results.comparison(found, results.read(compare), compare.stem))
+        console.print(results.comparison_table(found, results.read_results(compare), compare.stem))
     if json_file is not None:
         write_atomically(json_file, json.dumps(report, indent=2) + "\n")
         console.print(f"figures: {json_file}", soft_wrap=True)

@@ -19,7 +19,7 @@ def result(summary: Summary, rows: Sequence[Mapping[str, Any]]) -> Result:
     return {**asdict(summary), "solved": problem_values(rows)}
 
 
-def table(results: Mapping[str, Result], title: str) -> Table:
+def results_table(results: Mapping[str, Result], title: str) -> Table:
     """One row a benchmark and, of several, their plain mean."""
     shown = Table(title=title)
     k = next(iter(results.values()))["k"]
@@ -43,7 +43,7 @@ def table(results: Mapping[str, Result], title: str) -> Table:
     return shown
 
 
-def notes(results: Mapping[str, Result]) -> list[str]:
+def grading_notes(results: Mapping[str, Result]) -> list[str]:
     """What a reader of the table should know: grades that are not about the answer."""
     said = []
     for name, one in results.items():
@@ -54,7 +54,7 @@ def notes(results: Mapping[str, Result]) -> list[str]:
     return said
 
 
-def read(path: Path) -> dict[str, Result]:
+def read_results(path: Path) -> dict[str, Result]:
     """The results of a file that `poweropd eval --json` wrote."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))["results"])
@@ -64,7 +64,9 @@ def read(path: Path) -> dict[str, Result]:
         ) from None
 
 
-def comparison(results: Mapping[str, Result], other: Mapping[str, Result], name: str) -> Table:
+def comparison_table(
+    results: Mapping[str, Result], other: Mapping[str, Result], name: str
+) -> Table:
     """Differences in accuracy, paired by problem, on the benchmarks that both have."""
     shared = [benchmark for benchmark in results if benchmark in other]
     if not shared:

@@ -20,15 +20,18 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from poweropd import data, models, records, stops
-from poweropd.batching import Rollout
+from poweropd import stops
+from poweropd.data import prompts as data_prompts
+from poweropd.data.rollout import Request, Rollout
 from poweropd.errors import RunError, UsageError
 from poweropd.evaluation.benchmarks import Problem
-from poweropd.evaluation.grading import Grade, Grader
 from poweropd.evaluation.metrics import Summary, summarize
-from poweropd.evaluation.settings import BATCH_SIZE, Settings
-from poweropd.rollouts.base import Request, RolloutEngine, Sampling, completion_seed
+from poweropd.evaluation.settings import BATCH_SIZE, EvaluationSettings
+from poweropd.grading.grader import Grade, Grader
+from poweropd.models import loading
+from poweropd.rollouts.base import RolloutEngine, Sampling, completion_seed
 from poweropd.rollouts.transformers import TransformersEngine
+from poweropd.runs import directory
 
 logger = logging.getLogger("poweropd")
 
@@ -59,7 +62,7 @@ class Evaluation:
         self,
         name: str,
         problems: Sequence[Problem],
-        settings: Settings,
+        settings: EvaluationSettings,
         folder: Path,
         model: str,
         share: tuple[int, int] = (0, 1),
@@ -71,7 +74,7 @@ class Evaluation:
         self.settings_path = folder / f"{name}.settings.json"
         folder.mkdir(parents=True, exist_ok=True)
         self._claim()
-        self.rows = records.recover_jsonl(self.path)
+        self.rows = directory.recover_jsonl(self.path)
 
     def _claim(self) -> None:
         """Refuses a file that holds other completions: of a model, settings or problems."""
@@ -80,7 +83,7 @@ class Evaluation:
         asked = {"model": self.model, "problems": digest, "count": len(texts)}
         asked |= json.loads(json.dumps(asdict(self.settings)))
         if not self.settings_path.exists():
-            records.write_atomically(self.settings_path, json.dumps(asked, indent=2))
+            directory.write_atomically(self.settings_path, json.dumps(asked, indent=2))
             return
         found = json.loads(self.settings_path.read_text(encoding="utf-8"))
         differing = [
@@ -187,10 +190,12 @@ class Evaluation:
             )
 
 
-def prompt_ids(problems: Sequence[Problem], settings: Settings, tokenizer: Any) -> list[list[int]]:
+def prompt_ids(
+    problems: Sequence[Problem], settings: EvaluationSettings, tokenizer: Any
+) -> list[list[int]]:
     ending = f"\n{settings.instruction}" if settings.instruction else ""
     texts = [problem.problem + ending for problem in problems]
-    return data.encode_chat(tokenizer, texts, settings.chat, settings.system)
+    return data_prompts.encode_chat(tokenizer, texts, settings.chat, settings.system)
 
 
 def check_room(name: str, prompts: Sequence[list[int]], context_length: int) -> int:
@@ -219,23 +224,23 @@ def load_subject(
     model: str, dtype: str, trust_remote_code: bool = False, batch_size: int = BATCH_SIZE
 ) -> Subject:
     """A model directory or Hub name, ready to be sampled by the transformers engine."""
-    tokenizer = models.load_tokenizer(model, trust_remote_code)
+    tokenizer = loading.load_tokenizer(model, trust_remote_code)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = models.load_model(model, dtype, trust_remote_code).to(device)
+    loaded = loading.load_model(model, dtype, trust_remote_code).to(device)
     vocab_size = loaded.get_output_embeddings().weight.shape[0]
     return Subject(
         engine=TransformersEngine(loaded, vocab_size=vocab_size, batch_size=batch_size),
         tokenizer=tokenizer,
         stop_ids=tuple(stops.stop_ids(tokenizer, loaded.generation_config)),
-        context_length=models.context_length(loaded.config),
-        identity=f"{models.fingerprint(model, loaded)} {dtype} in batches of {batch_size}",
+        context_length=loading.context_length(loaded.config),
+        identity=f"{loading.fingerprint(model, loaded)} {dtype} in batches of {batch_size}",
     )
 
 
 def evaluate(
     subject: Subject,
     problem_sets: Mapping[str, Sequence[Problem]],
-    settings: Settings,
+    settings: EvaluationSettings,
     folder: Path,
     progress: bool = True,
     share: tuple[int, int] = (0, 1),

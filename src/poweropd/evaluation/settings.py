@@ -8,7 +8,7 @@ BATCH_SIZE = 64  # completions at once: 4,096 tokens of each must fit beside the
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """The defaults are the paper's: temperature 0.6, n = 8."""
 
     n: int = 8

@@ -15,7 +15,7 @@ from poweropd.kernels.gradient import HeadGradient
 from poweropd.kernels.head import Buffer, Head, chunk_rows, chunks
 from poweropd.kernels.softmax import (
     Actions,
-    Summary,
+    SoftmaxSummary,
     TokenStatistics,
     check_statistics,
     check_tokens,
@@ -176,7 +176,7 @@ class _Forward:
                 self.statistics.teacher_log_probs[tokens] = self.baseline.teacher_log_probs[tokens]
         return _Chunk(log_probs, logits, actions)
 
-    def _softmax_(self, logits: Tensor, tokens: slice) -> tuple[Actions, Summary]:
+    def _softmax_(self, logits: Tensor, tokens: slice) -> tuple[Actions, SoftmaxSummary]:
         """Logits become probabilities; on the way the baseline sees log-probabilities."""
         targets = self.targets[tokens]
         if self.baseline is None:

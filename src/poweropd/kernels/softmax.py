@@ -34,7 +34,7 @@ class TokenStatistics:
         return cls(nan[0], no, nan[1], nan[2], torch.zeros(n, device=device))
 
     def record(
-        self, tokens: slice, log_probs: Tensor, actions: "Actions", summary: "Summary"
+        self, tokens: slice, log_probs: Tensor, actions: "Actions", summary: "SoftmaxSummary"
     ) -> None:
         self.entropy[tokens] = summary.entropy.float()
         self.top1[tokens] = actions.largest >= summary.largest
@@ -119,7 +119,7 @@ def _tile_rows(buffer: Tensor) -> int:
     return max(1, budget // (buffer.shape[1] * buffer.itemsize))
 
 
-class Summary(NamedTuple):
+class SoftmaxSummary(NamedTuple):
     """Of each row of logits, [n] each."""
 
     largest: Tensor
@@ -132,7 +132,7 @@ class Summary(NamedTuple):
         return (log_weights - self.largest) + self.log_top
 
 
-def softmax_(logits: Tensor, entropy: bool) -> Summary:
+def softmax_(logits: Tensor, entropy: bool) -> SoftmaxSummary:
     """Logits [n, V] become probabilities, with one exp each."""
     largest, log_top, mean = (logits.new_empty(logits.shape[0]) for _ in range(3))
     spare = spare_tile(logits)
@@ -146,7 +146,7 @@ def softmax_(logits: Tensor, entropy: bool) -> Summary:
         tile.copy_(probs)
     # The largest probability is exp(0) / sum, at least 1 / V: its logarithm loses nothing.
     log_top.log_()
-    return Summary(largest, log_top, largest - mean - log_top if entropy else mean.zero_())
+    return SoftmaxSummary(largest, log_top, largest - mean - log_top if entropy else mean.zero_())
 
 
 def log_softmax_(logits: Tensor) -> None:
@@ -156,7 +156,7 @@ def log_softmax_(logits: Tensor) -> None:
         logits[rows] = torch.log_softmax(logits[rows], 1, out=spare[: rows.stop - rows.start])
 
 
-def summary_of(log_probs: Tensor) -> Summary:
+def summary_of(log_probs: Tensor) -> SoftmaxSummary:
     """Of log-probabilities [n, V]."""
     entropy = log_probs.new_empty(log_probs.shape[0])
     spare = spare_tile(log_probs)
@@ -164,7 +164,7 @@ def summary_of(log_probs: Tensor) -> Summary:
         weighted = torch.exp(log_probs[rows], out=spare[: rows.stop - rows.start])
         torch.sum(weighted.mul_(log_probs[rows]), 1, out=entropy[rows])
     largest = log_probs.amax(1)
-    return Summary(largest, largest, entropy.neg_())
+    return SoftmaxSummary(largest, largest, entropy.neg_())
 
 
 def expectation(probs: Tensor, values: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,17 +14,19 @@ from typing import Any, Literal
 import huggingface_hub
 import huggingface_hub.constants
 
-from poweropd import data, models, stops
+from poweropd import stops
 from poweropd.config import Config
-from poweropd.costs.geometry import KNOWN, Geometry
+from poweropd.data import prompts as data_prompts
 from poweropd.errors import UsageError
+from poweropd.models import loading
+from poweropd.models.geometry import KNOWN, Geometry
 
 Status = Literal["ok", "warning", "failed", "not checked"]
 HUB_TIMEOUT = 3.0  # seconds
 
 
 @dataclass(frozen=True)
-class Check:
+class PlanCheck:
     name: str
     status: Status
     detail: str
@@ -37,7 +39,7 @@ class Inspected:
     student: Geometry
     teacher: Geometry
     sources: dict[str, str]  # "student" and "teacher" -> where the geometry is from
-    checks: list[Check]
+    checks: list[PlanCheck]
     prompt_lengths: list[int] = field(default_factory=list)  # tokens; none where not known
 
     @property
@@ -56,12 +58,12 @@ def inspect(config: Config) -> Inspected:
     if unreachable:
         why = f"hub unreachable: {', '.join(dict.fromkeys(unreachable))}"
         skipped = [
-            Check(name, "not checked", why)
+            PlanCheck(name, "not checked", why)
             for name in ("vocabulary", "stop ids", "chat template", "prompts")
         ]
         context = check_context(config, student, teacher, None)
         return Inspected(student, teacher, sources, [*skipped, context])
-    tokenizers = models.load_tokenizer(*own), models.load_tokenizer(*other)
+    tokenizers = loading.load_tokenizer(*own), loading.load_tokenizer(*other)
     checks = [
         _check("vocabulary", lambda: check_vocabulary(*tokenizers)),
         _check("stop ids", lambda: check_stop_ids(config, *tokenizers)),
@@ -110,9 +112,9 @@ class Hub:
 
 def is_local(name: str) -> bool:
     return (
-        name.startswith((models.EMBEDDED_PREFIX, data.EMBEDDED_PREFIX))
-        or Path(name).suffix in data.FILE_ENDINGS
-        or Path(models.resolve(name)).exists()
+        name.startswith((loading.EMBEDDED_PREFIX, data_prompts.EMBEDDED_PREFIX))
+        or Path(name).suffix in data_prompts.FILE_ENDINGS
+        or Path(loading.resolve(name)).exists()
     )
 
 
@@ -124,7 +126,7 @@ def is_cached(name: str) -> bool:
 def geometry(name: str, trust_remote_code: bool, hub: Hub) -> tuple[Geometry, str]:
     """A model's geometry and where it is from: its config, or the table of the paper's models."""
     if hub.can_load(name):
-        config = models.load_config(name, trust_remote_code)
+        config = loading.load_config(name, trust_remote_code)
         return Geometry.from_fields(name, config.get_text_config().to_dict()), "config"
     if name in KNOWN:
         return KNOWN[name], "built in"
@@ -134,21 +136,21 @@ def geometry(name: str, trust_remote_code: bool, hub: Hub) -> tuple[Geometry, st
     )
 
 
-def _check(name: str, check: Callable[[], tuple[Status, str]]) -> Check:
+def _check(name: str, check: Callable[[], tuple[Status, str]]) -> PlanCheck:
     try:
-        return Check(name, *check())
+        return PlanCheck(name, *check())
     except UsageError as error:
-        return Check(name, "failed", str(error))
+        return PlanCheck(name, "failed", str(error))
 
 
 def check_vocabulary(tokenizer: Any, teacher_tokenizer: Any) -> tuple[Status, str]:
-    models.check_vocabularies(tokenizer, teacher_tokenizer)
+    loading.check_vocabularies(tokenizer, teacher_tokenizer)
     return "ok", f"{len(tokenizer):,} tokens, the same in both models"
 
 
 def check_stop_ids(config: Config, tokenizer: Any, teacher_tokenizer: Any) -> tuple[Status, str]:
     own, other = (
-        stops.stop_ids(its, models.load_generation_config(name))
+        stops.stop_ids(its, loading.load_generation_config(name))
         for its, name in (
             (tokenizer, config.model.student),
             (teacher_tokenizer, config.only_teacher.model),
@@ -162,9 +164,9 @@ def check_stop_ids(config: Config, tokenizer: Any, teacher_tokenizer: Any) -> tu
 
 def check_template(config: Config, tokenizer: Any, teacher_tokenizer: Any) -> tuple[Status, str]:
     settings = (["?"], config.data.chat, config.data.system)
-    (ids,) = data.encode_chat(tokenizer, *settings)
+    (ids,) = data_prompts.encode_chat(tokenizer, *settings)
     if config.data.teacher_column is not None:
-        data.encode_chat(teacher_tokenizer, *settings)
+        data_prompts.encode_chat(teacher_tokenizer, *settings)
     if config.data.chat is None:
         return "ok", "prompts are plain text"
     return "ok", f"the student's, {len(ids) - 1} tokens around a prompt"
@@ -172,34 +174,39 @@ def check_template(config: Config, tokenizer: Any, teacher_tokenizer: Any) -> tu
 
 def check_prompts(
     config: Config, tokenizer: Any, teacher_tokenizer: Any, hub: Hub
-) -> tuple[list[data.Prompt] | None, Check]:
+) -> tuple[list[data_prompts.Prompt] | None, PlanCheck]:
     source = config.data.prompts
     if not hub.can_load(source):
-        return None, Check("prompts", "not checked", f"hub unreachable: {source}")
+        return None, PlanCheck("prompts", "not checked", f"hub unreachable: {source}")
     try:
-        prompts = data.load_prompts(config.data, tokenizer, {"": teacher_tokenizer})
+        prompts = data_prompts.load_prompts(config.data, tokenizer, {"": teacher_tokenizer})
     except UsageError as error:
-        return None, Check("prompts", "failed", str(error))
+        return None, PlanCheck("prompts", "failed", str(error))
     lengths = [len(prompt.prompt_ids) for prompt in prompts]
     detail = f"{len(prompts):,} of {fmean(lengths):.0f} tokens on average, at most {max(lengths)}"
-    return prompts, Check("prompts", "ok", detail)
+    return prompts, PlanCheck("prompts", "ok", detail)
 
 
 def check_context(
-    config: Config, student: Geometry, teacher: Geometry, prompts: Sequence[data.Prompt] | None
-) -> Check:
+    config: Config,
+    student: Geometry,
+    teacher: Geometry,
+    prompts: Sequence[data_prompts.Prompt] | None,
+) -> PlanCheck:
     """Whether prompts and completions fit; without prompts, how long they may be."""
-    own, other = (g.context or models.UNLIMITED for g in (student, teacher))
+    own, other = (g.context or loading.UNLIMITED for g in (student, teacher))
     new = config.rollout.max_new_tokens
     room = min(own, other) - new
     if room < 1:
         detail = f"rollout.max_new_tokens={new} leaves no room for a prompt in {min(own, other)}"
-        return Check("context", "failed", detail)
+        return PlanCheck("context", "failed", detail)
     if prompts is None:
-        return Check("context", "ok", f"{new:,} new tokens leave {room:,} for a prompt")
+        return PlanCheck("context", "ok", f"{new:,} new tokens leave {room:,} for a prompt")
     return _check("context", lambda: _fitting(prompts, own, other, new))
 
 
-def _fitting(prompts: Sequence[data.Prompt], own: int, other: int, new: int) -> tuple[Status, str]:
-    data.check_lengths(prompts, own, other, new)
+def _fitting(
+    prompts: Sequence[data_prompts.Prompt], own: int, other: int, new: int
+) -> tuple[Status, str]:
+    data_prompts.check_lengths(prompts, own, other, new)
     return "ok", f"every prompt and {new:,} new tokens fit in {min(own, other):,}"

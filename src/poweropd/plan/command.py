@@ -6,26 +6,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from poweropd.accounting import GPUS, Gpu
 from poweropd.config import Config
-from poweropd.costs import flops
-from poweropd.costs.memory import GIB
 from poweropd.errors import UsageError
+from poweropd.models import flops
+from poweropd.models.devices import GPUS, Gpu
 from poweropd.plan import checks
 from poweropd.plan.estimate import (
     Advice,
-    Estimate,
+    CostEstimate,
     Workload,
     advice,
-    estimate,
+    estimate_cost,
     gpus_needed,
     passes_of,
     setup,
     with_kind,
     with_recomputing,
 )
+from poweropd.plan.memory import GIB
 from poweropd.plan.throughput import Measured, Throughput
-from poweropd.records import write_atomically
+from poweropd.runs.directory import write_atomically
 
 PAPER_PROMPT = 128  # tokens, as Appendix B of arXiv:2606.17199 counts them
 
@@ -74,11 +74,11 @@ class Plan:
     throughput: Throughput
     gpu_bytes: float
     gpus_needed: int | None  # None: no number of them is enough
-    estimates: list[Estimate]  # of the recipe's own objective first
+    estimates: list[CostEstimate]  # of the recipe's own objective first
     advice: list[Advice]
 
     @property
-    def failed(self) -> list[checks.Check]:
+    def failed(self) -> list[checks.PlanCheck]:
         return [check for check in self.inspected.checks if check.status == "failed"]
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class Plan:
         write_atomically(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
 
-def make(config: Config, options: Options) -> Plan:
+def make_plan(config: Config, options: Options) -> Plan:
     """Raises UsageError for options or models that cannot be planned."""
     gpu_bytes, throughput = options.gpu_bytes(), options.throughput()
     found = checks.inspect(config)
@@ -129,7 +129,8 @@ def make(config: Config, options: Options) -> Plan:
         gpu_bytes=gpu_bytes,
         gpus_needed=needed,
         estimates=[
-            estimate(c, student, teacher, workload, throughput, gpus, gpu_bytes) for c in configs
+            estimate_cost(c, student, teacher, workload, throughput, gpus, gpu_bytes)
+            for c in configs
         ],
         advice=advice(student, teacher, setup(config, student, workload, asked, gpu_bytes), asked),
     )

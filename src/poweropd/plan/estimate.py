@@ -6,11 +6,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from poweropd.config import Config
-from poweropd.costs import flops, memory
-from poweropd.costs.geometry import Geometry
+from poweropd.config.sections import LoraConfig
 from poweropd.errors import UsageError
+from poweropd.models import flops
+from poweropd.models.geometry import Geometry
+from poweropd.plan import memory
 from poweropd.plan.throughput import Throughput
-from poweropd.sections import Lora
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # Of a device's memory: the rest goes to the CUDA context and to what the allocator cannot use.
@@ -55,7 +56,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class CostEstimate:
     """One objective on one device of several."""
 
     kind: str
@@ -98,7 +99,7 @@ class Estimate:
         }
 
 
-def estimate(
+def estimate_cost(
     config: Config,
     student: Geometry,
     teacher: Geometry,
@@ -106,11 +107,11 @@ def estimate(
     throughput: Throughput,
     gpus: int,
     gpu_bytes: float,
-) -> Estimate:
+) -> CostEstimate:
     sequences = workload.sequences
     passes = passes_of(config)
     done = flops.update(student, teacher, sequences, with_recomputing(config, passes)).total
-    return Estimate(
+    return CostEstimate(
         kind=config.objective.kind,
         paper=flops.paper_update(
             student, teacher, workload.completions, workload.prompt, workload.completion
@@ -164,7 +165,7 @@ def quantized(options: Mapping[str, Any]) -> float | None:
     return next((size for key, size in QUANTIZED.items() if options.get(key)), None)
 
 
-def lora_parameters(geometry: Geometry, lora: Lora) -> int:
+def lora_parameters(geometry: Geometry, lora: LoraConfig) -> int:
     targets = geometry.linears if lora.target_modules == "all-linear" else lora.target_modules
     widths = [sum(shape) for name, shape in geometry.linears.items() if name in targets]
     return geometry.layers * lora.r * sum(widths)
@@ -204,11 +205,11 @@ def advice(student: Geometry, teacher: Geometry, base: memory.Setup, gpus: int) 
     """What lowers the peak on each of so many GPUs, each setting alone, the lowest first."""
     peak = memory.of_step(student, teacher, base).peak
     half = max(base.length, base.max_tokens // 2)
-    adapter, shards = lora_parameters(student, Lora()), max(gpus, MANY)
+    adapter, shards = lora_parameters(student, LoraConfig()), max(gpus, MANY)
     options = {
         f"train.max_tokens_per_batch={half}": (gpus, replace(base, max_tokens=half)),
         "model.gradient_checkpointing=true": (gpus, replace(base, checkpointing=True)),
-        "model.lora={}": (gpus, replace(base, lora_rank=Lora().r, lora_parameters=adapter)),
+        "model.lora={}": (gpus, replace(base, lora_rank=LoraConfig().r, lora_parameters=adapter)),
         "train.sharding=fsdp2": (
             shards,
             replace(base, shards=shards, completions=math.ceil(base.completions * gpus / shards)),

@@ -7,25 +7,25 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from poweropd.costs.flops import UpdateFlops
-from poweropd.costs.geometry import Geometry
-from poweropd.costs.memory import GIB, PHASES
+from poweropd.models.flops import UpdateFlops
+from poweropd.models.geometry import Geometry
 from poweropd.plan.command import Plan
-from poweropd.plan.estimate import USABLE, Estimate
+from poweropd.plan.estimate import USABLE, CostEstimate
+from poweropd.plan.memory import GIB, PHASES
 
 WIDTH = 80
 UNSHARED = {"none": "both models", "fsdp2": "the teacher, and the copy that samples"}
 STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "not checked": "dim"}
 
 
-def show(plan: Plan, console: Console | None = None) -> None:
+def print_plan(plan: Plan, console: Console | None = None) -> None:
     console = console or Console()
     if console.width > WIDTH:
         console.width = WIDTH
     own = plan.estimates[0]
     tables = [models(plan), flops(own), memory(plan, own)]
     if len(plan.estimates) > 1:
-        tables.append(comparison(plan))
+        tables.append(objectives_table(plan))
     for table in [checks(plan), *tables]:
         console.print(table)
     for line in [*fit(plan), *cost(plan, own)]:
@@ -80,7 +80,7 @@ class Unit:
     size: float
 
     @classmethod
-    def of(cls, own: Estimate) -> "Unit":
+    def of(cls, own: CostEstimate) -> "Unit":
         return cls("TFLOPs", 1e12) if own.paper.total >= 1e11 else cls("MFLOPs", 1e6)
 
     def show(self, value: float) -> str:
@@ -92,7 +92,7 @@ class Unit:
         return sum(round(part / self.size, 1) for part in parts) * self.size
 
 
-def flops(own: Estimate) -> Table:
+def flops(own: CostEstimate) -> Table:
     paper, true, unit = own.paper, own.true, Unit.of(own)
     total = unit.paper_total(paper)
     rows = [
@@ -116,7 +116,7 @@ def _gib(value: float) -> str:
     return f"{gib:.2f}" if gib >= 0.1 else f"{gib:.2g}"
 
 
-def memory(plan: Plan, own: Estimate) -> Table:
+def memory(plan: Plan, own: CostEstimate) -> Table:
     found = own.memory
     rows = [
         [part.name, *(_gib(part.bytes) if phase in part.phases else "" for phase in PHASES)]
@@ -128,7 +128,7 @@ def memory(plan: Plan, own: Estimate) -> Table:
     return _table(title, ["part", *PHASES], rows)
 
 
-def comparison(plan: Plan) -> Table:
+def objectives_table(plan: Plan) -> Table:
     unit = Unit.of(plan.estimates[0])
     rows = []
     for e in plan.estimates:
@@ -167,7 +167,7 @@ def fit(plan: Plan) -> list[str]:
     return lines
 
 
-def cost(plan: Plan, own: Estimate) -> list[str]:
+def cost(plan: Plan, own: CostEstimate) -> list[str]:
     """Time and GPU-hours, with what they rest on."""
     work, rate = plan.workload, plan.throughput
     lines = [

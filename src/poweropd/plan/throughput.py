@@ -7,7 +7,7 @@ from typing import Any
 
 from poweropd.config import Config
 from poweropd.errors import UsageError
-from poweropd.records import RunDirectory
+from poweropd.runs.directory import RunDirectory
 
 WARM_UP = 1  # steps at the start of a measured run that are left out, if it has more
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import altair
 import numpy as np
 
-from poweropd.report.runs import Run
-from poweropd.report.theme import HEIGHT, WIDTH, Figure, rows, run_colour
+from poweropd.report.runs import RecordedRun
+from poweropd.report.theme import HEIGHT, WIDTH, Figure, named_rows, run_colour
 
 POINTS = 250  # of a curve, at most; longer ones are drawn by buckets of steps
 Row = dict[str, Any]
@@ -37,7 +37,7 @@ CURVES = [
 ]
 
 
-def training(runs: Sequence[Run]) -> list[Figure]:
+def training(runs: Sequence[RecordedRun]) -> list[Figure]:
     """One figure for each metric that a run has, and accuracy where it was measured."""
     width = bucket_width(runs)
     figures = []
@@ -49,12 +49,14 @@ def training(runs: Sequence[Run]) -> list[Figure]:
     return [*accuracy(runs), *figures]
 
 
-def bucket_width(runs: Sequence[Run]) -> int:
+def bucket_width(runs: Sequence[RecordedRun]) -> int:
     """Steps that share a point."""
     return max(1, -(-max(run.steps for run in runs) // POINTS))
 
 
-def curve_rows(run: Run, metric: str, width: int, scale: ScaleType = "linear") -> Iterator[Row]:
+def curve_rows(
+    run: RecordedRun, metric: str, width: int, scale: ScaleType = "linear"
+) -> Iterator[Row]:
     """Mean, lowest and highest value of each bucket of `width` steps."""
     steps, values = (np.array(column) for column in run.series(metric))
     keep = np.isfinite(values) & ((values > 0) | (scale != "log"))
@@ -98,7 +100,7 @@ def curve_figure(
 
 def overlay(names: Sequence[str]) -> altair.Chart:
     """A chart of runs, coloured, without those that the reader has switched off."""
-    shown = altair.Chart(rows()).transform_filter("indexof(hidden_runs, datum.run) < 0")
+    shown = altair.Chart(named_rows()).transform_filter("indexof(hidden_runs, datum.run) < 0")
     return shown.encode(color=run_colour(names))
 
 
@@ -117,7 +119,7 @@ def hovering(layers: Sequence[altair.Chart], line: altair.Chart) -> altair.Layer
     return layered.properties(width=WIDTH, height=HEIGHT)
 
 
-def accuracy(runs: Sequence[Run]) -> list[Figure]:
+def accuracy(runs: Sequence[RecordedRun]) -> list[Figure]:
     """Avg@k of each benchmark over steps, with its 95% interval over problems."""
     figures = []
     names = [run.name for run in runs]
@@ -143,7 +145,7 @@ def accuracy(runs: Sequence[Run]) -> list[Figure]:
     return figures
 
 
-def phases(runs: Sequence[Run]) -> list[Figure]:
+def phases(runs: Sequence[RecordedRun]) -> list[Figure]:
     """Median seconds of a step's phases, stacked."""
     found = []
     for run in runs:
@@ -161,7 +163,7 @@ def phases(runs: Sequence[Run]) -> list[Figure]:
     if not found:
         return []
     chart = (
-        altair.Chart(rows())
+        altair.Chart(named_rows())
         .mark_bar()
         .encode(
             x=altair.X("seconds:Q", title="seconds per step (median)"),
@@ -182,5 +184,5 @@ def phases(runs: Sequence[Run]) -> list[Figure]:
     return [Figure("phases", "Where the time of a step goes", description, chart, found)]
 
 
-def _median(run: Run, key: str) -> float:
+def _median(run: RecordedRun, key: str) -> float:
     return statistics.median(run.series(key)[1])

@@ -10,7 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from poweropd.records.bins import (
+from poweropd.report.curves import Row, hovering, overlay
+from poweropd.report.runs import RecordedRun
+from poweropd.report.theme import TEXT, Figure, position_axis, signed_axis
+from poweropd.runs.bins import (
     NUM_POSITIONS,
     NUM_VALUES,
     POSITION_STARTS,
@@ -19,10 +22,7 @@ from poweropd.records.bins import (
     quantile,
     value_ends,
 )
-from poweropd.records.statistics import STEPS_PER_BLOCK, UNIT
-from poweropd.report.curves import Row, hovering, overlay
-from poweropd.report.runs import Run
-from poweropd.report.theme import TEXT, Figure, position_axis, signed_axis
+from poweropd.runs.statistics import STEPS_PER_BLOCK, UNIT
 
 EARLY = 16  # positions that count as early
 FAR = 4.0  # nats: the log ratio of a token beyond this is extreme
@@ -47,13 +47,13 @@ class Plot:
     key: str
     title: str
     description: str
-    rows: Callable[[Run], Iterator[Row]]
+    rows: Callable[[RecordedRun], Iterator[Row]]
     x: str
     x_axis: tuple[str, str]  # kind of AXES, title
     y_axis: tuple[str, str | None] = ("signed", None)
     interpolate: Any = "linear"
 
-    def figures(self, runs: Sequence[Run]) -> list[Figure]:
+    def figures(self, runs: Sequence[RecordedRun]) -> list[Figure]:
         """The figure, or none where no run has anything to draw."""
         found = [row for run in runs for row in self.rows(run)]
         if not found:
@@ -77,11 +77,11 @@ class Plot:
         return [Figure(self.key, self.title, self.description, chart, found, by_run=True)]
 
 
-def figures(runs: Sequence[Run], plots: Sequence[Plot]) -> list[Figure]:
+def figures(runs: Sequence[RecordedRun], plots: Sequence[Plot]) -> list[Figure]:
     return [figure for plot in plots for figure in plot.figures(runs)]
 
 
-def counts(run: Run, quantity: str) -> Counts:
+def counts(run: RecordedRun, quantity: str) -> Counts:
     """[positions, values] tokens in each cell, over all steps."""
     table = run.rewards.histogram
     table = table.filter(pc.equal(table["quantity"], quantity))
@@ -95,7 +95,7 @@ def _rounded(value: float) -> float | None:
     return float(f"{value:.4g}") if np.isfinite(value) else None
 
 
-def _reward_rows(run: Run) -> Iterator[Row]:
+def _reward_rows(run: RecordedRun) -> Iterator[Row]:
     """From the lowest to the highest bin that is not empty; an empty one between has no share."""
     cells = counts(run, "reward").sum(0)
     filled = cells.nonzero()[0]
@@ -105,10 +105,10 @@ def _reward_rows(run: Run) -> Iterator[Row]:
         yield {"run": run.name, "reward": _rounded(lows[place]), "value": share}
 
 
-def _tail(side: int) -> Callable[[Run], Iterator[Row]]:
+def _tail(side: int) -> Callable[[RecordedRun], Iterator[Row]]:
     """Share of tokens beyond each bin edge from 2^-4 on, below minus it for side -1."""
 
-    def rows(run: Run) -> Iterator[Row]:
+    def rows(run: RecordedRun) -> Iterator[Row]:
         cells = counts(run, "log_ratio").sum(0)[::side]
         beyond = np.cumsum(cells[::-1])[::-1]  # [V] tokens in this bin or further out
         for edge, number in zip(VALUE_EDGES[ZERO_BIN:], beyond[ZERO_BIN + 1 :], strict=True):
@@ -119,7 +119,7 @@ def _tail(side: int) -> Callable[[Run], Iterator[Row]]:
     return rows
 
 
-def _totals(run: Run) -> list[dict[str, Any]]:
+def _totals(run: RecordedRun) -> list[dict[str, Any]]:
     """Of each position bin over all steps."""
     table = run.rewards.positions
     ways = [
@@ -132,8 +132,8 @@ def _totals(run: Run) -> list[dict[str, Any]]:
     return [{named[key]: value for key, value in row.items()} for row in grouped]
 
 
-def _extremes(end: str, q: float) -> Callable[[Run], Iterator[Row]]:
-    def rows(run: Run) -> Iterator[Row]:
+def _extremes(end: str, q: float) -> Callable[[RecordedRun], Iterator[Row]]:
+    def rows(run: RecordedRun) -> Iterator[Row]:
         cells = dict(zip(POSITION_STARTS.tolist(), counts(run, "reward"), strict=True))
         for row in _totals(run):
             base = {"run": run.name, "position": row["position"]}
@@ -144,7 +144,7 @@ def _extremes(end: str, q: float) -> Callable[[Run], Iterator[Row]]:
     return rows
 
 
-def _entropies(run: Run) -> Iterator[Row]:
+def _entropies(run: RecordedRun) -> Iterator[Row]:
     for row in _totals(run):
         base = {"run": run.name, "position": row["position"]}
         mean = row["entropy_sum"] * UNIT / row["count"]
@@ -154,7 +154,7 @@ def _entropies(run: Run) -> Iterator[Row]:
             yield {**base, "kind": "teacher", "value": _rounded(mean)}
 
 
-def _agreement(run: Run) -> Iterator[Row]:
+def _agreement(run: RecordedRun) -> Iterator[Row]:
     for row in _totals(run):
         base = {"run": run.name, "position": row["position"]}
         if row["teacher_count"]:
@@ -171,7 +171,7 @@ def _buckets(steps: NDArray[Any]) -> NDArray[Any]:
 
 
 def _early_and_later(
-    run: Run, table: pa.Table, of: Callable[[NDArray[np.bool_]], float]
+    run: RecordedRun, table: pa.Table, of: Callable[[NDArray[np.bool_]], float]
 ) -> Iterator[Row]:
     """`of` a table's rows of early and of later positions, in each bucket of steps."""
     buckets, early = _buckets(table["step"].to_numpy()), table["position"].to_numpy() < EARLY
@@ -181,7 +181,7 @@ def _early_and_later(
             yield {"run": run.name, "kind": kind, "step": bucket, "value": value}
 
 
-def _far(run: Run) -> Iterator[Row]:
+def _far(run: RecordedRun) -> Iterator[Row]:
     table = run.rewards.histogram
     table = table.filter(pc.equal(table["quantity"], "log_ratio"))
     low, high = value_ends()
@@ -190,7 +190,7 @@ def _far(run: Run) -> Iterator[Row]:
     return _early_and_later(run, table, lambda own: far[own].sum() / number[own].sum())
 
 
-def _lowest(run: Run) -> Iterator[Row]:
+def _lowest(run: RecordedRun) -> Iterator[Row]:
     table = run.rewards.positions
     lowest = table["reward_min"].to_numpy()
     return _early_and_later(run, table, lambda own: lowest[own].min())

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 
 from poweropd import rewards
-from poweropd.records.bins import POSITION_STARTS
 from poweropd.report.curves import Row
-from poweropd.report.runs import Run
-from poweropd.report.theme import WIDTH, Figure, position_axis, rows
+from poweropd.report.runs import RecordedRun
+from poweropd.report.theme import WIDTH, Figure, named_rows, position_axis
+from poweropd.runs.bins import POSITION_STARTS
 
 STEPS = 40  # columns of a heatmap, at most
 GRID = 40  # probabilities along each axis of the plane
 
 
-def position_and_step(runs: Sequence[Run]) -> list[Figure]:
+def position_and_step(runs: Sequence[RecordedRun]) -> list[Figure]:
     """Mean reward over completion position and step, one figure a run."""
     figures = []
     for number, run in enumerate(runs, 1):
@@ -29,7 +29,7 @@ def position_and_step(runs: Sequence[Run]) -> list[Figure]:
         ends = [row["position_end"] for row in found]
         axis = position_axis(ends, "position in the completion")
         chart = (
-            altair.Chart(rows())
+            altair.Chart(named_rows())
             .mark_rect()
             .encode(
                 x=altair.X("step:Q", title="optimizer step", scale=altair.Scale(nice=False)),
@@ -57,7 +57,7 @@ def _diverging(field: str, largest: float) -> altair.Color:
     return altair.Color(field, title=None, scale=scale, legend=altair.Legend(gradientLength=150))
 
 
-def _cells(run: Run) -> Iterator[Row]:
+def _cells(run: RecordedRun) -> Iterator[Row]:
     table = run.rewards.positions
     steps = table["step"].to_numpy()
     width = max(1, -(-int(steps.max(initial=1)) // STEPS))
@@ -88,9 +88,9 @@ def _finite(value: float) -> float | None:
     return float(f"{value:.4g}") if np.isfinite(value) else None
 
 
-def plane(runs: Sequence[Run]) -> tuple[list[Figure], list[str]]:
+def plane(runs: Sequence[RecordedRun]) -> tuple[list[Figure], list[str]]:
     """Each reward of the runs over (t, p), and notes about those that cannot be drawn."""
-    settings: dict[str, list[Run]] = {}
+    settings: dict[str, list[RecordedRun]] = {}
     for run in runs:
         text = json.dumps(run.recipe.get("reward", {}), sort_keys=True, default=str)
         settings.setdefault(text, []).append(run)
@@ -117,7 +117,7 @@ def _plane_figure(
         for p, value in zip(grid.tolist(), line, strict=True)
     ]
     chart = (
-        altair.Chart(rows())
+        altair.Chart(named_rows())
         .transform_calculate(
             t0="datum.t - datum.half", t1="datum.t + datum.half",
             p0="datum.p - datum.half", p1="datum.p + datum.half",

@@ -10,15 +10,15 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from poweropd.records import write_atomically
 from poweropd.report import curves, distributions, heatmaps, samples, tables
-from poweropd.report.runs import Run, read
+from poweropd.report.runs import RecordedRun, read_runs
 from poweropd.report.theme import COLOURS, Figure, write_aside
+from poweropd.runs.directory import write_atomically
 
 Section = tuple[str, str, list[Figure]]  # heading, introduction, figures
 
 
-def sections(runs: Sequence[Run]) -> tuple[list[Section], list[str]]:
+def sections(runs: Sequence[RecordedRun]) -> tuple[list[Section], list[str]]:
     """All figures by section, and notes on those that could not be made."""
     planes, notes = heatmaps.plane(runs)
     width = curves.bucket_width(runs)
@@ -60,7 +60,7 @@ def sections(runs: Sequence[Run]) -> tuple[list[Section], list[str]]:
     return [section for section in found if section[2]], notes
 
 
-def render(runs: Sequence[Run], sections_: Sequence[Section], notes: Sequence[str]) -> str:
+def render(runs: Sequence[RecordedRun], sections_: Sequence[Section], notes: Sequence[str]) -> str:
     """The page as HTML. Text of runs is escaped wherever it stands."""
     environment = Environment(
         loader=PackageLoader("poweropd.report"),
@@ -76,11 +76,11 @@ def render(runs: Sequence[Run], sections_: Sequence[Section], notes: Sequence[st
         title="poweropd report: " + ", ".join(run.name for run in runs),
         runs=[(run, COLOURS[i % len(COLOURS)]) for i, run in enumerate(runs)],
         repeated_colours=len(runs) > len(COLOURS),
-        notes=[*tables.notes(runs), *notes],
-        summary=tables.summary(runs),
-        differences=tables.differences(runs) if len(runs) > 1 else None,
-        settings=tables.settings(runs),
-        environment=tables.environment(runs),
+        notes=[*tables.comparison_notes(runs), *notes],
+        summary=tables.summary_table(runs),
+        differences=tables.differences_table(runs) if len(runs) > 1 else None,
+        settings=tables.settings_table(runs),
+        environment=tables.environment_table(runs),
         sections=sections_,
         samples=shown,
         strongest=[(run.name, samples.scale(run)) for run in runs],
@@ -112,9 +112,9 @@ def _hash(script: str) -> str:
     return f"sha256-{base64.b64encode(digest).decode()}"
 
 
-def write(paths: Sequence[Path], out: Path, png: Path | None) -> list[Path]:
+def write_report(paths: Sequence[Path], out: Path, png: Path | None) -> list[Path]:
     """Reads runs, writes the page and, into the folder `png`, its figures; returns their paths."""
-    found = read(paths)
+    found = read_runs(paths)
     made, notes = sections(found)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, render(found, made, notes))

@@ -10,15 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from poweropd.config.recipe_file import flatten, read_yaml
 from poweropd.errors import UsageError
-from poweropd.recipe_file import flatten, read_yaml
-from poweropd.records import RewardRecords, RunDirectory
+from poweropd.runs.directory import RunDirectory
+from poweropd.runs.recorder import RewardRecords
 
 EVALUATED = re.compile(r"step-(\d+)")
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class BenchmarkAtStep:
     """One benchmark at one step: `result` as `eval/step-N/results.json` has it."""
 
     step: int
@@ -27,7 +28,7 @@ class Evaluation:
 
 
 @dataclass
-class Run:
+class RecordedRun:
     """One run directory, read."""
 
     name: str  # unique on the page
@@ -36,7 +37,7 @@ class Run:
     environment: dict[str, Any]
     metrics: list[dict[str, Any]]  # one a step
     rewards: RewardRecords
-    evaluations: list[Evaluation]  # by step
+    evaluations: list[BenchmarkAtStep]  # by step
     gradients: dict[str, Any]  # gradients.json: their quality at the start and the end
     complete: bool
     notes: list[str] = field(default_factory=list)
@@ -65,7 +66,7 @@ class Run:
         return [step for step, _ in found], [float(value) for _, value in found]
 
 
-def read(paths: Sequence[Path]) -> list[Run]:
+def read_runs(paths: Sequence[Path]) -> list[RecordedRun]:
     """The runs of these directories. Raises UsageError for one that is not a run directory."""
     for path in paths:
         if not RunDirectory(path).config_path.is_file():
@@ -87,11 +88,11 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in whole]
 
 
-def _read(name: str, path: Path) -> Run:
+def _read(name: str, path: Path) -> RecordedRun:
     directory, notes = RunDirectory(path), list[str]()
     metrics = _metrics(directory.metrics_path, notes)
     rewards = RewardRecords.read(directory.rewards)
-    run = Run(
+    run = RecordedRun(
         name=name,
         path=path,
         recipe=read_yaml(directory.config_path),
@@ -128,13 +129,13 @@ def _metrics(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     return [rows[step] for step in sorted(rows)]
 
 
-def _evaluations(folder: Path, notes: list[str]) -> list[Evaluation]:
+def _evaluations(folder: Path, notes: list[str]) -> list[BenchmarkAtStep]:
     found = []
     for path in sorted(folder.glob("step-*/results.json")):
         match, content = EVALUATED.fullmatch(path.parent.name), _json(path, notes)
         if match and content:
             found += [
-                Evaluation(int(match[1]), b, r) for b, r in content.get("results", {}).items()
+                BenchmarkAtStep(int(match[1]), b, r) for b, r in content.get("results", {}).items()
             ]
     return sorted(found, key=lambda e: (e.step, e.benchmark))
 

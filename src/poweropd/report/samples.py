@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from poweropd.records.bins import NUM_VALUES, ZERO_BIN, quantile
 from poweropd.report.distributions import counts
-from poweropd.report.runs import Run
+from poweropd.report.runs import RecordedRun
+from poweropd.runs.bins import NUM_VALUES, ZERO_BIN, quantile
 
 LEVELS = 4  # shades to either side of zero
 WORST = 3  # tokens named below a completion
@@ -33,7 +33,7 @@ class Sample:
     lowest: list[Token]
 
 
-def scale(run: Run) -> float:
+def scale(run: RecordedRun) -> float:
     """The |reward| that has the strongest colour: the 95% quantile of those that are not near 0."""
     cells = counts(run, "reward").sum(0)
     magnitudes = [0] * NUM_VALUES
@@ -44,7 +44,7 @@ def scale(run: Run) -> float:
     return found if found > 0 else 1.0
 
 
-def samples(run: Run) -> list[Sample]:
+def samples(run: RecordedRun) -> list[Sample]:
     """The completions kept at the first and at the last of the steps that have some."""
     kept = run.rewards.completions.to_pylist()
     shown = {kept[0]["step"], kept[-1]["step"]} if kept else set()

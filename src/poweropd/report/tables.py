@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from poweropd.recipe_file import flatten
-from poweropd.report.runs import Run
+from poweropd.config.recipe_file import flatten
+from poweropd.report.runs import RecordedRun
 
 ABSENT = "\N{EN DASH}"
 TASK = ("data.prompts", "data.column", "model.student", "teacher.model")
@@ -23,7 +23,7 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
-def summary(runs: Sequence[Run]) -> Table:
+def summary_table(runs: Sequence[RecordedRun]) -> Table:
     """One row a run."""
     benchmarks = list(dict.fromkeys(e.benchmark for run in runs for e in run.evaluations))
     columns = ["run", "reward", "state", *(f"Avg@k on {b}" for b in benchmarks), *FIGURES]
@@ -47,7 +47,7 @@ def summary(runs: Sequence[Run]) -> Table:
     return Table(caption, columns, rows)
 
 
-def _accuracy(run: Run, benchmark: str) -> str:
+def _accuracy(run: RecordedRun, benchmark: str) -> str:
     own = [e for e in run.evaluations if e.benchmark == benchmark]
     if not own:
         return ABSENT
@@ -58,10 +58,10 @@ def _accuracy(run: Run, benchmark: str) -> str:
 def _number(
     key: str, form: str, combine: Callable[[Sequence[float]], float] = statistics.fmean,
     last: bool = True, factor: float = 1.0,
-) -> Callable[[Run], str]:  # fmt: skip
+) -> Callable[[RecordedRun], str]:  # fmt: skip
     """A metric as text, of the end of the run or of all of it."""
 
-    def text(run: Run) -> str:
+    def text(run: RecordedRun) -> str:
         values = run.series(key)[1]
         if not values:
             return ABSENT
@@ -71,18 +71,18 @@ def _number(
     return text
 
 
-def _gradient_snr(run: Run, when: str) -> str:
+def _gradient_snr(run: RecordedRun, when: str) -> str:
     """As a sweep measures it; of the gradient that trains, whatever its norm."""
     found = run.gradients.get(when, {}).get("gradient_snr")
     return ABSENT if found is None else f"{found:.3g}"
 
 
-def _duration(run: Run) -> str:
+def _duration(run: RecordedRun) -> str:
     seconds = round(sum(run.series("seconds/step")[1]))
     return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}" if seconds else ABSENT
 
 
-FIGURES: Mapping[str, Callable[[Run], str]] = {
+FIGURES: Mapping[str, Callable[[RecordedRun], str]] = {
     "length": _number("completions/mean_length", ".0f"),
     "truncated, %": _number("completions/truncated_fraction", ".1f", factor=100.0),
     "reverse KL": _number("reverse_kl", ".4f"),
@@ -94,21 +94,21 @@ FIGURES: Mapping[str, Callable[[Run], str]] = {
 }
 
 
-def differences(runs: Sequence[Run]) -> Table:
+def differences_table(runs: Sequence[RecordedRun]) -> Table:
     """The settings that are not the same in all runs; where a run is written is not one."""
-    table = settings(runs)
+    table = settings_table(runs)
     rows = [row for row in table.rows if len(set(row[1:])) > 1]
     return Table("Settings that differ between the runs.", table.columns, rows)
 
 
-def settings(runs: Sequence[Run]) -> Table:
+def settings_table(runs: Sequence[RecordedRun]) -> Table:
     configs = [run.config for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config if key != "run.dir")
     rows = [[key, *(_text(config, key) for config in configs)] for key in keys]
     return Table("All settings.", ["setting", *(run.name for run in runs)], rows)
 
 
-def environment(runs: Sequence[Run]) -> Table:
+def environment_table(runs: Sequence[RecordedRun]) -> Table:
     flat = [flatten(run.environment) for run in runs]
     keys = dict.fromkeys(key for one in flat for key in one)
     rows = [[key, *(_text(one, key) for one in flat)] for key in keys]
@@ -119,7 +119,7 @@ def _text(values: Mapping[str, Any], key: str) -> str:
     return str(values[key]) if key in values else ABSENT
 
 
-def notes(runs: Sequence[Run]) -> list[str]:
+def comparison_notes(runs: Sequence[RecordedRun]) -> list[str]:
     """What to bear in mind in comparing these runs."""
     found = [f"{run.name}: {note}" for run in runs for note in run.notes]
     configs = [run.config for run in runs]

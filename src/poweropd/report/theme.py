@@ -58,7 +58,7 @@ class Figure:
         return png(self.spec() | {"title": self.title})
 
 
-def rows() -> altair.NamedData:
+def named_rows() -> altair.NamedData:
     """The data of a figure, by its name."""
     return altair.NamedData(name="rows")
 

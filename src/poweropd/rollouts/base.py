@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from poweropd.batching import Rollout
+from poweropd.data.rollout import Request, Rollout
 
 
 @dataclass(frozen=True)
@@ -17,29 +17,6 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-
-
-@dataclass(frozen=True)
-class Request:
-    """One completion to sample. `seed` alone decides its randomness."""
-
-    prompt_index: int
-    sample_index: int
-    prompt_ids: list[int]
-    teacher_prompt_ids: list[int]
-    seed: int
-
-    def rollout(self, ids: list[int], log_probs: list[float], stopped: bool) -> Rollout:
-        """The completion of this request."""
-        return Rollout(
-            prompt_index=self.prompt_index,
-            sample_index=self.sample_index,
-            prompt_ids=self.prompt_ids,
-            teacher_prompt_ids=self.teacher_prompt_ids,
-            completion_ids=ids,
-            sampling_log_probs=log_probs,
-            stopped=stopped,
-        )
 
 
 @runtime_checkable

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import httpx2
 
-from poweropd.access import api_key, base_url
 from poweropd.errors import RunError
+from poweropd.net import api_key, base_url
 
 logger = logging.getLogger("poweropd")
 Answer = TypeVar("Answer")
@@ -26,7 +26,7 @@ class Unavailable(Exception):
     """The server did not answer as it should; it may later."""
 
 
-class Server:
+class JsonServer:
     """`timeout` bounds one request and `patience` how long the server may be away, in seconds.
 
     The API key is read from the environment variable `api_key_env`. Raises UsageError where

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-from poweropd.batching import Rollout
-from poweropd.rollouts.base import Request, Sampling
+from poweropd.data.rollout import Request, Rollout
+from poweropd.rollouts.base import Sampling
 
 
 class TransformersEngine:

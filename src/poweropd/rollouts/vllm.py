@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from poweropd.batching import Rollout
+from poweropd.data.rollout import Request, Rollout
 from poweropd.errors import UsageError
-from poweropd.rollouts.base import Request, Sampling
+from poweropd.rollouts.base import Sampling
 
 Weights = Callable[[], Iterable[tuple[str, Tensor]]]
 

@@ -16,10 +16,10 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from poweropd.batching import Rollout
+from poweropd.data.rollout import Request, Rollout
 from poweropd.errors import RunError, UsageError
-from poweropd.rollouts.base import Request, Sampling
-from poweropd.rollouts.http import Server, Unavailable
+from poweropd.rollouts.base import Sampling
+from poweropd.rollouts.http import JsonServer, Unavailable
 
 FIRST_VERSION = "default"  # of a server that has been told nothing since its start
 MALFORMED = (KeyError, IndexError, TypeError, ValueError)  # what reading a bad answer raises
@@ -39,7 +39,7 @@ class VllmServerEngine:
 
     def __init__(
         self,
-        server: Server,
+        server: JsonServer,
         weights: Callable[[], Iterable[tuple[str, Tensor]]],
         folder: Path,
         concurrency: int,

@@ -19,7 +19,7 @@ from ruamel.yaml.error import YAMLError
 
 from poweropd.config import Config
 from poweropd.errors import UsageError
-from poweropd.records import RunDirectory
+from poweropd.runs.directory import RunDirectory
 
 #: Keys that are the sweep's own business, and the option that sets them.
 RESERVED = {"train.seed": "--seeds", "run.dir": "--out"}
@@ -86,7 +86,7 @@ def trainings(
     configuration or the same as another.
     """
     base = Config.load(recipe, overrides)
-    if any(key(o) == "run.dir" for o in overrides):
+    if any(override_key(o) == "run.dir" for o in overrides):
         raise UsageError("run.dir: a sweep names its runs' directories; use --out")
     cells = expand(over, case)
     found, seen = [], dict[str, str]()
@@ -134,10 +134,10 @@ def whole_reward(overrides: Sequence[str], recipes: str) -> list[str]:
 
     The recipe's alpha, say, is a parameter of its own reward and of no other.
     """
-    names = [value(o) for o in overrides if key(o) == "reward.name"]
+    names = [override_value(o) for o in overrides if override_key(o) == "reward.name"]
     if not names or names[-1] == recipes:
         return list(overrides)
-    rest = [o for o in overrides if key(o) != "reward.name"]
+    rest = [o for o in overrides if override_key(o) != "reward.name"]
     return [f"reward={json.dumps({'name': names[-1]})}", *rest]
 
 
@@ -147,20 +147,22 @@ def labels(cells: Sequence[Cell]) -> list[str]:
     return [cell.label(short[cell.label()] == 1) for cell in cells]
 
 
-def key(override: str) -> str:
+def override_key(override: str) -> str:
     return override.partition("=")[0].strip()
 
 
-def value(override: str) -> str:
+def override_value(override: str) -> str:
     return override.partition("=")[2].strip()
 
 
 def _label(override: str, short: bool) -> str:
     if not short:
         return override
-    if key(override) in SPEAKING:
-        return value(override)
-    return f"{key(override).rpartition('.')[2]}={value(override).rpartition('/')[2]}"
+    if override_key(override) in SPEAKING:
+        return override_value(override)
+    return (
+        f"{override_key(override).rpartition('.')[2]}={override_value(override).rpartition('/')[2]}"
+    )
 
 
 def _options(point: Sequence[str]) -> str:
@@ -171,21 +173,22 @@ def _axis(text: str) -> list[str]:
     """ "key=1,2" -> ["key=1", "key=2"]; commas inside [], {} and quotes do not separate."""
     wanted = f"--over {text}: expected KEY=V1,V2,... with values as in YAML"
     try:
-        values: list[Any] = YAML(typ="safe", pure=True).load(f"[{value(text)}]")
+        values: list[Any] = YAML(typ="safe", pure=True).load(f"[{override_value(text)}]")
     except YAMLError:
         raise UsageError(wanted) from None
-    if not key(text) or not values:
+    if not override_key(text) or not values:
         raise UsageError(wanted)
-    return [f"{key(text)}={v if isinstance(v, str) else json.dumps(v)}" for v in values]
+    return [f"{override_key(text)}={v if isinstance(v, str) else json.dumps(v)}" for v in values]
 
 
 def _check(cell: Cell) -> None:
     """What `Config` cannot know: keys that are the sweep's, overrides that are none."""
     if not cell.overrides or not all("=" in o for o in cell.overrides):
         raise UsageError(f"{cell.option}: expected overrides KEY=VALUE, separated by spaces")
-    for override in cell.overrides:
-        if key(override) in RESERVED:
-            raise UsageError(f"{cell.option}: {key(override)} is set by {RESERVED[key(override)]}")
-    twice = [k for k, n in Counter(map(key, cell.overrides)).items() if n > 1]
+    keys = [override_key(override) for override in cell.overrides]
+    for key in keys:
+        if key in RESERVED:
+            raise UsageError(f"{cell.option}: {key} is set by {RESERVED[key]}")
+    twice = [key for key, n in Counter(keys).items() if n > 1]
     if twice:
         raise UsageError(f"{cell.option}: {twice[0]} is given twice")

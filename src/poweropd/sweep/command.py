@@ -8,24 +8,24 @@ from rich.console import Console
 from rich.table import Table
 
 from poweropd.errors import RunError
-from poweropd.records import write_atomically
+from poweropd.runs.directory import write_atomically
 from poweropd.sweep import results, runner, table
-from poweropd.sweep.cells import Training, trainings
+from poweropd.sweep.cells import Training
 from poweropd.sweep.progress import steps_done
-from poweropd.sweep.runner import Outcome
-
-__all__ = ["run", "show_plan", "trainings"]
+from poweropd.sweep.runner import SweepOutcome
 
 
-def run(folder: Path, trainings: Sequence[Training], parallel: int, snr: int, best: bool) -> None:
+def run_sweep(
+    folder: Path, trainings: Sequence[Training], parallel: int, snr: int, best: bool
+) -> None:
     """Raises RunError, after the table, where a run failed; typer.Exit where it was stopped."""
     with runner.locked(folder) as lock:
         runner.claim(folder, trainings, snr)
-        outcome = runner.run(trainings, parallel, snr, lock)
+        outcome = runner.run_trainings(trainings, parallel, snr, lock)
         _report(folder, trainings, snr, outcome, best)
 
 
-def show_plan(trainings: Sequence[Training], snr: int) -> None:
+def print_trainings(trainings: Sequence[Training], snr: int) -> None:
     table = Table(title=f"{len(trainings)} runs")
     for column in ("cell", "seed", "directory", "steps done"):
         table.add_column(column, overflow="fold")
@@ -44,13 +44,13 @@ def _report(
     folder: Path,
     trainings: Sequence[Training],
     snr: int,
-    outcome: Outcome,
+    outcome: SweepOutcome,
     best: bool,
 ) -> None:
     """Prints the table, writes its files, and raises where the sweep is not whole."""
     console = Console()
-    rows = results.rows(trainings, snr, outcome.failed, best)
-    table.show(rows, best, console)
+    rows = results.table_rows(trainings, snr, outcome.failed, best)
+    table.print_table(rows, best, console)
     for name, why in outcome.failed.items():
         console.print(f"failed: {name}: {why}", soft_wrap=True, markup=False, highlight=False)
     problem = _problem(folder, outcome, len(trainings))
@@ -71,7 +71,7 @@ def _report(
         raise RunError(problem)
 
 
-def _problem(folder: Path, outcome: Outcome, count: int) -> str | None:
+def _problem(folder: Path, outcome: SweepOutcome, count: int) -> str | None:
     left = f"{len(outcome.unfinished)} of {count} runs are not finished"
     if outcome.interrupted_by is not None:
         return f"stopped; {left}"

@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from poweropd.records import RunDirectory
+from poweropd.runs.directory import RunDirectory
 from poweropd.sweep.cells import Training
 
 TAIL_BYTES = 1 << 16  # of metrics.jsonl: several rows

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poweropd.evaluation.metrics import Estimate, avg_values, estimate_over_seeds, pass_values
-from poweropd.records import RunDirectory
+from poweropd.runs.directory import RunDirectory
 from poweropd.sweep import paper
 from poweropd.sweep.cells import Training
 
@@ -27,7 +27,7 @@ OF_TRAINING = {
 
 
 @dataclass(frozen=True)
-class Benchmark:
+class BenchmarkFigures:
     """A cell's figures on one benchmark, or the means over all; fractions and tokens."""
 
     k: int
@@ -45,12 +45,12 @@ class Row:
     seeds: int
     finished: int
     failed: dict[str, str]  # run -> why
-    benchmarks: dict[str, Benchmark] = field(default_factory=dict)
+    benchmarks: dict[str, BenchmarkFigures] = field(default_factory=dict)
     training: dict[str, float] = field(default_factory=dict)
     of_paper: dict[str, paper.Figures] | None = None
 
 
-def rows(
+def table_rows(
     trainings: Sequence[Training], snr: int, failed: Mapping[str, str], best: bool = False
 ) -> list[Row]:
     """A row for each cell; figures of each run's last step or, if `best`, of its best one."""
@@ -87,7 +87,7 @@ def evaluation(training: Training, best: bool) -> dict[str, Any]:
     return json.loads(path.read_text())["results"] if path.exists() else {}
 
 
-def over_seeds(found: Sequence[Mapping[str, Any]]) -> dict[str, Benchmark]:
+def over_seeds(found: Sequence[Mapping[str, Any]]) -> dict[str, BenchmarkFigures]:
     """benchmark -> its figures over seeds and, of several benchmarks, "mean" -> theirs."""
     if not found:
         return {}
@@ -99,7 +99,7 @@ def over_seeds(found: Sequence[Mapping[str, Any]]) -> dict[str, Benchmark]:
         passes[name] = np.array([pass_values(c) for c in correct])
     groups = {name: [name] for name in names} | ({MEAN: names} if len(names) > 1 else {})
     return {
-        title: Benchmark(
+        title: BenchmarkFigures(
             k=found[0][group[0]]["k"],
             avg_at_k=estimate_over_seeds(*(averages[name] for name in group)),
             pass_at_k=estimate_over_seeds(*(passes[name] for name in group)),

@@ -24,7 +24,7 @@ from typing import IO
 import torch
 
 from poweropd.errors import UsageError
-from poweropd.records import RunDirectory, write_atomically
+from poweropd.runs.directory import RunDirectory, write_atomically
 from poweropd.sweep.cells import Training
 from poweropd.sweep.progress import SweepProgress
 
@@ -39,7 +39,7 @@ PROBE_BYTES = 1 << 20
 
 
 @dataclass
-class Outcome:
+class SweepOutcome:
     """How a sweep's trainings ended: name -> why, for those that failed."""
 
     failed: dict[str, str] = field(default_factory=dict)
@@ -100,7 +100,9 @@ def locked(out: Path) -> Iterator[IO[str]]:
         yield lock
 
 
-def run(trainings: Sequence[Training], parallel: int, snr: int, lock: IO[str]) -> Outcome:
+def run_trainings(
+    trainings: Sequence[Training], parallel: int, snr: int, lock: IO[str]
+) -> SweepOutcome:
     """Runs what is not finished, `parallel` at a time, and returns how it ended."""
     runner = _Runner([t for t in trainings if not t.is_finished(snr)], parallel, snr, lock)
     with runner.forwarding(), SweepProgress(trainings) as progress:
@@ -122,7 +124,7 @@ class _Runner:
     def __init__(self, todo: list[Training], parallel: int, snr: int, lock: IO[str]) -> None:
         self.waiting, self.parallel, self.snr, self.lock = deque(todo), parallel, snr, lock
         self.active: dict[int, tuple[Training, subprocess.Popen[bytes]]] = {}  # by slot
-        self.outcome, self.stopping = Outcome(), False
+        self.outcome, self.stopping = SweepOutcome(), False
 
     def start(self) -> None:
         for slot in range(self.parallel):
@@ -139,7 +141,7 @@ class _Runner:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment(slot, self.parallel),
+                env=process_environment(slot, self.parallel),
                 pass_fds=[self.lock.fileno()],
                 start_new_session=True,  # a Ctrl-C reaches it through us, once
             )
@@ -179,7 +181,7 @@ class _Runner:
                 signal.signal(number, handler)
 
 
-def environment(slot: int, parallel: int, gpus: int | None = None) -> dict[str, str]:
+def process_environment(slot: int, parallel: int, gpus: int | None = None) -> dict[str, str]:
     """Environment of a training: its share of the cores and, of several GPUs, its own."""
     cores = len(os.sched_getaffinity(0))
     shared = {"OMP_NUM_THREADS": str(max(1, cores // parallel)), **os.environ}

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from poweropd.evaluation.metrics import Estimate
 from poweropd.sweep import paper
-from poweropd.sweep.results import MEAN, Benchmark, Row
+from poweropd.sweep.results import MEAN, BenchmarkFigures, Row
 
 #: Metric of a benchmark -> its name in headings.
 ACCURACIES = {"avg_at_k": "Avg@", "pass_at_k": "Pass@"}
@@ -44,7 +44,7 @@ def _emphasis(text: str, rank: int) -> str:
     return (f"**{text}**", f"<u>{text}</u>", text)[min(rank, 2)]
 
 
-def show(rows: Sequence[Row], best: bool, console: Console) -> None:
+def print_table(rows: Sequence[Row], best: bool, console: Console) -> None:
     """Accuracies (intervals of the only benchmark, or of the mean over all), then training."""
     tables = [_accuracies(rows, best)] if benchmarks(rows) else []
     if training_columns(rows):
@@ -213,7 +213,7 @@ def _estimate(row: Row, name: str, key: str, rank: int, mark: Mark, interval: bo
     return f"{text}\n[{100 * found.low:.1f}, {100 * found.high:.1f}]" if interval else text
 
 
-def _length(found: Benchmark | None) -> str:
+def _length(found: BenchmarkFigures | None) -> str:
     return "–" if found is None else f"{found.mean_length:.0f}"
 
 

@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-from poweropd import gradient_quality
 from poweropd.config import Config
-from poweropd.records import write_atomically
+from poweropd.runs.directory import write_atomically
 from poweropd.sweep.cells import Training
-from poweropd.trainer import Result, Trainer
+from poweropd.training import gradient_noise
+from poweropd.training.trainer import Result, Trainer
 
 
-def train(config_path: Path, snr: int) -> Result:
+def train_and_measure(config_path: Path, snr: int) -> Result:
     """Trains on from where the run directory is; `snr`: batches for the quality of gradients."""
     trainer = Trainer(Config.load(config_path))
     if snr and trainer.steps_done == 0:
@@ -23,5 +23,5 @@ def train(config_path: Path, snr: int) -> Result:
 
 def _measure(trainer: Trainer, when: str, batches: int) -> None:
     training = Training("", trainer.config.train.seed, trainer.config)
-    found = training.gradients() | {when: gradient_quality.measure(trainer, batches)}
+    found = training.gradients() | {when: gradient_noise.measure_gradient(trainer, batches)}
     write_atomically(training.gradients_path, json.dumps(found, indent=2) + "\n")

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Protocol
 
-from poweropd.batching import Example
+from poweropd.data.rollout import Example
 
 
 class TeacherScorer(Protocol):

@@ -2,9 +2,10 @@
 
 import torch
 
-from poweropd.batching import Example, halved, pack, teacher_sequences
+from poweropd.data.batch import halved, pack, teacher_sequences
+from poweropd.data.rollout import Example
 from poweropd.errors import RunError
-from poweropd.models import Teacher
+from poweropd.models.language_model import Teacher
 
 
 class LocalTeacher:

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from poweropd.batching import Example
-from poweropd.records import write_atomically
+from poweropd.data.rollout import Example
 from poweropd.rewards import Reward
+from poweropd.runs.directory import write_atomically
 from poweropd.teachers.base import TeacherScorer, score
 
 logger = logging.getLogger("poweropd")

@@ -48,7 +48,7 @@ class Refusal(RunError):
 
 
 @dataclass(frozen=True)
-class Settings:
+class PoolSettings:
     """As in a recipe's `teacher` section; times in seconds."""
 
     model: str
@@ -59,7 +59,7 @@ class Settings:
 
 
 @dataclass
-class Server:
+class TeacherServer:
     """One base URL."""
 
     url: str
@@ -71,8 +71,8 @@ class Server:
 class Pool:
     """Scores on the least loaded of several servers of one model. All of it runs in one loop."""
 
-    def __init__(self, urls: Sequence[str], settings: Settings) -> None:
-        self.servers = [Server(url) for url in urls]
+    def __init__(self, urls: Sequence[str], settings: PoolSettings) -> None:
+        self.servers = [TeacherServer(url) for url in urls]
         self.settings = settings
         self._changed = asyncio.Condition()  # a place is free, or a server is up, or all is lost
         self._failure: RunError | None = None
@@ -115,7 +115,7 @@ class Pool:
                 async with self._changed:
                     self._changed.notify()
 
-    async def _take(self) -> Server:
+    async def _take(self) -> TeacherServer:
         """A place at the server with the fewest requests, once there is one."""
         async with self._changed:
             while True:
@@ -132,7 +132,7 @@ class Pool:
                     return server
                 await self._changed.wait()
 
-    async def _ask(self, server: Server, ids: list[int], what: str) -> list[float]:
+    async def _ask(self, server: TeacherServer, ids: list[int], what: str) -> list[float]:
         body = {
             "model": self.settings.model,
             "prompt": ids,
@@ -145,7 +145,7 @@ class Pool:
         return read_log_probs(response, ids)
 
     async def _request(
-        self, server: Server, method: str, path: str, what: str, body: Any = None
+        self, server: TeacherServer, method: str, path: str, what: str, body: Any = None
     ) -> httpx2.Response:
         seconds = self.settings.timeout
         try:
@@ -178,7 +178,7 @@ class Pool:
 
     # Faults.
 
-    def _set_aside(self, server: Server, fault: Fault) -> None:
+    def _set_aside(self, server: TeacherServer, fault: Fault) -> None:
         """Sends the server nothing until it is itself again."""
         if server.down_since is None:
             server.down_since = asyncio.get_running_loop().time()
@@ -187,7 +187,7 @@ class Pool:
             self._revivals.add(revival)
             revival.add_done_callback(self._revivals.discard)
 
-    async def _revive(self, server: Server, fault: Fault) -> None:
+    async def _revive(self, server: TeacherServer, fault: Fault) -> None:
         loop, patience = asyncio.get_running_loop(), self.settings.give_up_after
         while self._failure is None:
             delay = max(min(fault.wait, patience), backoff(server.failures))
@@ -208,7 +208,7 @@ class Pool:
         async with self._changed:
             self._changed.notify_all()
 
-    async def _recognize(self, server: Server) -> None:
+    async def _recognize(self, server: TeacherServer) -> None:
         """Whether the server still is what it was: another model may have been started there."""
         assert self._known is not None, "the servers have not been checked"
         ids, expected = self._known
@@ -220,7 +220,7 @@ class Pool:
                 "the same command to go on"
             )
 
-    def _gave_up(self, server: Server, fault: Fault) -> RunError:
+    def _gave_up(self, server: TeacherServer, fault: Fault) -> RunError:
         return RunError(
             f"teacher server {server.url}: {fault}, for {self.settings.give_up_after:g} seconds "
             "(teacher.give_up_after): look at its log, start it again, then run the same command "
@@ -233,7 +233,7 @@ class Pool:
         """The longest sequence that each server takes, in tokens."""
         return [await _patiently(server, partial(self._context, server)) for server in self.servers]
 
-    async def _context(self, server: Server) -> int:
+    async def _context(self, server: TeacherServer) -> int:
         try:
             response = await self._request(server, "GET", "/v1/models", "to list its models")
             found = {model["id"]: model.get("max_model_len") for model in response.json()["data"]}
@@ -276,7 +276,7 @@ class Pool:
         )
 
 
-async def _patiently(server: Server, ask: Callable[[], Awaitable[Any]]) -> Any:
+async def _patiently(server: TeacherServer, ask: Callable[[], Awaitable[Any]]) -> Any:
     """Asks until there is an answer, or no more patience."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + START_SECONDS

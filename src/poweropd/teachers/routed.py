@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from poweropd.batching import Example
+from poweropd.data.rollout import Example
 from poweropd.teachers.base import TeacherScorer
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poweropd.batching import Example
+from poweropd.data.rollout import Example
 from poweropd.errors import RunError, UsageError
-from poweropd.teachers.pool import TOLERANCE, Pool, Settings
+from poweropd.teachers.pool import TOLERANCE, Pool, PoolSettings
 
 logger = logging.getLogger("poweropd")
 
@@ -29,7 +29,7 @@ class ServerTeacher:
     Log-probs are vLLM's raw ones: of the full softmax at temperature 1.
     """
 
-    def __init__(self, urls: Sequence[str], settings: Settings) -> None:
+    def __init__(self, urls: Sequence[str], settings: PoolSettings) -> None:
         self.urls, self.pool = list(urls), Pool(urls, settings)
         self._waiting: list[tuple[Example, Future[Tensor]]] = []
         self._loop = asyncio.new_event_loop()

@@ -1,0 +1,60 @@
+"""The command line: one file per command, also as `python -m poweropd`.
+
+Exit status: 0 done; 1 the run failed; 2 wrong usage, recipe or input (one line, no traceback);
+128 + n stopped by signal n, with a checkpoint written.
+"""
+
+import errno
+import logging
+import sys
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from poweropd.commands import demo, plan, push, report, sweep, train
+from poweropd.commands import eval as evaluation
+from poweropd.errors import RunError, UsageError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="On-policy distillation of language models with bounded token rewards.",
+)
+app.command()(train.train)
+app.command("eval")(evaluation.eval_command)
+app.command()(plan.plan)
+app.command()(demo.demo)
+app.command()(report.report)
+app.command("sweep")(sweep.sweep_command)
+app.command(hidden=True)(sweep.sweep_run)
+app.command()(push.push)
+
+
+def main() -> None:
+    """Runs the command line; the user's mistakes are one line and exit status 2."""
+    console = Console(stderr=True)
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(message)s",
+        handlers=[RichHandler(console=console, show_path=False, show_time=False)],
+    )
+    for library in ("accelerate", "datasets", "httpx2", "httpcore2", "transformers"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    sys.path.insert(0, "")  # a user's own module:function lies in the current directory
+    try:
+        app()
+    except UsageError as error:
+        sys.exit(_say(error, 2))
+    except RunError as error:
+        sys.exit(_say(error, 1))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        sys.exit(_say(f"{error.filename or 'a file'}: cannot write: {error.strerror}", 1))
+
+
+def _say(error: object, status: int) -> int:
+    typer.echo(f"error: {error}", err=True)
+    return status

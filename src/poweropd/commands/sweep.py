@@ -1,0 +1,63 @@
+"""Options of `poweropd sweep`, and of `poweropd sweep-run`, which is one of its processes."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def sweep_command(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For all runs.")
+    ] = None,
+    over: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=V1,V2,...", help="Values to try; several multiply."),
+    ] = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(metavar="'KEY=V KEY=V'", help="One cell more, by one or more overrides."),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Runs of each cell, from the recipe's seed on.")
+    ] = 1,
+    parallel: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Holds the run directories; runs/RECIPE-sweep if absent.")
+    ] = None,
+    snr: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="K",
+            help="Measure gradients on K batches, say 32; keeps all K: for small models.",
+        ),
+    ] = 0,
+    best: Annotated[
+        bool, typer.Option("--best", help="Figures of each run's best step, not its last.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run.")] = False,
+) -> None:
+    """Run a recipe's variants, each with several seeds, and compare them in one table."""
+    from poweropd.sweep import cells, command, runner
+
+    folder = out or Path(f"runs/{recipe.stem}-sweep")
+    trainings = cells.trainings(
+        recipe, overrides or [], over or [], case or [], seeds=seeds, out=folder
+    )
+    if snr:
+        runner.check_snr(trainings)
+    if dry_run:
+        command.print_trainings(trainings, snr)
+    else:
+        command.run_sweep(folder, trainings, parallel, snr, best)
+
+
+def sweep_run(config: Path, snr: Annotated[int, typer.Option(min=0)] = 0) -> None:
+    """One run of a sweep, by its run directory's config.yaml."""
+    from poweropd.sweep import training
+
+    result = training.train_and_measure(config, snr)
+    if result.interrupted_by is not None:
+        raise typer.Exit(128 + result.interrupted_by)

@@ -1,0 +1,23 @@
+"""`poweropd train`: trains the student of a recipe."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from poweropd.commands.options import Overrides
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")], overrides: Overrides = None
+) -> None:
+    """Distil the student of a recipe; on an unfinished run directory, go on from its checkpoint."""
+    from poweropd.config import Config
+    from poweropd.training.trainer import Trainer
+
+    result = Trainer(Config.load(recipe, overrides or [])).train()
+    if result.interrupted_by is not None:
+        command = " ".join(["poweropd train", str(recipe), *(overrides or [])])
+        typer.echo(f"stopped after step {result.steps}; to go on: {command}", err=True)
+        raise typer.Exit(128 + result.interrupted_by)
+    typer.echo(f"run directory: {result.run_dir}\nstudent: {result.final}")

@@ -1,0 +1,165 @@
+r"""Brings an answer's notation into one form, and reads words, choices and numerals with a base.
+
+Not a LaTeX parser: formulas stay text here. Only what math-verify would misread (currency, units,
+thousands commas, degrees, brackets) is settled, so that `(2, 3)` never equals `[2, 3]` and `10`
+never equals `1,0`.
+"""
+
+import re
+from collections.abc import Callable
+from functools import lru_cache
+
+from poweropd.grading.brackets import closing, top_level
+
+_CHARACTERS = str.maketrans(
+    {
+        "−": "-", "–": "-", "—": "-", "×": r"\times ", "÷": "/", "·": r"\cdot ", "⋅": r"\cdot ",
+        "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
+        "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "°": r"^\circ ", "√": r"\sqrt ",
+        "²": "^2", "³": "^3", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
+        "’": "'", "“": '"', "”": '"', "\u00a0": " ", "\u2009": " ", "\u202f": " ",
+        "\t": " ", "\n": " ", "\x0c": r"\f",
+    }
+)  # fmt: skip
+
+#: (pattern, replacement), applied in this order.
+_WRITTEN: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\s*\.?", ""),
+    (r"\\[lr]brace(?![A-Za-z])", lambda m: r"\{" if "l" in m.group() else r"\}"),
+    (r"\\(?:display|text|script)style|\\limits|\\phantom\{[^{}]*\}|\\boldsymbol", ""),
+    (r",?(?<!\\)\\!\s*(?=\d{3})", ","),
+    (r"(?<!\\)\\!", ""),
+    (r"(?<=\d)(?:\{?(?<!\\)\\[,;: ]\}?|~|\{[, ]\})+(?=\d{3}(?!\d))", ","),
+    (r"\{,\}", ","),
+    (r"(?<!\\)\\(?:[,;: ]|q?quad(?![A-Za-z]))|~", " "),
+    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\frac\s*(\d)\s*(\d)(?!\d*\})", r"\\frac{\1}{\2}"),
+    (r"\\frac\s*(\d|\\[a-z]+)\s*\{", r"\\frac{\1}{"),
+    (r"\\frac\s*(\\[a-z]+)\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
+    (r"\\frac\s+", r"\\frac"),
+    (r"\\sqrt\s*(\d+|[a-zA-Z](?![a-zA-Z]))", r"\\sqrt{\1}"),
+    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"(?<![\\A-Za-z])sqrt\s*(?=[({])", r"\\sqrt"),
+    (r"\bnp\.(?:arc)?(?=[a-z])", lambda m: "\\" + m.group()[3:]),
+    (r"(?<=[\w)}\]])\s*\*\*\s*(?=[\w({\\-])", "^"),
+    (r"\*\*|__|`", ""),
+    (r"\\(?:geqslant|geq|gte)(?![A-Za-z])|>=", r"\\ge "),
+    (r"\\(?:leqslant|leq|lte)(?![A-Za-z])|<=", r"\\le "),
+    (r"\\gt(?![A-Za-z])", ">"),
+    (r"\\lt(?![A-Za-z])", "<"),
+    (r"\\neq?(?![A-Za-z])|!=", r"\\ne "),
+    (r"\\(?:simeq|sim|cong|doteq)(?![A-Za-z])", r"\\approx "),
+    (r"==", "="),
+    (r"\\union(?![A-Za-z])", r"\\cup "),
+    (r"\\langle(?![A-Za-z])|\\lparen(?![A-Za-z])", "("),
+    (r"\\rangle(?![A-Za-z])|\\rparen(?![A-Za-z])", ")"),
+    (r"\\lbrack(?![A-Za-z])", "["),
+    (r"\\rbrack(?![A-Za-z])", "]"),
+    (r"\\(?:infin|infty)(?![A-Za-z])|\binfinity\b|(?<![A-Za-z])inf(?![A-Za-z])", r"\\infty "),
+    (r"\\pi(?=\d)", r"\\pi "),
+    (r"\\%\s*|(?<=[\d$}])\s*(?:percent(?:age)?|pct)\b", "%"),
+    (r"\\(?:text|mbox)\s*\{\s*(?:percent(?:age)?|pct|\\?%)\s*\}", "%"),
+]
+_REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in _WRITTEN]
+_DEGREE = r"(?:\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\(?:degree|deg)(?![A-Za-z]))"
+#: Commands whose backslash a JSON round trip doubled; in a matrix they end rows.
+_DOUBLED = re.compile(r"\\\\(?=[A-Za-z(])")
+_ANGLE = re.compile(rf"(\d+(?:\.\d+)?)\s*{_DEGREE}")
+_DEGREES = re.compile(_DEGREE)
+_TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+_CURRENCY = re.compile(r"\\?\$|[€£¥₹¢]|\bUSD\b|\bRs\.?(?=\s*\d)")
+_TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal|sf|tt|up)?|mbox|hbox|math(?:rm|bf|it|sf|bb)|bf|rm)"
+                   r"\s*\{([^{}]*)\}(\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d))?")  # fmt: skip
+_SPACES = re.compile(r"\s+")
+LOOSE_SPACE = re.compile(r"(?<!\d) | (?!\d)")
+_EDGE = re.compile(r"^[ ,;:!\"']+|^\.(?!\d)|[ .,;:\"']+$|(?<=[A-Za-z]{2})!$")
+_INNERMOST_TRIES = 8
+
+
+@lru_cache(maxsize=4096)
+def normalise(text: str) -> str:
+    """One notation for many: what means the same and needs no algebra becomes the same text."""
+    text = text.translate(_CHARACTERS)
+    text = re.sub(r"^\s*\\[(\[](.*)\\[)\]]\s*$", r"\1", text)
+    if "\\begin" not in text:
+        text = _DOUBLED.sub(r"\\", text)
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    text = _CURRENCY.sub(" ", text)
+    text = _without_texts(text)
+    if _TRIGONOMETRY.search(text):
+        text = _ANGLE.sub(r"(\1\\pi/180)", text)
+    text = _DEGREES.sub("", text)
+    text = _SPACES.sub(" ", text).strip()
+    text = _EDGE.sub("", text)
+    for _ in range(_INNERMOST_TRIES):
+        if not (text.startswith("{") and closing(text, 0) == len(text) - 1):
+            break
+        if len(list(top_level(text[1:-1], (",",)))) > 1:
+            break  # {1, 2} is a set written without backslashes
+        text = _EDGE.sub("", text[1:-1])
+    return re.sub(r"^\+(?=[\d.\\])", "", text)
+
+
+def key(text: str) -> str:
+    """Text whose identity is taken for equality: normalised, without spaces that say nothing."""
+    return LOOSE_SPACE.sub("", normalise(text))
+
+
+def _without_texts(text: str) -> str:
+    r"""Resolves \text{...}: connectors and values stay, units beside a value go."""
+    text = re.sub(
+        r",?\s*\\(?:text|mbox|textrm|mathrm)\s*\{\s*(and|or)\s*\}", r" \1 ", text, flags=re.I
+    )
+    outside = _TEXT.sub("", text)
+    has_value = re.search(r"[0-9A-Za-z]", re.sub(r"[_^]\s*\{?\s*\}?", "", outside)) is not None
+
+    def resolve(match: re.Match[str]) -> str:
+        inside, power = match.group(1).strip(), match.group(2) or ""
+        before = text[: match.start()].rstrip(" {")
+        subscript = before.endswith(("_", "^"))
+        if re.fullmatch(r"\(?[A-Z]\)?|[a-z]|[\W\d]*", inside) or subscript or not has_value:
+            return match.group(1) + power
+        if re.fullmatch(r"[a-z]{2,6}", inside) and re.match(r"\s*[\\(]", text[match.end() :]):
+            return f"\\{inside} {power}"  # \mathrm{arcsin}(x)
+        if re.match(r"\s*(?:=|:|\()", text[match.end() :]) or re.search(r"\d", inside):
+            return match.group(1)
+        return " "
+
+    return _TEXT.sub(resolve, text)
+
+
+# Words, choices, bases
+
+_WORDS = re.compile(r"[A-Za-z][A-Za-z'-]*(?: [A-Za-z'-]+)*")
+_ARTICLE = re.compile(r"^(?:the|an?) ", re.IGNORECASE)
+_CHOICE = re.compile(r"\(([A-Z])\)(?![A-Za-z0-9(]).*|([A-Z])(?:[.):](?: .*)?)?|([A-Z])\) ?.*")
+_BASED = re.compile(r"([0-9A-Fa-f]+)_ ?(?:\{ ?\(?([A-Za-z0-9]+)\)? ?\}|(\d))")
+_BASES = {
+    "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
+    "ten": 10, "eleven": 11, "twelve": 12, "sixteen": 16,
+}  # fmt: skip
+
+
+def words(text: str) -> str | None:
+    """A normalised text that is a word of three letters or more, or several: compared as text."""
+    if not _WORDS.fullmatch(text) or max(map(len, text.split())) < 3:
+        return None
+    return _ARTICLE.sub("", text).casefold()
+
+
+def choice(text: str) -> str | None:
+    """The letter of a multiple-choice answer: C, (C), (C) 12, C. twelve."""
+    match = _CHOICE.fullmatch(text)
+    return next(letter for letter in match.groups() if letter) if match else None
+
+
+def based(text: str) -> tuple[str, int] | None:
+    """The digits and base of 2516_8 and its like."""
+    match = _BASED.fullmatch(text)
+    if not match:
+        return None
+    base = match.group(2) or match.group(3)
+    number = int(base) if base.isdigit() else _BASES.get(base.casefold())
+    return (match.group(1).upper(), number) if number else None

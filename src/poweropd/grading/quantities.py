@@ -1,0 +1,127 @@
+"""Reads numbers exactly, with what their writing says: percent, decimals, significant digits."""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from poweropd.grading.brackets import closing
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """An exact number and how it was written.
+
+    places: digits after the decimal point, or None where it is no plain decimal.
+    decimal: written with a point or an exponent, as measured values are.
+    """
+
+    value: Fraction
+    percent: bool = False
+    decimal: bool = False
+    places: int | None = None
+    digits: int = 0
+
+
+_INTEGER = r"(?:[1-9]\d{0,2}(?:,\d{3})+|[1-9]\d{0,2}(?: \d{3})+|\d{1,400})"
+_REAL = rf"(?:{_INTEGER}(?:\.\d{{0,400}})?|\.\d{{1,400}})"
+_PLAIN = re.compile(rf"([+-]? ?)({_REAL})(?:[eE]([+-]?\d{{1,3}}))?")
+_SCIENTIFIC = re.compile(
+    rf"([+-]? ?)(?:({_REAL}) ?(?:\\times|\\cdot|\*|[xX]) ?)?"
+    r"10 ?\^ ?(?:\{ ?([+-]?\d{1,3}) ?\}|([+-]?\d{1,3}))"
+)
+_FRACTION = re.compile(
+    rf"([+-]? ?)(?:\\frac\{{ ?([+-]? ?{_REAL}) ?\}} ?\{{ ?([+-]? ?{_REAL}) ?\}}"
+    rf"|\(? ?([+-]? ?{_REAL}) ?\)? ?/ ?\(? ?({_REAL}) ?\)?)"
+)
+_MIXED = re.compile(
+    r"([+-]? ?)(\d{1,9})(?: ?\\frac\{(\d{1,9})\} ?\{(\d{1,9})\}| (\d{1,9})/(\d{1,9}))"
+)
+_REPEATING = re.compile(r"(\d{1,9})\.(\d{0,9})\\overline ?\{(\d{1,9})\}")
+_RATIO = re.compile(r"(\d{1,9}) ?: ?(\d{1,9})")
+
+
+def _real(text: str) -> Fraction:
+    return Fraction(text.replace(",", "").replace(" ", ""))
+
+
+def _negative(sign: str) -> int:
+    return -1 if sign.strip() == "-" else 1
+
+
+def _plain(match: re.Match[str]) -> Quantity:
+    sign, digits, exponent = match.groups()
+    value = _negative(sign) * _real(digits) * Fraction(10) ** int(exponent or 0)
+    places = len(digits.split(".")[1]) if "." in digits and exponent is None else None
+    significant = len(re.sub(r"\D", "", digits).lstrip("0"))
+    return Quantity(value, False, "." in digits or exponent is not None, places, significant)
+
+
+def _scientific(match: re.Match[str]) -> Quantity:
+    sign, digits, braced, bare = match.groups()
+    value = _negative(sign) * _real(digits or "1") * Fraction(10) ** int(braced or bare)
+    return Quantity(value, decimal=digits is not None)
+
+
+def _fraction(match: re.Match[str]) -> Quantity | None:
+    sign, top, bottom, slash_top, slash_bottom = match.groups()
+    denominator = _real(bottom or slash_bottom)
+    if denominator == 0:
+        return None
+    return Quantity(_negative(sign) * _real(top or slash_top) / denominator)
+
+
+def _mixed(match: re.Match[str]) -> Quantity | None:
+    sign, whole = match.group(1), int(match.group(2))
+    top, bottom = (int(part) for part in match.groups()[2:] if part is not None)
+    return Quantity(_negative(sign) * (whole + Fraction(top, bottom))) if bottom else None
+
+
+def _repeating(match: re.Match[str]) -> Quantity:
+    """8.1\\overline{3}: the block counts as often as decimals go on."""
+    whole, fixed, block = match.groups()
+    nines = 10 ** len(block) - 1
+    shift = 10 ** len(fixed)
+    return Quantity(int(whole) + Fraction(int(fixed or 0) * nines + int(block), shift * nines))
+
+
+def _ratio(match: re.Match[str]) -> Quantity | None:
+    top, bottom = (int(part) for part in match.groups())
+    return Quantity(Fraction(top, bottom)) if bottom else None
+
+
+_READERS = [
+    (_PLAIN, _plain), (_SCIENTIFIC, _scientific), (_MIXED, _mixed), (_FRACTION, _fraction),
+    (_RATIO, _ratio), (_REPEATING, _repeating),
+]  # fmt: skip
+
+
+def quantity(text: str) -> Quantity | None:
+    """The exact number a normalised text writes out, or None where there is more to it."""
+    percent = text.endswith("%")
+    text = text.rstrip("% ").strip()
+    if text.startswith("(") and closing(text, 0) == len(text) - 1:
+        text = text[1:-1].strip()
+    for pattern, read in _READERS:
+        match = pattern.fullmatch(text)
+        if match:
+            found = read(match)
+            if found is not None and percent:
+                return Quantity(found.value, True, found.decimal, found.places, found.digits)
+            return found
+    return None
+
+
+_MEASURE = re.compile(
+    rf"(?:(?:approximately|approx\.?|about|around|exactly|nearly|almost) )?"
+    rf"([+-]? ?(?:{_REAL}(?:[eE][+-]?\d{{1,3}})?"
+    r"|\\frac\{\d+\}\{\d+\}|\d+ ?\\frac\{\d+\}\{\d+\}|\d+ \d+/\d+|\d+/\d+"
+    rf"|{_REAL} ?(?:\\times|\\cdot|\*|x) ?10 ?\^ ?\{{?-?\d+\}}?) ?%?)"
+    r"(?: ?[-/]? ?\(?(?![xyzabn]{2}\b)[A-Za-z][A-Za-z.'/-]+\)?(?: ?\^ ?\{?-?\d\}?)?"
+    r"| [mgshLJNKWV](?: ?\^ ?\{?-?\d\}?)?(?: ?/ ?[smhL](?: ?\^ ?\{?-?\d\}?)?)?)+"
+)
+
+
+def without_unit(text: str) -> str:
+    """A normalised number without the unit words after it; other text as it is."""
+    match = _MEASURE.fullmatch(text)
+    return match.group(1).strip() if match else text

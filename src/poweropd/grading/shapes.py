@@ -1,0 +1,175 @@
+"""An answer's outer structure: lists, sets, tuples, intervals, unions, matrices, names."""
+
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from poweropd.grading.brackets import closing, top_level
+from poweropd.grading.notation import LOOSE_SPACE, words
+from poweropd.grading.quantities import quantity
+
+_CONNECTOR = re.compile(r",?(?<![A-Za-z\\])\s*(?:and|or)(?![A-Za-z])\s*,?", re.IGNORECASE)
+_BOUND = re.compile(r"(<|>|\\[lg]e(?![A-Za-z]))")
+_RISING = ("<", "\\le")
+_VARIABLE = re.compile(r"\\?[A-Za-z]+|[A-Za-z]\([A-Za-z]\)|[A-Za-z]_ ?\{?\w\}?")
+_GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+")
+_MATRIX = re.compile(
+    r"\\begin\{(?:[pbvBV]?matrix|array|smallmatrix)\}(?:\{[^{}]*\})?((?:(?!\\begin).)*?)"
+    r"\\end\{(?:[pbvBV]?matrix|array|smallmatrix)\}"
+)
+_OPENERS = {"(": ")", "[": "]", "{": "}"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A text's outer structure. kind: `scalar`, `list`, `set`, `union`, or a tuple's brackets."""
+
+    kind: str
+    text: str
+    items: tuple["Shape", ...] = ()
+
+
+_NAME = (
+    r"(?:\\(?:text|mathrm|angle|triangle|overline|overrightarrow|vec|hat|operatorname|dot|ddot) ?)*"
+    r"(?:\{?\\?[A-Za-z]+(?:[ -][A-Za-z]+)*\}?|[A-Za-z])'*(?:_ ?(?:\{[^{}]*\}|\\?\w))?"
+    r"'*(?:\^ ?\{? ?(?:\\prime|\*)+ ?\}?)?(?: ?\( ?[A-Za-z0-9, \\]+\))?"
+)
+_NAMES = re.compile(
+    rf"(?:\|? ?{_NAME} ?\|?|\( ?{_NAME}(?: ?, ?{_NAME})* ?\)"
+    r"|\\frac ?\{ ?[A-Z]\w* ?\} ?\{ ?[A-Z]\w* ?\}|\\frac ?\{ ?d[^{}=]*\} ?\{ ?d[^{}=]*\}"
+    rf"|{_NAME} ?[:/] ?{_NAME})"
+)
+_ASSIGNMENT = re.compile(rf"({_NAMES.pattern}) ?(?:=|\\in(?![A-Za-z])|\\approx)(?![=]) ?(.+)")
+
+
+def assignment(text: str) -> tuple[str | None, str]:
+    """(name, value) of `x = 3`, `f(x) = 2x`, `(x, y) = (1, 2)`; (None, text) of anything else."""
+    match = _ASSIGNMENT.fullmatch(text)
+    if match and not match.group(1).startswith(("\\frac{1", "\\sqrt")):
+        return LOOSE_SPACE.sub("", match.group(1)), match.group(2).strip()
+    return None, text
+
+
+def is_several(text: str) -> bool:
+    """Whether a normalised text lists several answers, without looking into them."""
+    inside = text.removeprefix("\\").removeprefix("{") if text.endswith("}") else text
+    inside = inside.removesuffix("}").removesuffix("\\") if inside != text else text
+    return len(_expand(_items(_connected(inside)))) > 1 and quantity(text) is None
+
+
+def grouped(text: str) -> Shape | None:
+    """The other reading of digits with thousands commas, 120,180: a list of numbers."""
+    if not _GROUPED.fullmatch(text):
+        return None
+    return Shape("list", text, tuple(Shape("scalar", part) for part in text.split(",")))
+
+
+def _connected(text: str) -> str:
+    """ "a and b" as "a, b", except in sentences."""
+    return _CONNECTOR.sub(", ", text) if words(text) is None else text
+
+
+@lru_cache(maxsize=4096)
+def shape(text: str) -> Shape:
+    """The structure of a normalised text, split at commas, brackets and unions only."""
+    text = _connected(text)
+    items = _items(text)
+    if len(items) > 1:
+        if quantity(text) is not None and not re.search(r",\s|;", text):
+            return Shape("scalar", text)  # a thousands comma
+        elements = _expand([item.strip() for item in items])
+        return Shape("list", text, tuple(map(shape, elements)))
+    expanded = _expand([text])
+    if len(expanded) > 1:
+        return Shape("list", text, tuple(map(shape, expanded)))
+    interval = _interval(text)
+    if interval is not None:
+        return interval
+    name, value = assignment(text)
+    if name is not None:
+        inner = shape(value)
+        return inner if inner.kind != "scalar" else Shape("scalar", text)
+    parts = list(top_level(text, ("\\cup",)))
+    if len(parts) > 1:
+        return Shape("union", text, tuple(shape(part.strip()) for part in parts))
+    return _bracketed(text)
+
+
+def _interval(text: str) -> Shape | None:
+    """`2 < x \\le 5` as (2, 5], `x \\ge 3` as [3, \\infty): one variable between two bounds."""
+    match _BOUND.split(text):
+        case [low, first, variable, second, high] if (first in _RISING) == (second in _RISING):
+            pass
+        case [variable, first, high] if _VARIABLE.fullmatch(variable.strip()):
+            low, second = "", first
+            first = "<" if first in _RISING else ">"
+        case [low, first, variable]:
+            high, second = "", first
+            second = "<" if first in _RISING else ">"
+        case _:
+            return None
+    rising = first in _RISING
+    if not _VARIABLE.fullmatch(variable.strip()) or (second in _RISING) != rising:
+        return None
+    if not rising:
+        low, first, second, high = high, second, first, low
+    opener = "[" if "e" in first and low.strip() else "("
+    closer = "]" if "e" in second and high.strip() else ")"
+    bounds = low.strip() or "-\\infty", high.strip() or "\\infty"
+    return Shape(opener + closer, text, tuple(Shape("scalar", bound) for bound in bounds))
+
+
+def _items(text: str) -> list[str]:
+    """The elements of a list; semicolons separate more strongly than commas."""
+    for separator in (";", ","):
+        items = [item for item in top_level(text, (separator,)) if item.strip()]
+        if len(items) > 1:
+            return items
+    return [text]
+
+
+def _bracketed(text: str) -> Shape:
+    matrix = _MATRIX.fullmatch(text) or _MATRIX.fullmatch(text.strip("()[] "))
+    if matrix:
+        return _matrix(text, matrix.group(1))
+    if text.startswith("\\{") and text.endswith("\\}") and closing(text, 0) == len(text) - 1:
+        inside = shape(text[2:-2].strip())
+        if "\\mid" in text or "|" in text or not text[2:-2].strip():
+            return Shape("scalar", text)
+        return Shape("set", text, inside.items if inside.kind == "list" else (inside,))
+    if text[:1] in _OPENERS and closing(text, 0) == len(text) - 1:
+        pieces = [piece.strip() for piece in top_level(text[1:-1], (",", ";"))]
+        if len(pieces) > 1 and all(pieces):
+            # LaTeX prints no bare braces: {1, 2} is a list without brackets.
+            kind = "list" if text[0] == "{" else text[0] + text[-1]
+            return Shape(kind, text, tuple(map(shape, pieces)))
+        if text[0] == "(" and text[-1] == ")" and len(pieces) == 1:
+            inner = shape(pieces[0]) if pieces[0] else None
+            if inner is not None and inner.kind != "scalar":
+                return inner
+    return Shape("scalar", text)
+
+
+def _matrix(text: str, body: str) -> Shape:
+    """A row or column reads as a tuple, anything larger as rows of tuples."""
+    rows = [[cell.strip() for cell in row.split("&")] for row in body.split("\\\\") if row.strip()]
+    if len(rows) == 1 or all(len(row) == 1 for row in rows):
+        return replace(_tuple([cell for row in rows for cell in row]), text=text)
+    return Shape("matrix", text, tuple(map(_tuple, rows)))
+
+
+def _tuple(cells: list[str]) -> Shape:
+    return Shape("()", f"({', '.join(cells)})", tuple(Shape("scalar", cell) for cell in cells))
+
+
+def _expand(items: list[str]) -> list[str]:
+    r"""Each `\pm` as two elements: plus, then minus."""
+    expanded = []
+    for item in items:
+        if ("\\pm" in item or "\\mp" in item) and not item.startswith("\\{"):
+            for upper, lower in (("+", "-"), ("-", "+")):
+                signed = item.replace("\\pm", upper).replace("\\mp", lower)
+                expanded.append(re.sub(r"^((?:.*=)?) ?\+ ?", r"\1", signed.strip()))
+        else:
+            expanded.append(item)
+    return expanded

@@ -1,0 +1,1 @@
+"""Language models: loading, student and teacher, attention, sharding, sizes."""

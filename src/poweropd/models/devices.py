@@ -1,0 +1,43 @@
+"""Devices: their memory and their peak."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What its maker states: memory in GiB, and FLOP/s of dense bf16 matmuls."""
+
+    memory: float
+    peak_flops: float
+
+
+GPUS = {
+    "H100": Gpu(80, 989e12),
+    "H100 PCIe": Gpu(80, 756e12),
+    "H100 NVL": Gpu(94, 835e12),
+    "H200": Gpu(141, 989e12),
+    "B200": Gpu(180, 2250e12),
+    "A100": Gpu(80, 312e12),
+    "L40S": Gpu(48, 362e12),
+    "L4": Gpu(24, 121e12),
+    "A10": Gpu(24, 125e12),
+    "RTX 4090": Gpu(24, 165e12),
+    "RTX 3090": Gpu(24, 71e12),
+}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s of dense matmuls in bf16 or float16; None where they are not known."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return peak_flops_of(torch.cuda.get_device_name(device))
+
+
+def peak_flops_of(device_name: str) -> float | None:
+    """Of a device by the name its driver gives, as "NVIDIA H100 80GB HBM3"; None if unknown."""
+    words = set(re.split(r"[\s-]+", device_name))
+    found = [name for name in GPUS if set(name.split()) <= words]
+    return GPUS[max(found, key=len)].peak_flops if found else None

@@ -1,0 +1,97 @@
+"""When a step's completions are sampled: on time, or one step ahead, beside the update.
+
+Ahead, the completions of step s + 1 are sampled while step s is trained, so always by the weights
+that the sync of step s - 1 left in the engine: which weights sample what is a function of the step
+alone. What is sampled and not yet trained on belongs into the checkpoint.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from poweropd.data.rollout import Rollout
+
+Sample = Callable[[int], Iterator[Rollout]]
+Row = dict[str, Any]
+
+
+class RolloutSchedule(Protocol):
+    def take(self, step: int) -> Iterable[Rollout]:
+        """This process's completions of a step, counted from 0."""
+
+    def begin(self, step: int) -> None:
+        """Says that only training follows until `finish`: the time to sample `step`, if it is."""
+
+    def finish(self) -> None:
+        """Returns once nothing is being sampled, so that the engine's weights may change."""
+
+    def put_back(self) -> None:
+        """Says that the step taken last was not trained on: it will be taken again."""
+
+    def pending(self) -> list[Row]:
+        """What is sampled and not taken, as JSON."""
+
+    def restore(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Takes over what was `pending` at a checkpoint."""
+
+
+class OnTime:
+    """Staleness 0: a step's completions are sampled when it begins."""
+
+    def __init__(self, sample: Sample, steps: int) -> None:
+        self.sample = sample
+
+    def take(self, step: int) -> Iterable[Rollout]:
+        return self.sample(step)
+
+    def begin(self, step: int) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+    def put_back(self) -> None:
+        pass
+
+    def pending(self) -> list[Row]:
+        return []
+
+    def restore(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        pass
+
+
+class Ahead:
+    """Staleness 1: a thread samples the next of `steps` steps while one is trained."""
+
+    def __init__(self, sample: Sample, steps: int) -> None:
+        self.sample, self.steps = sample, steps
+        self.ready: list[Rollout] = []
+        self.taken: list[Rollout] = []
+        self._thread = ThreadPoolExecutor(1, "rollouts")
+        self._running: Future[list[Rollout]] | None = None
+
+    def take(self, step: int) -> Iterable[Rollout]:
+        self.taken, self.ready = self.ready, []
+        return self.taken or self.sample(step)  # nothing is ready at the first step
+
+    def begin(self, step: int) -> None:
+        if step < self.steps:
+            self._running = self._thread.submit(lambda: list(self.sample(step)))
+
+    def finish(self) -> None:
+        if self._running is not None:
+            self.taken = []  # they are trained on
+            self.ready, self._running = self._running.result(), None
+
+    def put_back(self) -> None:
+        self.ready = self.taken
+
+    def pending(self) -> list[Row]:
+        return [asdict(rollout) for rollout in self.ready]
+
+    def restore(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.ready = [Rollout(**row) for row in rows]
+
+
+SCHEDULES: dict[int, Callable[[Sample, int], RolloutSchedule]] = {0: OnTime, 1: Ahead}

@@ -1,0 +1,1 @@
+"""The run directory: its files, its metrics, its reward statistics."""

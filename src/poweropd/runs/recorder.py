@@ -1,0 +1,212 @@
+"""`rewards/` of a run directory: reward statistics of every step, and a few completions.
+
+Each part of it is a directory of three parquet files about consecutive steps, whole or absent. A
+part ends at every checkpoint, so resuming removes whole parts: those past the checkpoint.
+"""
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import pyarrow as pa
+from pyarrow import parquet
+from torch import Tensor
+
+from poweropd.runs import statistics
+from poweropd.runs.directory import replaced_directory
+from poweropd.runs.statistics import TrainedTokens
+
+STEPS_PER_PART = 100  # at most: a part also ends at a checkpoint, and when training ends
+SAMPLE_EVERY = 50  # steps; the first one too
+SAMPLES = 2  # completions of a step
+LONGEST_SAMPLE = 512  # tokens kept of one
+CONTEXT = 4  # tokens before one that decide how it reads
+NAME = re.compile(r"steps-(\d+)-(\d+)")
+
+_FLOATS = pa.list_(pa.float32())
+#: One row per kept completion. The lists have one entry per token, null where it was not trained.
+COMPLETIONS = pa.schema(
+    [
+        *((name, pa.int32()) for name in ("step", "prompt_index", "sample_index", "length")),
+        ("stopped", pa.bool_()),
+        ("prompt", pa.string()),
+        ("ids", pa.list_(pa.int32())),
+        ("pieces", pa.list_(pa.string())),  # the text that each token adds
+        *((name, _FLOATS) for name in ("rewards", "student_log_probs", "teacher_log_probs")),
+    ]
+)
+SCHEMAS = {
+    "positions": statistics.POSITIONS,
+    "histogram": statistics.HISTOGRAM,
+    "completions": COMPLETIONS,
+}
+
+
+class Completion(Protocol):
+    """What is needed of a rollout."""
+
+    @property
+    def prompt_index(self) -> int: ...
+    @property
+    def sample_index(self) -> int: ...
+    @property
+    def prompt_ids(self) -> list[int]: ...
+    @property
+    def completion_ids(self) -> list[int]: ...
+    @property
+    def stopped(self) -> bool: ...
+
+
+class RecordedTokens(TrainedTokens, Protocol):
+    """Trained tokens, and [N] which completion of the step each belongs to."""
+
+    @property
+    def prompt_indices(self) -> Tensor: ...
+    @property
+    def sample_indices(self) -> Tensor: ...
+
+
+class RewardRecorder:
+    """Collects the statistics of steps and writes them; `seconds` is the time that took."""
+
+    def __init__(self, folder: Path, decode: Callable[[list[int]], str]) -> None:
+        self.folder, self.decode = folder, decode
+        self.seconds = 0.0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._steps: list[int] = []
+        self._tables: dict[str, list[pa.Table]] = {name: [] for name in SCHEMAS}
+
+    def wants(self, step: int, completion: Completion) -> bool:
+        """Whether this completion of step `step`, counted from 1, is to be kept."""
+        chosen = completion.prompt_index < SAMPLES and completion.sample_index == 0
+        return chosen and (step == 1 or step % SAMPLE_EVERY == 0)
+
+    def record(self, step: int, tokens: RecordedTokens, completions: Sequence[Completion]) -> None:
+        """Adds step `step`, counted from 1, with all its tokens and the completions to keep."""
+        start = time.perf_counter()
+        self._steps.append(step)
+        self._tables["positions"].append(statistics.position_table(step, tokens))
+        self._tables["histogram"].append(statistics.histogram_table(step, tokens))
+        kept = sorted(completions, key=lambda c: (c.prompt_index, c.sample_index))
+        rows = [_row(step, completion, tokens, self.decode) for completion in kept]
+        self._tables["completions"].append(pa.Table.from_pylist(rows, COMPLETIONS))
+        self.seconds += time.perf_counter() - start
+        if len(self._steps) >= STEPS_PER_PART:
+            self.write()
+
+    def write(self) -> None:
+        """Makes what was recorded a part on disk."""
+        if not self._steps:
+            return
+        start = time.perf_counter()
+        name = f"steps-{self._steps[0]:08d}-{self._steps[-1]:08d}"
+        with replaced_directory(self.folder / name) as temporary:
+            for table, parts in self._tables.items():
+                path = temporary / f"{table}.parquet"
+                parquet.write_table(_merged(table, parts), path, compression="zstd")
+        self._clear()
+        self.seconds += time.perf_counter() - start
+
+    def take_seconds(self) -> float:
+        """The time since the last call; writing a part counts to the step after it."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+    def truncate(self, steps: int) -> None:
+        """Keeps the first `steps` optimizer steps, which end with a part or before the first."""
+        if not self.folder.is_dir():
+            return
+        for path in self.folder.iterdir():
+            match = NAME.fullmatch(path.name)
+            left_by_a_kill = path.name.startswith(".tmp-")
+            if left_by_a_kill or (match is not None and int(match[2]) > steps):
+                shutil.rmtree(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """However training ends, what it has seen is there to be looked at."""
+        self.write()
+
+
+def _merged(name: str, parts: Sequence[pa.Table]) -> pa.Table:
+    if name != "completions":
+        return statistics.merge(parts, SCHEMAS[name])
+    return pa.concat_tables([COMPLETIONS.empty_table(), *parts])
+
+
+def _row(
+    step: int, completion: Completion, tokens: RecordedTokens, decode: Callable[[list[int]], str]
+) -> dict[str, Any]:
+    ids = completion.completion_ids[:LONGEST_SAMPLE]
+    own = tokens.prompt_indices == completion.prompt_index
+    own &= tokens.sample_indices == completion.sample_index
+    positions = tokens.positions[own].tolist()
+
+    def per_token(values: Tensor) -> list[float | None]:
+        trained = dict(zip(positions, values[own].tolist(), strict=True))
+        return [trained.get(position) for position in range(len(ids))]
+
+    return {
+        "step": step,
+        "prompt_index": completion.prompt_index,
+        "sample_index": completion.sample_index,
+        "length": len(completion.completion_ids),
+        "stopped": completion.stopped,
+        "prompt": decode(completion.prompt_ids),
+        "ids": ids,
+        "pieces": [_piece(ids, i, decode) for i in range(len(ids))],
+        "rewards": per_token(tokens.rewards),
+        "student_log_probs": per_token(tokens.student_log_probs),
+        "teacher_log_probs": per_token(tokens.teacher_log_probs),
+    }
+
+
+def _piece(ids: list[int], index: int, decode: Callable[[list[int]], str]) -> str:
+    """The text that a token adds to those before it."""
+    start = max(0, index - CONTEXT)
+    before, whole = decode(ids[start:index]), decode(ids[start : index + 1])
+    return whole[len(before) :] if whole.startswith(before) else decode(ids[index : index + 1])
+
+
+@dataclass(frozen=True)
+class RewardRecords:
+    """All that a run has recorded, merged over its parts."""
+
+    positions: pa.Table
+    histogram: pa.Table
+    completions: pa.Table
+    unreadable: list[str]  # parts that are damaged, and left out
+
+    @classmethod
+    def read(cls, folder: Path) -> "RewardRecords":
+        """Reads `rewards/` of a run directory; empty tables where there is none."""
+        found = sorted(folder.iterdir()) if folder.is_dir() else []
+        tables: dict[str, list[pa.Table]] = {name: [] for name in SCHEMAS}
+        unreadable = []
+        for path in (p for p in found if NAME.fullmatch(p.name)):
+            try:
+                part = {
+                    name: parquet.read_table(path / f"{name}.parquet", schema=schema)
+                    for name, schema in SCHEMAS.items()
+                }
+            except (OSError, pa.ArrowException) as error:
+                unreadable.append(f"{path.name} ({type(error).__name__})")
+                continue
+            for name, table in part.items():
+                tables[name].append(table)
+        merged = {name: _merged(name, parts) for name, parts in tables.items()}
+        return cls(**merged, unreadable=unreadable)

@@ -1,0 +1,270 @@
+"""The parts of a run, built from its recipe: what can be checked cheaply first, then weights."""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from poweropd import stops
+from poweropd.config import Config
+from poweropd.data import prompts as data_prompts
+from poweropd.errors import UsageError
+from poweropd.kernels import Support
+from poweropd.models import attention, loading
+from poweropd.models import language_model as models_language_model
+from poweropd.objectives import factory as objectives_factory
+from poweropd.objectives import selection
+from poweropd.rollouts import factory as rollouts_factory
+from poweropd.rollouts import prefetch
+from poweropd.rollouts.base import RolloutEngine, Sampling
+from poweropd.runs.directory import RunDirectory
+from poweropd.teachers import factory
+from poweropd.teachers.base import TeacherScorer, Unscored
+from poweropd.teachers.factory import TeacherProfile
+from poweropd.teachers.measured import MeasuredTeacher
+from poweropd.teachers.routed import RoutedTeacher
+from poweropd.training.accounting import Utilization
+from poweropd.training.task_reward import TaskRewards
+from poweropd.training.update import Updater
+from poweropd.training.validation import Validation
+
+logger = logging.getLogger("poweropd")
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """Prompts, tokenizer and stop ids: all that a run needs before any weight is loaded."""
+
+    tokenizer: Any  # the student's
+    prompts: list[data_prompts.Prompt]
+    order: data_prompts.PromptOrder
+    student_stop_ids: list[int]
+    teachers: dict[str, TeacherProfile]  # by domain; a single one under ""
+    student_context: int  # tokens
+
+    @classmethod
+    def load(cls, config: Config, notify: bool = True) -> "RunInputs":
+        """Raises UsageError where student, teachers and prompts do not fit each other."""
+        student = (config.model.student, config.model.trust_remote_code)
+        tokenizer = loading.load_tokenizer(*student)
+        teachers = {
+            name: factory.profile_teacher(section) for name, section in config.teachers.items()
+        }
+        for teacher in teachers.values():
+            loading.check_vocabularies(tokenizer, teacher.tokenizer)
+        tokenizers = {name: teacher.tokenizer for name, teacher in teachers.items()}
+        prompts = data_prompts.load_prompts(
+            config.data, tokenizer, tokenizers, config.domain_column
+        )
+        context = loading.context_length(loading.load_config(*student))
+        stop_ids = stops.stop_ids(tokenizer, loading.load_generation_config(student[0]))
+        for name, teacher in teachers.items():
+            own = [prompt for prompt in prompts if prompt.domain == name]
+            data_prompts.check_lengths(own, context, teacher.context, config.rollout.max_new_tokens)
+            if teacher.server is not None and own:
+                teacher.server.check([prompt.teacher_prompt_ids for prompt in own])
+            policy = config.objective.stop
+            notice = stops.difference(stop_ids, teacher.stop_ids, policy, tokenizer)
+            if notice and notify:
+                logger.warning("%s%s", f"teacher.{name}: " if name else "", notice)
+        order = data_prompts.PromptOrder(len(prompts), config.train.seed, config.data.shuffle)
+        return cls(tokenizer, prompts, order, stop_ids, teachers, context)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Of all models, the student's own first."""
+        return tuple(dict.fromkeys([*self.student_stop_ids, *self.teacher_stop_ids("")]))
+
+    def teacher_stop_ids(self, domain: str) -> list[int]:
+        """Of all teachers, the one of the domain first, whose own is the very first."""
+        others = [i for teacher in self.teachers.values() for i in teacher.stop_ids]
+        own = self.teachers[domain].stop_ids if domain else []
+        return list(dict.fromkeys([*own, *others]))
+
+
+@dataclass(frozen=True)
+class RunModels:
+    """The models of this process, over the vocabulary that all of a run's models have."""
+
+    student: models_language_model.Student
+    teachers: dict[str, models_language_model.Teacher]  # by domain, without those on servers
+
+    @property
+    def teacher(self) -> models_language_model.Teacher:
+        """The only teacher, of a run that has it in this process."""
+        return self.teachers[""]
+
+
+def load_models(config: Config, inputs: RunInputs, device: torch.device) -> RunModels:
+    model = loading.load_trained(config.model).to(device)
+    local = {name: section for name, section in config.teachers.items() if not section.servers}
+    loaded = {name: factory.load_teacher_model(section, device) for name, section in local.items()}
+    vocab_size = loading.shared_vocab_size(model, *loaded.values())
+    for profile in inputs.teachers.values():
+        if profile.server is not None:
+            vocab_size = profile.server.vocab_size(vocab_size, len(inputs.tokenizer))
+    lora = config.model.lora is not None
+    made = RunModels(
+        models_language_model.Student(
+            model, vocab_size, loading.DTYPES[config.model.dtype], lora=lora
+        ),
+        {
+            name: models_language_model.Teacher(
+                loaded[name], vocab_size, loading.DTYPES[section.dtype]
+            )
+            for name, section in local.items()
+        },
+    )
+    teachers = {f"teacher {name}".strip(): teacher for name, teacher in made.teachers.items()}
+    for who, language_model in {"student": made.student, **teachers}.items():
+        home = language_model.device
+        if home != device:  # an offloaded teacher is checked where it will run
+            language_model.to(device)
+        attention.set_attention(language_model, config.model.attention)
+        language_model.flat = attention.packs_flat(language_model, config.train.packing, who)
+        if home != device:
+            language_model.to(home)
+    return made
+
+
+def make_teacher(
+    config: Config,
+    inputs: RunInputs,
+    loaded: RunModels,
+    run: RunDirectory,
+    accelerator: Accelerator,
+) -> TeacherScorer:
+    if config.needs_local_teacher:  # then it reads along with the student's update
+        return Unscored()
+    reward, device = config.reward.create().at(0), accelerator.device
+    scorers: dict[str, TeacherScorer] = {}
+    for name, section in config.teachers.items():
+        scorers[name] = inputs.teachers[name].server or factory.local_teacher(
+            section, loaded.teachers[name], device
+        )
+        if section.measure_quantization and accelerator.is_main_process:
+            path = run.path / f"quantization{'-' if name else ''}{name.replace('/', '-')}.json"
+            load = partial(factory.unquantized_teacher, section, loaded.student.vocab_size, device)
+            scorers[name] = MeasuredTeacher(scorers[name], load, reward, path)
+    return RoutedTeacher(scorers) if config.domain_column else scorers[""]
+
+
+def make_updater(
+    config: Config, loaded: RunModels, inputs: RunInputs, accelerator: Accelerator
+) -> Updater:
+    if config.model.compile:
+        if not loaded.student.layers:
+            raise UsageError("model.compile: this model does not say which its layers are")
+        for layer in loaded.student.layers:
+            layer.compile(dynamic=True)
+    return Updater(
+        accelerator,
+        loaded.student,
+        config.train,
+        make_objective(config, loaded, inputs.stop_ids, accelerator.device),
+        loaded.teacher if config.needs_local_teacher else None,
+    )
+
+
+def make_objective(
+    config: Config, loaded: RunModels, stop_ids: Sequence[int], device: torch.device
+) -> objectives_factory.Maker:
+    objective, rollout, select = config.objective, config.rollout, config.objective.select
+    merged_ids = support = choice = None
+    if objective.stop == "semantic":
+        merged_ids = torch.tensor(stop_ids, device=device)
+    if config.truncates_scores:
+        support = Support(rollout.top_k, rollout.top_p, rollout.temperature)
+    if select is not None:
+        choice = selection.SELECTIONS[select.name](select.keep, select.beta)
+    return objectives_factory.maker(
+        objective.kind,
+        loaded.teacher.head() if config.needs_local_teacher else None,
+        baseline=objective.baseline == "value",
+        correction=rollout.correction == "truncated",
+        top_k=objective.top_k,
+        merged_ids=merged_ids,
+        support=support,
+        selection=choice,
+    )
+
+
+def make_engine(
+    config: Config,
+    inputs: RunInputs,
+    student: models_language_model.Student,
+    accelerator: Accelerator,
+    log_probs: rollouts_factory.LogProbs,
+) -> RolloutEngine:
+    """`log_probs` are the student's own, for engines that are compared with it."""
+    tokenizer, prompts, context = inputs.tokenizer, inputs.prompts, inputs.student_context
+    return rollouts_factory.build_engine(
+        rollouts_factory.EngineInputs(
+            config, student, tokenizer, prompts, context, accelerator, log_probs
+        )
+    )
+
+
+def make_sampling(config: Config, inputs: RunInputs) -> Sampling:
+    return Sampling(
+        max_new_tokens=config.rollout.max_new_tokens,
+        stop_ids=inputs.stop_ids,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        top_k=config.rollout.top_k,
+    )
+
+
+def make_schedule(
+    config: Config, engine: RolloutEngine, sample: prefetch.Sample
+) -> prefetch.RolloutSchedule:
+    staleness = config.rollout.staleness
+    if staleness and not engine.concurrent:
+        raise UsageError(
+            f"rollout.staleness: {staleness} needs an engine that samples while the student is "
+            f"trained, such as vllm_server; {config.rollout.engine} does not"
+        )
+    if staleness and config.rollout.correction == "none":
+        logger.warning(
+            "rollout.staleness: 1 trains on completions of the student one step ago; "
+            "rollout.correction=truncated weights them as its own"
+        )
+    return prefetch.SCHEDULES[staleness](sample, config.train.steps)
+
+
+def make_task_rewards(config: Config, inputs: RunInputs) -> TaskRewards | None:
+    section = config.rollout.task_reward
+    return None if section is None else TaskRewards(section, inputs.tokenizer, inputs.prompts)
+
+
+def make_utilization(config: Config, loaded: RunModels) -> Utilization | None:
+    """None, too, where other machines or several teachers score: their work is not known."""
+    if not config.has_one_local_teacher:
+        return None
+    needs_statistics = config.reward.create().needs_statistics
+    return Utilization.of(loaded.student, loaded.teacher, needs_statistics)
+
+
+def make_validation(
+    config: Config, accelerator: Accelerator, inputs: RunInputs
+) -> Validation | None:
+    if config.evaluate is None:
+        return None
+    return Validation(
+        config, config.evaluate, accelerator, inputs.tokenizer, inputs.student_context
+    )
+
+
+def check_launch() -> None:
+    """accelerate would shard the student its own way, or on a CPU not at all without a word."""
+    for plugin in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{plugin}", "false") == "true":
+            raise UsageError(
+                f"accelerate launch: expected plain data parallelism, got --use_{plugin.lower()} "
+                "(or an accelerate config that says so): leave it out and set train.sharding=fsdp2"
+            )

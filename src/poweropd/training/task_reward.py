@@ -1,0 +1,80 @@
+"""An outcome reward per completion, mixed into the token rewards: `rollout.task_reward`."""
+
+import atexit
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from poweropd.config.sections import TaskRewardConfig
+from poweropd.data.prompts import Prompt
+from poweropd.data.rollout import Rollout
+from poweropd.errors import RunError, UsageError
+from poweropd.grading.grader import Grader
+from poweropd.rewards import import_object
+
+Place = tuple[int, int]
+Score = Callable[[Mapping[str, Any], str], "Future[float]"]
+
+
+class TaskRewards:
+    """Rewards completions while others are still being sampled.
+
+    A user's function gets the row of the prompt's data and the completion as text without special
+    tokens, and returns a finite number; it is called in this process, one completion at a time. The
+    grader gives 1 for a correct answer and 0 for any other.
+    """
+
+    def __init__(
+        self, section: TaskRewardConfig, tokenizer: Any, prompts: Sequence[Prompt]
+    ) -> None:
+        self.weight, self.tokenizer = section.weight, tokenizer
+        if section.name == "grader":
+            self._score = _grader(section.answer_column, prompts)
+        else:
+            self._score = _function(section.name)
+        self._waiting: dict[Place, Future[float]] = {}
+
+    def submit(self, rollout: Rollout, prompt: Prompt) -> None:
+        text = self.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
+        self._waiting[rollout.place] = self._score(prompt.row, text)
+
+    def collect(self) -> dict[Place, float]:
+        """The rewards, without the weight, of all completions since the last call."""
+        waiting, self._waiting = self._waiting, {}
+        return {place: future.result() for place, future in waiting.items()}
+
+
+def _grader(column: str, prompts: Sequence[Prompt]) -> Score:
+    for prompt in prompts:
+        if not isinstance(prompt.row.get(column), str):
+            raise UsageError(
+                f"rollout.task_reward.answer_column: expected text in column {column!r} of row "
+                f"{prompt.index}, whose columns are {', '.join(prompt.row)}"
+            )
+    grader = Grader()
+    atexit.register(grader.close, wait=False)
+
+    def score(row: Mapping[str, Any], completion: str) -> "Future[float]":
+        reward = Future[float]()
+        grade = grader.submit(row[column], completion)
+        grade.add_done_callback(lambda done: reward.set_result(float(done.result().correct)))
+        return reward
+
+    return score
+
+
+def _function(name: str) -> Score:
+    try:
+        function = import_object(name)
+    except ValueError as error:
+        raise UsageError(f"rollout.task_reward.{error}") from None
+
+    def score(row: Mapping[str, Any], completion: str) -> "Future[float]":
+        value, reward = function(row, completion), Future[float]()
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise RunError(f"rollout.task_reward {name}: expected a finite number, got {value!r}")
+        reward.set_result(float(value))
+        return reward
+
+    return score
