@@ -21,7 +21,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from poweropd import rewards
 from poweropd.data.batch import collate, pack
-from poweropd.data.rollout import Example, Rollout
+from poweropd.data.prompts import Prompt
+from poweropd.data.rollout import Example, Request
 from poweropd.models.language_model import Student, Teacher
 from poweropd.models.loading import DTYPES
 from poweropd.objectives.factory import MakeObjective
@@ -167,7 +168,8 @@ def make_examples(geometry: Geometry, lengths: Sequence[int]) -> list[Example]:
     for i, length in enumerate(lengths):
         prompt = torch.randint(geometry.vocab, (geometry.prompt,)).tolist()
         completion = torch.randint(geometry.vocab, (length,))
-        rollout = Rollout(i, 0, prompt, prompt, completion.tolist(), [0.0] * length, False)
+        request = Request(Prompt(i, prompt, prompt), i, 0, seed=0)
+        rollout = request.rollout(completion.tolist(), [0.0] * length, stopped=False)
         examples.append(Example(rollout, torch.arange(length), completion, completion))
     return examples
 

@@ -29,7 +29,7 @@ def micro_batches(rows: Sequence[list[int]], max_tokens: int, flat: bool) -> lis
         members = [rows[i] for i in group]
         indices = [torch.arange(len(row)) for row in members]
         targets = torch.cat([torch.tensor(row) for row in members])
-        made.append(Sequences.of_rows(members, indices, targets, flat).to(common.DEVICE))
+        made.append(Sequences.collate(members, indices, targets, flat).to(common.DEVICE))
     return made
 
 

@@ -24,7 +24,8 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
 from poweropd.config import Config
-from poweropd.data.rollout import Rollout
+from poweropd.data.prompts import Prompt
+from poweropd.data.rollout import Request
 from poweropd.report import page
 from poweropd.runs.directory import RunDirectory
 from poweropd.runs.recorder import RewardRecorder
@@ -60,7 +61,11 @@ def make_run(folder: Path, number: int, steps: int) -> Path:
     recorder = RewardRecorder(run.rewards, decode)
     lengths, draw = ragged(32, 1024), random.Random(number)
     records = [random_record(lengths, number * steps + i) for i in range(DIFFERENT_STEPS)]
-    rollouts = [Rollout(i, 0, [1, 2], [1, 2], [3] * n, [], False) for i, n in enumerate(lengths)]
+    prompt = Prompt(0, [1, 2], [1, 2])
+    rollouts = [
+        Request(prompt, i, 0, seed=0).rollout([3] * n, [], stopped=False)
+        for i, n in enumerate(lengths)
+    ]
     lines = []
     for step in range(1, steps + 1):
         kept = [rollout for rollout in rollouts if recorder.wants(step, rollout)]

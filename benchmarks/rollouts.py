@@ -89,8 +89,8 @@ def speed(student: Path, out: Path) -> list[dict[str, float]]:
     found = []
     for repeat in range(REPEATS + 1):
         requests = [
-            Request(i, 0, p.prompt_ids, p.prompt_ids, completion_seed(0, repeat, i, 0))
-            for i, p in enumerate(prompts)
+            Request(prompt, i, 0, completion_seed(0, repeat, i, 0))
+            for i, prompt in enumerate(prompts)
         ]
         for name, engine in engines.items():
             wall, cpu = time.perf_counter(), time.process_time()

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from rollout_cases import make_rollout
 
 from poweropd import Config, Trainer
-from poweropd.data.rollout import Rollout
 from poweropd.objectives.base import TokenRecord
 from poweropd.runs.directory import RunDirectory
 from poweropd.runs.recorder import RewardRecorder
@@ -54,7 +54,7 @@ def with_markup(source: Path, folder: Path) -> Path:
     pieces = [INJECTED, "</script>", "&amp;", "plain"]
     recorder = RewardRecorder(run.rewards, lambda ids: "".join(pieces[i] for i in ids))
     ids = list(range(len(pieces)))
-    recorder.record(1, token_record(len(pieces)), [Rollout(0, 0, ids, ids, ids, [], True)])
+    recorder.record(1, token_record(len(pieces)), [make_rollout(0, ids, ids)])
     recorder.write()
     return run.path
 

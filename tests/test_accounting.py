@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rollout_cases import make_rollout
 
 from poweropd.config import Config
-from poweropd.data.rollout import Example, Rollout
+from poweropd.data.rollout import Example
 from poweropd.models import flops
 from poweropd.models.devices import GPUS, peak_flops, peak_flops_of
 from poweropd.training import build
@@ -42,7 +43,7 @@ def test_a_cpu_has_no_peak() -> None:
 
 def example(prompt: int, completion: int) -> Example:
     prompt_ids, ids = list(range(prompt)), list(range(completion))
-    rollout = Rollout(0, 0, prompt_ids, prompt_ids, ids, [0.0] * completion, False)
+    rollout = make_rollout(0, prompt_ids, ids, log_probs=[0.0] * completion, stopped=False)
     targets = torch.tensor(ids)
     return Example(rollout, torch.arange(completion), targets, targets)
 

@@ -27,7 +27,7 @@ MAKES = Callable[..., Config]
 def trained(config: Config) -> tuple[list[Example], int, torch.Tensor]:
     """The scored examples of a step, the number of micro-batches, and the gradient."""
     trainer = Trainer(config, progress=False)
-    examples = trainer.scored(trainer.sample(0), trainer.prompts(0))
+    examples = trainer.scored(trainer.sample(0))
     num_tokens = sum(e.num_tokens for e in examples)
     trainer.updater.accumulate(examples, create("power"), num_tokens)
     grads = [p.grad for p in trainer.student.trained_weights().values() if p.grad is not None]
@@ -131,7 +131,7 @@ def test_a_teacher_out_of_memory_scores_at_half_the_budget(
     recipe: MAKES, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = Trainer(recipe(**{"train.prompts_per_step": 8}), progress=False)
-    examples = trainer.scored(trainer.sample(0), trainer.prompts(0))
+    examples = trainer.scored(trainer.sample(0))
     model = trainer.models.teacher
     whole, seen = model.score, []
 

@@ -2,6 +2,7 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
+from rollout_cases import make_rollout
 
 from poweropd.data.batch import collate, pack
 from poweropd.data.rollout import Rollout, make_examples
@@ -10,7 +11,13 @@ STOP, TEACHER_STOP = 21, 22
 
 
 def rollout(index: int, prompt: list[int], completion: list[int], teacher: list[int]) -> Rollout:
-    return Rollout(index, 0, prompt, teacher, completion, [0.0] * len(completion), True)
+    return make_rollout(
+        index,
+        prompt,
+        completion,
+        log_probs=[0.0] * len(completion),
+        teacher_prompt_ids=teacher,
+    )
 
 
 ROLLOUTS = [
@@ -22,7 +29,10 @@ ROLLOUTS = [
 
 def test_examples_hold_the_trained_tokens_in_a_fixed_order() -> None:
     examples = make_examples(ROLLOUTS, [STOP], [TEACHER_STOP], "mask")
-    assert [e.rollout.prompt_index for e in examples] == [0, 1]  # the lone stop trains nothing
+    assert [e.rollout.request.prompt_index for e in examples] == [
+        0,
+        1,
+    ]  # the lone stop trains nothing
     assert examples[1].positions.tolist() == [0, 1]
     assert examples[1].student_targets.tolist() == [7, 8]
     # The model reads up to the token that predicts the last trained one, and no further.
@@ -38,7 +48,7 @@ def test_a_batch_aligns_both_models_on_the_completion() -> None:
         assert before[[1, 3, 4]].tolist() == [9, 7, 8]
         assert view.inputs["attention_mask"].flatten()[view.index].all()
     assert batch.positions.tolist() == [0, 1, 0, 1, 2, 0]
-    assert batch.rows.tolist() == [0, 0, 1, 1, 1, 2]
+    assert batch.completion_index.tolist() == [0, 0, 1, 1, 1, 2]
     assert batch.student.input_ids[1].tolist() == [1, 7, 8, 0]
     assert batch.teacher.input_ids[1].tolist() == [2, 2, 1, 7, 8]
 

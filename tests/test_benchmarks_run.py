@@ -62,8 +62,7 @@ def test_every_objective_gets_its_cell(benchmarks: None, recipe: Callable[..., C
     trainer = Trainer(recipe(), progress=False)
     teacher = trainer.models.teacher
     batches = [
-        with_teacher(collate(trainer.scored(trainer.sample(step), trainer.prompts(step))), teacher)
-        for step in range(3)
+        with_teacher(collate(trainer.scored(trainer.sample(step))), teacher) for step in range(3)
     ]
     reward = trainer.reward
     cells = objectives.cells(trainer.student, teacher, batches, reward)

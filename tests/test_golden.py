@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rollout_cases import make_rollout
 from torch import Tensor
 
 from poweropd import rewards
 from poweropd.data.batch import collate
-from poweropd.data.rollout import Example, Rollout, make_examples
+from poweropd.data.rollout import Example, make_examples
 from poweropd.kernels import Head, linear_log_prob
 from poweropd.objectives.base import TokenRecord
 from poweropd.objectives.sampled import Sampled
@@ -52,15 +53,7 @@ def golden() -> Mapping[str, Any]:
 def examples_of(golden: Mapping[str, Any], window: int, policy: str) -> list[Example]:
     ids, labels = golden["input_ids"][window], golden["labels"][window]
     rollouts = [
-        Rollout(
-            prompt_index=row,
-            sample_index=0,
-            prompt_ids=ids[row, :PROMPT].tolist(),
-            teacher_prompt_ids=ids[row, :PROMPT].tolist(),
-            completion_ids=ids[row][labels[row] != -100].tolist(),
-            sampling_log_probs=[],
-            stopped=True,
-        )
+        make_rollout(row, ids[row, :PROMPT].tolist(), ids[row][labels[row] != -100].tolist())
         for row in range(len(ids))
     ]
     return make_examples(rollouts, [END_OF_TEXT, TURN_END], [TURN_END], policy)
@@ -83,7 +76,7 @@ class Window:
     def _states(self, logits: Tensor) -> Tensor:
         if not self.examples:
             return logits.flatten(0, 1)[:0]
-        rows = [e.rollout.prompt_index for e in self.examples]
+        rows = [e.rollout.request.prompt_index for e in self.examples]
         width = self.batch.student.input_ids.shape[1]
         return logits[rows, :width].flatten(0, 1)[self.batch.student.index]
 

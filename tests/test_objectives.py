@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from rollout_cases import make_rollout
 from torch import Tensor
 
 from poweropd import rewards
 from poweropd.data.batch import Batch, collate
-from poweropd.data.rollout import Example, Rollout
+from poweropd.data.rollout import Example
 from poweropd.errors import UsageError
 from poweropd.kernels import Head, Support, reference
 from poweropd.objectives.base import Objective
@@ -44,7 +45,9 @@ class Pair:
         self.teacher_head = Head(normal(V, H_TEACHER))
         self.hidden = normal(1, H).expand(n, H) if options.pop("one_context", 0) else normal(n, H)
         teacher = normal(1, H_TEACHER).expand(n, -1) if n == V else normal(n, H_TEACHER)
-        rollout = Rollout(0, 0, [1], [1], targets.tolist(), options.pop("log_probs", []), False)
+        rollout = make_rollout(
+            0, [1], targets.tolist(), log_probs=options.pop("log_probs", []), stopped=False
+        )
         example = Example(rollout, torch.arange(n), targets, targets, **options)
         self.batch: Batch = replace(collate([example]), teacher_hidden=teacher)
 
@@ -72,7 +75,7 @@ def expected_gradient(pair: Pair, objective: Objective, probs: Tensor) -> Tensor
     total = torch.zeros_like(pair.weight)
     for v in probs.nonzero().flatten():
         one = v[None]
-        gradient = pair.gradient(objective, pair.batch.of(one), pair.hidden[one])
+        gradient = pair.gradient(objective, pair.batch.select(one), pair.hidden[one])
         total += probs[v].float() * gradient
     return total
 
@@ -96,11 +99,11 @@ def test_full_vocab_is_the_expectation_of_sampled(
     does truncated sampling, if scored under the truncated support."""
     pair = every_token()
     exact = FullVocab(reward, 1.0, pair.teacher_head, **parts)
-    expected = pair.gradient(exact, pair.batch.of(torch.tensor([3])), pair.hidden[:1])
+    expected = pair.gradient(exact, pair.batch.select(torch.tensor([3])), pair.hidden[:1])
     probs = sampling(pair, parts.get("support"))
     if "support" in parts:  # the one token of the exact batch must not add an id to its support
         inside = probs.argmax()[None]
-        expected = pair.gradient(exact, pair.batch.of(inside), pair.hidden[:1])
+        expected = pair.gradient(exact, pair.batch.select(inside), pair.hidden[:1])
     sampled = Sampled(reward, 1.0, pair.teacher_head, baseline=baseline, **parts)
     got = expected_gradient(pair, sampled, probs)
     assert (got - expected).norm() <= 1e-5 * expected.norm()
@@ -121,7 +124,7 @@ def test_a_constant_reward_cancels_only_if_scored_as_it_was_sampled() -> None:
 def test_record_and_loss_are_those_of_the_equation(parts: dict[str, Any]) -> None:
     targets = torch.tensor([0, 5, 2, 7, 7, 30, 2, 11, 1])
     bonus, log_probs = 0.25, [-1.0 * i for i in range(N)]
-    pair = Pair(targets, bonus=bonus, log_probs=log_probs)
+    pair = Pair(targets, task_reward=bonus, log_probs=log_probs)
     teacher, student = pair.log_probs()
     full = student
     if "support" in parts:
@@ -164,7 +167,7 @@ def test_record_and_loss_are_those_of_the_equation(parts: dict[str, Any]) -> Non
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
 def test_a_bonus_of_full_vocab_is_a_sampled_reward(parts: dict[str, Any]) -> None:
     targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(3))
-    plain, with_bonus = Pair(targets), Pair(targets, bonus=-0.7)
+    plain, with_bonus = Pair(targets), Pair(targets, task_reward=-0.7)
     objective = FullVocab(rewards.create("power"), 0.5, plain.teacher_head, **parts)
     nothing = rewards.Custom("none", lambda t, p: torch.zeros_like(p))
     sampled = Sampled(nothing, 0.5, plain.teacher_head, **parts)
@@ -217,7 +220,7 @@ def test_a_correction_without_the_samplers_log_probs_is_refused() -> None:
 
 def test_a_token_scored_as_another_has_no_importance_weight() -> None:
     """With objective.stop=canonical the last target is not what was sampled."""
-    rollout = Rollout(0, 0, [1], [1], [5, 7, 0], [-1.0, -2.0, -3.0], True)
+    rollout = make_rollout(0, [1], [5, 7, 0], log_probs=[-1.0, -2.0, -3.0])
     targets = torch.tensor([5, 7, 2])
     log_probs = Example(rollout, torch.arange(3), targets, targets).sampling_log_probs
     assert log_probs is not None

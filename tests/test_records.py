@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from rollout_cases import make_rollout
 from torch import Tensor
 
 from poweropd import Config, Trainer
@@ -145,7 +146,7 @@ def test_a_quantile_is_off_by_less_than_its_bin(values: list[float], q: float) -
 
 
 def rollout(prompt: int, ids: list[int]) -> Rollout:
-    return Rollout(prompt, 0, [1, 2], [1, 2], ids, [0.0] * len(ids), stopped=True)
+    return make_rollout(prompt, [1, 2], ids, log_probs=[0.0] * len(ids))
 
 
 def decode(ids: list[int]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from rollout_cases import make_request
 from transformers import AutoModelForCausalLM
 
 from poweropd import Config, Trainer
@@ -24,14 +25,14 @@ def model(student_dir: Path) -> Any:
 
 def requests(count: int) -> list[Request]:
     prompts = [[1, 5, 7, *range(20, 22 + i % 5)] for i in range(count)]
-    return [Request(i, 0, ids, ids, completion_seed(0, 0, i, 0)) for i, ids in enumerate(prompts)]
+    return [make_request(i, ids, seed=completion_seed(0, 0, i, 0)) for i, ids in enumerate(prompts)]
 
 
 def generate(
     model: Any, asked: list[Request], batch_size: int, sampling: Sampling
 ) -> dict[int, Rollout]:
     engine = TransformersEngine(model, vocab_size=103, batch_size=batch_size)
-    return {r.prompt_index: r for r in engine.generate(asked, sampling)}
+    return {r.request.prompt_index: r for r in engine.generate(asked, sampling)}
 
 
 def test_completions_do_not_depend_on_the_batch_they_are_sampled_in(model: Any) -> None:

@@ -44,7 +44,7 @@ def test_the_engine_of_the_docs_trains_on_the_students_tokens_alone(
         start = rollout.completion_mask.index(False)
         assert rollout.completion_ids[start : start + len(question)] == question
     trained = sum(len(r.completion_ids) - r.stopped - len(question) * (r in two) for r in rollouts)
-    (example,) = trainer.scored([two[0]], trainer.prompts(0))
+    (example,) = trainer.scored([two[0]])
     asked = [i for i, own in enumerate(two[0].completion_mask) if not own]
     assert not set(asked) & set(example.positions.tolist())
     assert trainer.step(0)["num_tokens"] == trained
@@ -108,12 +108,22 @@ def test_an_engine_that_shares_the_students_weights_cannot_be_ahead(recipe: MAKE
 
 
 Change = Callable[[Rollout], list[Rollout]]
+
+
+def of_another(rollout: Rollout, **prompt: list[int]) -> Rollout:
+    request = rollout.request
+    return replace(rollout, request=replace(request, prompt=replace(request.prompt, **prompt)))
+
+
 BROKEN: dict[str, tuple[Change, str]] = {
     "none": (lambda r: [], "none, nor of 3 others"),
     "twice": (lambda r: [r, r], "a rollout that was not asked for, or its second"),
-    "stranger": (lambda r: [replace(r, prompt_index=9)], "prompt 9, sample 0, got a rollout that"),
-    "prompt": (lambda r: [replace(r, prompt_ids=[1])], "another prompt_ids than the request's"),
-    "teacher": (lambda r: [replace(r, teacher_prompt_ids=[1])], "another teacher_prompt_ids"),
+    "stranger": (
+        lambda r: [replace(r, request=replace(r.request, prompt_index=9))],
+        "prompt 9, sample 0, got a rollout that",
+    ),
+    "prompt": (lambda r: [of_another(r, prompt_ids=[1])], "another request than the one"),
+    "teacher": (lambda r: [of_another(r, teacher_prompt_ids=[1])], "another request than the one"),
     "empty": (lambda r: [replace(r, completion_ids=[])], "no completion_ids"),
     "short": (lambda r: [replace(r, sampling_log_probs=[-1.0])], "1 sampling_log_probs"),
     "mask": (lambda r: [replace(r, completion_mask=[True])], "a completion_mask of 1"),
@@ -205,13 +215,13 @@ def test_a_task_reward_is_added_with_its_weight_to_each_completion(recipe: MAKES
     name = f"{__name__}:mentions_7"
     trainer = Trainer(recipe(**task_reward(name), **{"train.prompts_per_step": 64}), progress=False)
     rollouts = list(trainer.sample(0))
-    examples = trainer.scored(rollouts, trainer.prompts(0))
+    examples = trainer.scored(rollouts)
     texts = [
         trainer.inputs.tokenizer.decode(e.rollout.completion_ids, skip_special_tokens=True)
         for e in examples
     ]
     expected = [0.5 * ("7" in text) for text in texts]
-    assert [e.bonus for e in examples] == expected
+    assert [e.task_reward for e in examples] == expected
     assert len(set(expected)) == 2
     all_texts = trainer.inputs.tokenizer.batch_decode(
         [r.completion_ids for r in rollouts], skip_special_tokens=True
@@ -231,7 +241,8 @@ def test_the_grader_is_a_task_reward(recipe: MAKES) -> None:
         replace(r, completion_ids=right, sampling_log_probs=[-1.0] * len(right), stopped=False)
         for r in trainer.sample(0)
     ]
-    bonus = {e.rollout.prompt_index: e.bonus for e in trainer.scored(rollouts, prompts)}
+    scored = trainer.scored(rollouts)
+    bonus = {e.rollout.request.prompt_index: e.task_reward for e in scored}
     same = prompts[0].row["answer"] == prompts[1].row["answer"]
     assert bonus == {0: 0.5, 1: 0.5 * same}
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from rollout_cases import make_request
 
 from poweropd import Config
-from poweropd.data.rollout import Request
 from poweropd.errors import RunError, UsageError
 from poweropd.rollouts import http
 from poweropd.rollouts.base import Sampling
@@ -157,7 +157,7 @@ def test_malformed_answers_are_asked_for_again(scripted: Scripted, tmp_path: Pat
     for body in ({}, [], {"choices": []}, {"choices": [choice]}, {"choices": [{}]}):
         scripted.answers += [version, (200, body), version]
     scripted.answers += [version, (200, {"choices": [whole]}), version]
-    (rollout,) = sampler.generate([Request(0, 0, [1], [1], seed=0)], Sampling(4, (2,)))
+    (rollout,) = sampler.generate([make_request(0, [1])], Sampling(4, (2,)))
     assert rollout.completion_ids == [7, 2]
     assert rollout.sampling_log_probs == [-1.0, -0.5]
     assert scripted.answers == []

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_model, train_on_two_processes
+from rollout_cases import make_request
 from torch import Tensor
 from vllm_models import widened_student
 
@@ -45,13 +46,13 @@ def sampled(recipe: MAKES, wide_student: Path) -> MAKES:
 
 def requests(count: int) -> list[Request]:
     prompts = [[1, 5, 7, *range(20, 22 + i % 5)] for i in range(count)]
-    return [Request(i, 0, ids, ids, completion_seed(0, 0, i, 0)) for i, ids in enumerate(prompts)]
+    return [make_request(i, ids, seed=completion_seed(0, 0, i, 0)) for i, ids in enumerate(prompts)]
 
 
 def generate(trainer: Trainer, count: int, **sampling: Any) -> list[Rollout]:
     options = {"max_new_tokens": 20, "stop_ids": trainer.sampling.stop_ids, **sampling}
     rollouts = trainer.engine.generate(requests(count), Sampling(**options))
-    return sorted(rollouts, key=lambda r: r.place)
+    return sorted(rollouts, key=lambda r: r.key)
 
 
 @torch.no_grad()

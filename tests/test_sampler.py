@@ -78,7 +78,7 @@ def test_the_correction_weights_the_gradient(recipe: MAKES) -> None:
         config = recipe(**{"rollout.correction": "truncated"})
         shift = torch.tensor(factor).log().item()
         trainer = trainer_of(config, lambda own, shift=shift: [x - shift for x in own])
-        examples = trainer.scored(trainer.sample(0), trainer.prompts(0))
+        examples = trainer.scored(trainer.sample(0))
         num_tokens = sum(e.num_tokens for e in examples)
         trainer.updater.accumulate(examples, trainer.reward, num_tokens)
         parameters = trainer.student.trained_weights().values()

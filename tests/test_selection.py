@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rollout_cases import make_rollout
 
 from poweropd import rewards
 from poweropd.config import Config
 from poweropd.data.batch import Batch, collate
-from poweropd.data.rollout import Example, Rollout
+from poweropd.data.rollout import Example
 from poweropd.objectives.factory import Maker
 from poweropd.objectives.sampled import Sampled
 from poweropd.objectives.selection import SELECTIONS, Dial, Random
@@ -27,13 +28,12 @@ def no_log_probs() -> Any:
 
 def example(index: int, length: int) -> Example:
     ids = torch.arange(length)
-    prompt = [1, 2]
-    rollout = Rollout(index, 0, prompt, prompt, ids.tolist(), [], False)
+    rollout = make_rollout(index, [1, 2], ids.tolist(), stopped=False)
     return Example(rollout, ids, ids, ids)
 
 
 def kept_by_completion(batch: Batch, tokens: torch.Tensor) -> dict[int, list[int]]:
-    rows = batch.rows[tokens].tolist()
+    rows = batch.completion_index[tokens].tolist()
     positions = batch.positions[tokens].tolist()
     return {row: [p for r, p in zip(rows, positions, strict=True) if r == row] for row in rows}
 
@@ -54,8 +54,8 @@ def test_the_highest_scores_of_each_completion_are_kept(
     assert tokens.tolist() == sorted(set(tokens.tolist()))
     scores = (teacher.exp() - student.exp()).abs()
     for row, n in enumerate(lengths):
-        own = scores[batch.rows == row]
-        kept = scores[tokens[batch.rows[tokens] == row]]
+        own = scores[batch.completion_index == row]
+        kept = scores[tokens[batch.completion_index[tokens] == row]]
         expected = math.ceil(round(keep * n, 6))
         assert sorted(kept.tolist()) == sorted(own.tolist())[-expected:]
     assert Maker(Sampled, selection).num_tokens(lengths) == len(tokens)
@@ -116,7 +116,7 @@ def test_a_selected_update_does_not_depend_on_micro_batches(
 ) -> None:
     overrides = {"objective.select": {"name": select}, "train.prompts_per_step": 12}
     trainer = Trainer(recipe(**overrides, **VARIANTS[variant]), progress=False)
-    examples = trainer.scored(trainer.sample(0), trainer.prompts(0))
+    examples = trainer.scored(trainer.sample(0))
     expected = sum(math.ceil(0.4 * e.num_tokens - 1e-9) for e in examples)
     parameters = trainer.student.trained_weights().values()
     found = []
@@ -136,7 +136,7 @@ def test_selecting_is_training_on_the_kept_tokens_alone(recipe: MAKES) -> None:
     """The gradient is that of the plain objective on examples which hold only those tokens."""
     config = recipe(**{"objective.select": {"name": "dial", "keep": 0.3, "beta": 0.5}})
     trainer = Trainer(config, progress=False)
-    examples = trainer.scored(trainer.sample(0), trainer.prompts(0))
+    examples = trainer.scored(trainer.sample(0))
     batch = collate(examples)
     loss, record = trainer.student(batch, trainer.updater.make_objective(trainer.reward, 1.0))
     with torch.no_grad():
@@ -148,9 +148,9 @@ def test_selecting_is_training_on_the_kept_tokens_alone(recipe: MAKES) -> None:
     scores = ((teacher - student).abs() * (teacher.exp() - student.exp()).abs()).sqrt()
     kept = []
     for row, e in enumerate(examples):
-        own = (batch.rows == row).nonzero().flatten()
+        own = (batch.completion_index == row).nonzero().flatten()
         kept += own[scores[own].topk(math.ceil(0.3 * e.num_tokens)).indices].tolist()
     tokens = torch.tensor(sorted(kept))
-    expected, _ = trainer.student(batch.of(tokens), Sampled(trainer.reward, 1.0))
+    expected, _ = trainer.student(batch.select(tokens), Sampled(trainer.reward, 1.0))
     torch.testing.assert_close(loss, expected)
     assert torch.equal(record.positions, batch.positions[tokens].to(record.positions.dtype))

@@ -84,7 +84,7 @@ def test_the_gradient_is_that_of_one_process(
     overrides = {"train.sharding": "fsdp2", "train.prompts_per_step": 9}
     config = recipe(**overrides, **model, **{"train.max_tokens_per_batch": 40})
     one = Trainer(config, progress=False)
-    examples = one.scored(one.sample(0), one.prompts(0))
+    examples = one.scored(one.sample(0))
     assert len(one.updater._micro_batches(examples)) > 3
     (tmp_path / "examples").write_bytes(pickle.dumps(examples))
     expected = gradients(one, examples, sum(e.num_tokens for e in examples))
@@ -159,7 +159,7 @@ def peak_of_an_update(config: Config, result: Path, rank: int) -> None:
     """Bytes of tensors that a second update holds at most, above the student and the teacher."""
     trainer = Trainer(config, progress=False)
     trainer.sampling = replace(trainer.sampling, stop_ids=())  # each as long as is counted
-    examples = list(trainer.scored(list(trainer.sample(0)), trainer.prompts(0)))
+    examples = list(trainer.scored(list(trainer.sample(0))))
     num_tokens = 2 * sum(e.num_tokens for e in examples)
 
     def update() -> None:

@@ -51,9 +51,9 @@ def test_a_quantized_teacher_trains_and_its_effect_is_written_down(
     (name,) = {type(p).__name__ for p in trainer.models.teacher.parameters()} - {"Parameter"}
     assert name in ("Int8Tensor", "Params4bit")
     rollouts = list(trainer.sample(0))
-    quantized = trainer.scored(rollouts, trainer.prompts(0))
+    quantized = trainer.scored(rollouts)
     plain = Trainer(recipe(**pair, **{"run.dir": str(tmp_path / "plain")}), progress=False)
-    unquantized = plain.scored(rollouts, plain.prompts(0))
+    unquantized = plain.scored(rollouts)
     a, b, p = (
         torch.cat(column)
         for column in zip(
@@ -109,7 +109,7 @@ def test_an_offloaded_teacher_scores_the_same_and_goes_back_to_the_cpu(recipe: M
     trainer = Trainer(recipe(**{"teacher.offload": True}), progress=False)
     teacher = trainer.models.teacher
     assert teacher.device.type == "cpu"
-    examples = trainer.scored(trainer.sample(0), trainer.prompts(0))
+    examples = trainer.scored(trainer.sample(0))
     assert teacher.device.type == "cpu"
     resident = base.score(LocalTeacher(teacher.to(trainer.accelerator.device), 1024), examples)
     for mine, theirs in zip(examples, resident, strict=True):

@@ -12,6 +12,7 @@ from conftest import build_model
 from teacher_server import NAME, TeacherServer
 
 from poweropd import Config, Trainer
+from poweropd.data.rollout import Example
 from poweropd.embedded import END_OF_TEXT
 from poweropd.errors import UsageError
 from poweropd.teachers import base
@@ -53,12 +54,12 @@ def test_each_prompt_is_scored_by_its_own_teacher(
     several: MAKES, teacher_dir: Path, code_dir: Path, column: str | None
 ) -> None:
     trainer = Trainer(several(**{"data.teacher_column": column}), progress=False)
-    found = trainer.scored(trainer.sample(0), trainer.prompts(0))
-    domains = [trainer.prompts(0)[e.rollout.prompt_index].row["domain"] for e in found]
+    found = trainer.scored(trainer.sample(0))
+    domains = [trainer.prompts(0)[e.rollout.request.prompt_index].row["domain"] for e in found]
     assert set(domains) == {"math", "code"}
-    assert [e.domain for e in found] == domains
+    assert [e.prompt.domain for e in found] == domains
     for name, teacher in trainer.models.teachers.items():
-        own = [e for e in found if e.domain == name]
+        own = [e for e in found if e.prompt.domain == name]
         alone = base.score(LocalTeacher(teacher, 1024), own)
         for a, b in zip(own, alone, strict=True):
             assert torch.equal(a.teacher_log_probs, b.teacher_log_probs)
@@ -92,9 +93,15 @@ def test_a_turn_ends_with_the_stop_of_its_own_teacher(several: MAKES) -> None:
         replace(r, completion_ids=[*r.completion_ids, stops["math"]], stopped=True)
         for r in trainer.sample(0)
     ]
-    for example in trainer.scored(rollouts, trainer.prompts(0)):
+    for example in trainer.scored(rollouts):
         assert example.student_targets[-1] == stops["math"]
-        assert example.teacher_targets[-1] == stops[example.domain]
+        assert example.teacher_targets[-1] == stops[example.prompt.domain]
+
+
+def of_domain(example: Example, domain: str, index: int) -> Example:
+    request = example.rollout.request
+    request = replace(request, prompt=replace(request.prompt, domain=domain, index=index))
+    return replace(example, rollout=replace(example.rollout, request=request))
 
 
 class Late:
@@ -113,12 +120,12 @@ class Late:
 
 def test_examples_come_back_in_the_order_in_which_they_were_submitted(several: MAKES) -> None:
     trainer = Trainer(several(), progress=False)
-    (example, *_) = trainer.scored(trainer.sample(0), trainer.prompts(0))
+    (example, *_) = trainer.scored(trainer.sample(0))
     teacher = RoutedTeacher({"a": Late(0.0), "b": Late(1.0)})
     for _ in range(2):  # nothing is left over from one step to the next
-        sent = [replace(example, domain=domain, row=i) for i, domain in enumerate("abbabaab")]
+        sent = [of_domain(example, domain, i) for i, domain in enumerate("abbabaab")]
         found = base.score(teacher, sent)
-        assert [e.row for e in found] == list(range(8))
+        assert [e.prompt.index for e in found] == list(range(8))
         assert [float(e.teacher_log_probs) for e in found] == [0, 1, 1, 0, 1, 0, 0, 1]
 
 

@@ -209,7 +209,7 @@ def test_the_key_is_sent_and_appears_nowhere(
 
 def examples(config: Config) -> list[Example]:
     trainer = Trainer(config, progress=False)
-    return trainer.scored(trainer.sample(0), trainer.prompts(0))
+    return trainer.scored(trainer.sample(0))
 
 
 def connect(*servers: TeacherServer, **settings: Any) -> ServerTeacher:
@@ -222,7 +222,8 @@ def test_a_prompt_over_the_servers_context_names_its_row(
 ) -> None:
     waiting = examples(recipe())
     server.context = 20
-    message = f"{server.url} refuses .* data.prompts row {waiting[0].row} .*HTTP 400: .*max_tokens"
+    row = waiting[0].prompt.index
+    message = f"{server.url} refuses .* data.prompts row {row} .*HTTP 400: .*max_tokens"
     with pytest.raises(RunError, match=message):
         base.score(connect(server), waiting)
 
@@ -286,9 +287,9 @@ def test_a_completion_is_scored_while_others_are_sampled(
     remote: MAKES, server: TeacherServer
 ) -> None:
     trainer = Trainer(remote(), progress=False)
-    expected = trainer.scored(trainer.sample(0), trainer.prompts(0))
+    expected = trainer.scored(trainer.sample(0))
     trainer.engine = SlowEngine(list(trainer.sample(0)), server)
-    found = trainer.scored(trainer.sample(0), trainer.prompts(0))
+    found = trainer.scored(trainer.sample(0))
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a.teacher_log_probs, b.teacher_log_probs)
 

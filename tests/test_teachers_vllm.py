@@ -57,7 +57,7 @@ def test_rewards_are_those_of_the_local_teacher(
     local = Trainer(recipe(**PAIR, **overrides, **{"run.dir": str(tmp_path / "l")}), progress=False)
     served = Trainer(remote(**overrides), progress=False)
     rollouts = list(local.sample(0))
-    pairs = zip(*(t.scored(rollouts, t.prompts(0)) for t in (local, served)), strict=True)
+    pairs = zip(*(t.scored(rollouts) for t in (local, served)), strict=True)
     for a, b in pairs:
         student = a.sampling_log_probs
         mine, theirs = (local.reward(e.teacher_log_probs, student) for e in (a, b))

@@ -332,7 +332,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(
     for on in (False, True):
         config = recipe(**{"run.dir": str(tmp_path / str(on)), "model.gradient_checkpointing": on})
         trainer = Trainer(config, progress=False)
-        examples = trainer.scored(trainer.sample(0), trainer.prompts(0))
+        examples = trainer.scored(trainer.sample(0))
         forwards: list[int] = []
         layer = trainer.student.model.model.layers[0].mlp
         layer.register_forward_pre_hook(lambda *_, forwards=forwards: forwards.append(1))

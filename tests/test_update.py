@@ -29,7 +29,7 @@ def trainer(recipe: MAKES) -> Trainer:
 
 @pytest.fixture
 def examples(trainer: Trainer) -> list[Example]:
-    return trainer.scored(trainer.sample(0), trainer.prompts(0))
+    return trainer.scored(trainer.sample(0))
 
 
 def gradient(trainer: Trainer, examples: list[Example], reward: Reward) -> torch.Tensor:
@@ -105,7 +105,7 @@ def test_no_tensor_of_batch_times_length_times_vocabulary(
     trainer = Trainer(config, progress=False)
     rollouts = list(trainer.sample(0))
     with LargestTensor() as seen:
-        examples = trainer.scored(rollouts, trainer.prompts(0))
+        examples = trainer.scored(rollouts)
         trainer.updater.update(examples, trainer.reward, 0)
     tokens = sum(e.num_tokens for e in examples)
     assert tokens > 256  # several chunks, which are of at least 64 tokens
@@ -177,7 +177,7 @@ def test_full_vocabulary_is_the_expectation_of_sampling(recipe: MAKES) -> None:
     """Summing the sampled objective over every next token, weighted by p, is the exact one."""
     trainer = Trainer(recipe(**{"objective.kind": "full_vocab"}), progress=False)
     rollouts = list(trainer.sample(0))
-    example = trainer.scored(rollouts, trainer.prompts(0))[0]
+    example = trainer.scored(rollouts)[0]
     one = replace(
         example,
         positions=example.positions[:1],

@@ -1,4 +1,4 @@
-"""Prompts: from a Hub dataset, a local JSONL or Parquet file, or the embedded task.
+"""Prompts from a Hub dataset, a local JSONL or Parquet file, or the embedded task.
 
 The order of prompts is a pure function of (seed, position), so that a resumed run and any number
 of processes see the same prompts at the same step.
@@ -19,26 +19,26 @@ from poweropd.errors import UsageError
 EMBEDDED_PREFIX = "embedded:"
 EMBEDDED_PROBLEMS = 8192
 FILE_ENDINGS = (".jsonl", ".json", ".parquet")
+Row = Mapping[str, Any]
+# A row, behind the place that an error about it names: "file:line" or "dataset[split] row i".
+PlacedRows = Iterator[tuple[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenized prompt. `index` is its row in the data, `row` that row's columns.
+    """A tokenized prompt."""
 
-    `domain` is the name of its teacher, where there are several.
-    """
-
-    index: int
+    index: int  # of its row in the data
     prompt_ids: list[int]
     teacher_prompt_ids: list[int]
-    row: Mapping[str, Any] = field(default_factory=dict)
-    domain: str = ""
+    row: Row = field(default_factory=dict)  # the columns of that row
+    domain: str = ""  # which of several teachers scores it
 
 
 def read_rows(
     source: str, columns: Sequence[str], split: str = "train", allow_empty: bool = False
 ) -> list[dict[str, Any]]:
-    """The rows of `source` as dicts that hold at least `columns`, each text and not empty.
+    """Returns the rows of `source`, which hold at least `columns`, each text and not empty.
 
     Raises UsageError, naming the file and line or row, where something is missing.
     """
@@ -62,7 +62,7 @@ def read_rows(
     return checked
 
 
-def _embedded(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _embedded(split: str) -> PlacedRows:
     from poweropd.embedded import task
 
     try:
@@ -74,7 +74,7 @@ def _embedded(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{EMBEDDED_PREFIX}{split}", row
 
 
-def _file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _file(path: Path) -> PlacedRows:
     if path.suffix != ".parquet":
         yield from json_lines(path)
         return
@@ -88,8 +88,8 @@ def _file(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from ((f"{path}: row {i}", row) for i, row in enumerate(table.to_pylist()))
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:line", object) of each line that is not blank; UsageError for anything else."""
+def json_lines(path: Path) -> PlacedRows:
+    """Yields the object of each line that is not blank; raises UsageError for anything else."""
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
@@ -111,10 +111,8 @@ def _parse_line(where: str, line: bytes) -> dict[str, Any]:
     return row
 
 
-def hub_rows(
-    name: str, split: str, config: str | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("name[split] row i", row) of a Hub dataset; UsageError where it cannot be loaded."""
+def hub_rows(name: str, split: str, config: str | None = None) -> PlacedRows:
+    """Yields the rows of a Hub dataset; raises UsageError if it cannot be loaded."""
     import datasets
 
     try:
@@ -131,10 +129,10 @@ def hub_rows(
 def encode_chat(
     tokenizer: Any, texts: Sequence[str], chat: Mapping[str, Any] | None, system: str | None = None
 ) -> list[list[int]]:
-    """Token ids of one user turn each, up to where the model's turn begins.
+    """Returns the token ids of one user turn each, up to the point where the model's turn begins.
 
-    `chat` holds the chat template's own arguments, such as enable_thinking; None means the plain
-    text without any template.
+    `chat` holds the chat template's own arguments, such as enable_thinking; None stands for the
+    plain text without any template.
     """
     if chat is None and system:
         raise UsageError("a system turn needs the chat template: drop one of the two settings")
@@ -162,9 +160,9 @@ def load_prompts(
     teacher_tokenizers: Mapping[str, Any],
     domain_column: str | None = None,
 ) -> list[Prompt]:
-    """All prompts of a recipe's `data` section, tokenized for student and teacher.
+    """Loads all prompts of a recipe's `data` section, tokenized for student and teacher.
 
-    `domain_column` says which of several teachers, by name, a prompt belongs to.
+    The column `domain_column` holds the name of a prompt's teacher, if there are several.
     """
     columns = [data.column, data.teacher_column, domain_column]
     rows = read_rows(data.prompts, [c for c in columns if c is not None], data.split)
@@ -195,7 +193,7 @@ def _check_domains(domains: Sequence[str], known: Collection[str], column: str |
 def check_lengths(
     prompts: Sequence[Prompt], student_context: int, teacher_context: int, max_new_tokens: int
 ) -> None:
-    """Every prompt and its longest completion must fit both models' contexts."""
+    """Raises UsageError unless every prompt and its longest completion fit both contexts."""
     for prompt in prompts:
         for who, ids, context in (
             ("student", prompt.prompt_ids, student_context),
@@ -211,14 +209,14 @@ def check_lengths(
 
 @dataclass(frozen=True)
 class PromptOrder:
-    """Which of `count` rows come at which step: a permutation per epoch, every row once in it."""
+    """Says which of `count` rows come at which step: each epoch is a permutation of all rows."""
 
     count: int
     seed: int
     shuffle: bool = True
 
     def at_step(self, step: int, prompts_per_step: int) -> list[int]:
-        """The row numbers of optimizer step `step` (from 0)."""
+        """Returns the row numbers of optimizer step `step`, counted from 0."""
         first = step * prompts_per_step
         positions = range(first, first + prompts_per_step)
         epochs = {p // self.count: self._epoch(p // self.count) for p in positions}

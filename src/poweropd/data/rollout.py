@@ -1,4 +1,8 @@
-"""A completion on its way: what is asked for, what was sampled, what is trained."""
+"""A completion on its way through a step: requested, sampled, and made an example to train on.
+
+A `Request` asks for one completion of a `Prompt`. A `Rollout` is what an engine yields for it. An
+`Example` adds what is trained: the positions in the loss, and each model's targets there.
+"""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -8,60 +12,108 @@ import torch
 from torch import Tensor
 
 from poweropd import stops
+from poweropd.data.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Request:
+    """One completion to sample. `seed` alone decides its randomness.
+
+    `prompt_index` is the prompt's number within the step, not its row in the data: a row that comes
+    twice in a step gets two different completions.
+    """
+
+    prompt: Prompt
+    prompt_index: int
+    sample_index: int
+    seed: int
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Identifies the completion within its step."""
+        return self.prompt_index, self.sample_index
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Returns the ids that the student reads before the completion."""
+        return self.prompt.prompt_ids
+
+    @property
+    def teacher_prompt_ids(self) -> list[int]:
+        """Returns the ids that the teacher reads before the completion."""
+        return self.prompt.teacher_prompt_ids
+
+    def rollout(self, ids: list[int], log_probs: list[float], stopped: bool) -> "Rollout":
+        """Makes the rollout that answers this request."""
+        return Rollout(self, ids, log_probs, stopped)
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One completion of one prompt."""
+    """One completion of one prompt.
 
-    prompt_index: int
-    sample_index: int
-    prompt_ids: list[int]
-    teacher_prompt_ids: list[int]
+    `sampling_log_probs` are the sampler's own, at temperature 1 and without truncation; the list is
+    empty if the engine does not know them. In `completion_mask`, False marks a token that somebody
+    else wrote (a tool, say), which is never trained.
+    """
+
+    request: Request
     completion_ids: list[int]
-    # The sampler's own, at temperature 1, without truncation; none where the engine knows none.
     sampling_log_probs: list[float]
-    stopped: bool  # ended with a stop token, which is then the last id
-    completion_mask: list[bool] | None = None  # False: another's token (a tool's), never trained
+    stopped: bool  # whether it ended with a stop token, which is then the last id
+    completion_mask: list[bool] | None = None
 
     @property
-    def place(self) -> tuple[int, int]:
-        """Where it stands in its step, whatever the order in which completions end."""
-        return self.prompt_index, self.sample_index
+    def key(self) -> tuple[int, int]:
+        """Identifies the completion within its step."""
+        return self.request.key
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Returns the ids that the student read before the completion."""
+        return self.request.prompt_ids
 
 
 @dataclass(frozen=True)
 class Example:
-    """A completion with its n trained tokens; the others of its tokens are context only."""
+    """A completion with its n trained tokens; its other tokens are context only."""
 
     rollout: Rollout
     positions: Tensor  # [n] positions in the completion, increasing
     student_targets: Tensor  # [n]
     teacher_targets: Tensor  # [n]
     teacher_log_probs: Tensor | None = None  # [n] float32, once scored
-    teacher_entropy: Tensor | None = None  # [n] float32, nats, where the teacher says it
+    teacher_entropy: Tensor | None = None  # [n] float32, nats, if the teacher says it
     teacher_top1: Tensor | None = None  # [n] bool: no token is more probable to the teacher
-    domain: str = ""  # which of several teachers scores it
-    row: int | None = None  # of its prompt in the data
-    bonus: float = 0.0  # added to the reward of each of its tokens (a weighted task reward)
+    task_reward: float = 0.0  # weighted; added to the reward of each of its tokens
+
+    @property
+    def prompt(self) -> Prompt:
+        """Returns the prompt that was completed."""
+        return self.rollout.request.prompt
 
     @property
     def num_tokens(self) -> int:
+        """Counts the trained tokens."""
         return len(self.positions)
 
     @property
     def student_length(self) -> int:
-        """Tokens the student must read: up to the one that predicts the last trained token."""
-        return len(self.rollout.prompt_ids) + int(self.positions[-1])
+        """Counts the tokens that the student must read: all before the last trained one."""
+        return len(self.prompt.prompt_ids) + int(self.positions[-1])
 
     @property
     def teacher_length(self) -> int:
-        return len(self.rollout.teacher_prompt_ids) + int(self.positions[-1])
+        """Counts the tokens that the teacher must read: all before the last trained one."""
+        return len(self.prompt.teacher_prompt_ids) + int(self.positions[-1])
 
     @property
     def sampling_log_probs(self) -> Tensor | None:
-        """[n] float32, the sampler's; NaN where the student is scored on another token, None
-        where the engine gave none."""
+        """Returns the sampler's log-probs of the trained tokens, [n] float32.
+
+        They are NaN where the student is scored on another token than the sampled one; None stands
+        for an engine that gave none.
+        """
         if not self.rollout.sampling_log_probs:
             return None
         log_probs = torch.tensor(self.rollout.sampling_log_probs)[self.positions]
@@ -70,9 +122,11 @@ class Example:
 
     @property
     def seed(self) -> int:
-        """63 bits for whatever is random about this completion: the same in any batch, on any
-        process, and after a resume."""
-        key = f"{self.rollout.place} {self.rollout.prompt_ids} {self.rollout.completion_ids}"
+        """Derives 63 bits for whatever is random about this completion.
+
+        They are the same in any batch, on any process, and after a resume.
+        """
+        key = f"{self.rollout.key} {self.prompt.prompt_ids} {self.rollout.completion_ids}"
         return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1
 
     def scored(
@@ -81,6 +135,7 @@ class Example:
         teacher_entropy: Tensor | None = None,
         teacher_top1: Tensor | None = None,
     ) -> "Example":
+        """Returns the example with the teacher's scores."""
         return replace(
             self,
             teacher_log_probs=teacher_log_probs,
@@ -95,7 +150,7 @@ def make_example(
     teacher_stop_ids: Sequence[int],
     policy: str,
 ) -> Example | None:
-    """A completion as an example by a stop policy; None where there is nothing to train on."""
+    """Makes an example of a completion by a stop policy; None if nothing of it is trained."""
     ids = torch.tensor([rollout.completion_ids], dtype=torch.long)
     own = rollout.completion_mask
     targets = stops.targets(
@@ -115,32 +170,9 @@ def make_examples(
     teacher_stop_ids: Sequence[int],
     policy: str,
 ) -> list[Example]:
-    """Examples of a step in a fixed order; completions with nothing to train on are left out."""
+    """Makes the examples of a step in a fixed order, without completions that train nothing."""
     made = (
         make_example(rollout, student_stop_ids, teacher_stop_ids, policy)
-        for rollout in sorted(rollouts, key=lambda r: r.place)
+        for rollout in sorted(rollouts, key=lambda r: r.key)
     )
     return [example for example in made if example is not None]
-
-
-@dataclass(frozen=True)
-class Request:
-    """One completion to sample. `seed` alone decides its randomness."""
-
-    prompt_index: int
-    sample_index: int
-    prompt_ids: list[int]
-    teacher_prompt_ids: list[int]
-    seed: int
-
-    def rollout(self, ids: list[int], log_probs: list[float], stopped: bool) -> Rollout:
-        """The completion of this request."""
-        return Rollout(
-            prompt_index=self.prompt_index,
-            sample_index=self.sample_index,
-            prompt_ids=self.prompt_ids,
-            teacher_prompt_ids=self.teacher_prompt_ids,
-            completion_ids=ids,
-            sampling_log_probs=log_probs,
-            stopped=stopped,
-        )

@@ -22,6 +22,7 @@ from rich.progress import Progress
 
 from poweropd import stops
 from poweropd.data import prompts as data_prompts
+from poweropd.data.prompts import Prompt
 from poweropd.data.rollout import Request, Rollout
 from poweropd.errors import RunError, UsageError
 from poweropd.evaluation.benchmarks import Problem
@@ -129,7 +130,7 @@ class Evaluation:
 
     def _requests(self, prompts: Sequence[list[int]]) -> list[Request]:
         return [
-            Request(i, sample, ids, ids, self._seed(i, sample))
+            Request(Prompt(i, ids, ids), i, sample, self._seed(i, sample))
             for i, ids in enumerate(prompts)
             for sample in range(self.settings.n)
         ]
@@ -156,8 +157,8 @@ class Evaluation:
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 for rollout in rollouts:
-                    problem = self.problems[rollout.prompt_index]
-                    if (problem.id, rollout.sample_index) not in done:
+                    problem = self.problems[rollout.request.prompt_index]
+                    if (problem.id, rollout.request.sample_index) not in done:
                         row = _row(problem, rollout, tokenizer)
                         grade = grader.submit(problem.answer, row["completion"], rule=problem.rule)
                         waiting.append((row, grade))
@@ -213,7 +214,7 @@ def _row(problem: Problem, rollout: Rollout, tokenizer: Any) -> Row:
     stop = rollout.completion_ids[-1] if rollout.stopped else None
     return {
         "id": problem.id,
-        "sample": rollout.sample_index,
+        "sample": rollout.request.sample_index,
         "completion": tokenizer.decode(rollout.completion_ids, skip_special_tokens=True),
         "tokens": len(rollout.completion_ids),
         "stop": None if stop is None else tokenizer.convert_ids_to_tokens(stop),

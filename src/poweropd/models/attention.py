@@ -82,7 +82,7 @@ def mixing(model: LanguageModel) -> float:
     rows = [part.tolist() for part in ids.split([7, 12])]
     indices = [torch.arange(len(row)) for row in rows]
     flat, apart = (
-        model.hidden_states(Sequences.of_rows(rows, indices, ids, flat).to(model.device)).double()
+        model.hidden_states(Sequences.collate(rows, indices, ids, flat).to(model.device)).double()
         for flat in (True, False)
     )
     return float(((flat - apart).norm(dim=1) / apart.norm(dim=1)).max())

@@ -77,6 +77,6 @@ def token_record(
         top1=statistics.top1.float(),
         teacher_entropy=batch.teacher_entropy,
         teacher_top1=batch.teacher_top1,
-        prompt_indices=batch.places[batch.rows, 0],
-        sample_indices=batch.places[batch.rows, 1],
+        prompt_indices=batch.keys[batch.completion_index, 0],
+        sample_indices=batch.keys[batch.completion_index, 1],
     )

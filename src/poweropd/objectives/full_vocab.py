@@ -54,12 +54,12 @@ class FullVocab:
             statistics=statistics,
             **head.options,
         )
-        if batch.bonus.any():
-            loss = loss + self._bonus_loss(hidden_states, head, batch)
+        if batch.task_reward.any():
+            loss = loss + self._task_reward_loss(hidden_states, head, batch)
         rewards = self.reward(statistics.teacher_log_probs, statistics.student_log_probs)
         return loss, token_record(batch, rewards, statistics, self.merged_ids)
 
-    def _bonus_loss(self, hidden_states: Tensor, head: Head, batch: Batch) -> Tensor:
+    def _task_reward_loss(self, hidden_states: Tensor, head: Head, batch: Batch) -> Tensor:
         teacher = None
         if self.support is not None:  # the student's log-probs are those over the support
             assert batch.teacher_hidden is not None
@@ -68,7 +68,7 @@ class FullVocab:
             hidden_states,
             head.weight,
             batch.student.targets,
-            lambda _, tokens: self.token_weight * batch.bonus[tokens],
+            lambda _, tokens: self.token_weight * batch.task_reward[tokens],
             merged_ids=self.merged_ids,
             baseline=teacher,
             **head.options,

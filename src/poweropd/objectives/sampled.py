@@ -49,7 +49,7 @@ class Sampled:
             rewards[tokens] = self.reward(teacher_log_probs[tokens], student_log_probs)
             if self.correction:
                 weights[tokens] = self._weights(batch, statistics, tokens)
-            advantages = rewards[tokens] + batch.bonus[tokens] - values[tokens]
+            advantages = rewards[tokens] + batch.task_reward[tokens] - values[tokens]
             return self.token_weight * weights[tokens] * advantages
 
         loss = linear_policy_gradient(

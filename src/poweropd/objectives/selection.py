@@ -38,10 +38,11 @@ class Selection(ABC):
         """Indices of the kept tokens, increasing; of equal scores the earlier token stays."""
         scores = self.scores(batch, log_probs)
         order = scores.argsort(descending=True, stable=True)
-        order = order[batch.rows[order].argsort(stable=True)]  # by completion, then by score
-        rows, lengths = batch.rows[order], batch.rows.bincount()
-        rank = torch.arange(len(order), device=order.device) - (lengths.cumsum(0) - lengths)[rows]
-        return order[rank < self.counts(lengths)[rows]].sort().values
+        owner, lengths = batch.completion_index, batch.completion_index.bincount()
+        order = order[owner[order].argsort(stable=True)]  # by completion, then by score
+        owner = owner[order]
+        rank = torch.arange(len(order), device=order.device) - (lengths.cumsum(0) - lengths)[owner]
+        return order[rank < self.counts(lengths)[owner]].sort().values
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,12 @@ class Random(Selection):
     """Uniformly at random, the control of `Dial`; each completion's own seed decides."""
 
     def scores(self, batch: Batch, log_probs: LogProbs) -> Tensor:
-        lengths = batch.rows.bincount(minlength=len(batch.seeds)).tolist()
+        lengths = batch.completion_index.bincount(minlength=len(batch.seeds)).tolist()
         drawn = [
             torch.rand(n, generator=torch.Generator().manual_seed(seed))
             for n, seed in zip(lengths, batch.seeds.tolist(), strict=True)
         ]
-        return torch.cat([torch.empty(0), *drawn]).to(batch.rows.device)
+        return torch.cat([torch.empty(0), *drawn]).to(batch.completion_index.device)
 
 
 # Name -> (keep, beta) -> selection.
@@ -103,7 +104,7 @@ class Selected:
             return self._log_probs(batch.teacher_hidden, self.teacher_head, targets), student
 
         tokens = self.selection.choose(batch, log_probs)
-        return self.objective(hidden_states.index_select(0, tokens), head, batch.of(tokens))
+        return self.objective(hidden_states.index_select(0, tokens), head, batch.select(tokens))
 
     def _log_probs(self, hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
         return linear_log_prob(

@@ -32,11 +32,10 @@ class RolloutEngine(Protocol):
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Rollout]:
         """Yields one rollout per request as it ends, in any order.
 
-        It hands on the request's prompt_index, sample_index, prompt_ids and teacher_prompt_ids. In
-        a completion of several turns, tokens that the environment wrote (a tool's answer, the next
-        user turn) are part of `completion_ids` like any others, and False in `completion_mask`:
-        student and teacher read them, nothing is trained on them, and their entries in
-        `sampling_log_probs` are ignored.
+        A rollout holds its request as it was given. In a completion of several turns, tokens that
+        the environment wrote (a tool's answer, the next user turn) are part of `completion_ids`
+        like any others, and False in `completion_mask`: student and teacher read them, nothing is
+        trained on them, and their entries in `sampling_log_probs` are ignored.
         """
 
     def sync(self) -> None:

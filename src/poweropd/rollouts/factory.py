@@ -137,10 +137,7 @@ def _checked(parts: EngineInputs, engine: RolloutEngine) -> RolloutEngine:
 def _verified(parts: EngineInputs, engine: RolloutEngine) -> RolloutEngine:
     """The engine with its weights compared with the student's every so many syncs."""
     shortest = sorted(parts.prompts, key=lambda p: len(p.prompt_ids))[:PROBES]
-    probes = [
-        Request(number, 0, prompt.prompt_ids, prompt.prompt_ids, seed=number)
-        for number, prompt in enumerate(shortest)
-    ]
+    probes = [Request(prompt, number, 0, seed=number) for number, prompt in enumerate(shortest)]
     tokens = min(PROBE_TOKENS, parts.config.rollout.max_new_tokens)
 
     def log_probs(rollouts: Sequence[Rollout]) -> list[list[float]]:

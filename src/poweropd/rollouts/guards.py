@@ -26,32 +26,30 @@ class CheckedEngine:
         self.engine.sync()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Rollout]:
-        missing = {(r.prompt_index, r.sample_index): r for r in requests}
+        missing = {request.key: request for request in requests}
         for rollout in self.engine.generate(requests, sampling):
-            request = missing.pop(rollout.place, None)
+            request = missing.pop(rollout.key, None)
             if request is None:
-                raise self._error(rollout.place, "a rollout that was not asked for, or its second")
+                raise self._error(rollout.key, "a rollout that was not asked for, or its second")
             problem = self._problem(request, rollout)
             if problem is not None:
-                raise self._error(rollout.place, problem)
+                raise self._error(rollout.key, problem)
             yield rollout
         if missing:
             raise self._error(next(iter(missing)), f"none, nor of {len(missing) - 1} others")
 
-    def _error(self, place: tuple[int, int], got: str) -> RunError:
+    def _error(self, key: tuple[int, int], got: str) -> RunError:
         return RunError(
-            f"rollout.engine {self.name}: expected one whole rollout of prompt {place[0]}, sample "
-            f"{place[1]}, got {got}"
+            f"rollout.engine {self.name}: expected one whole rollout of prompt {key[0]}, sample "
+            f"{key[1]}, got {got}"
         )
 
     def _problem(self, request: Request, rollout: Rollout) -> str | None:
         ids = rollout.completion_ids
         log_probs = rollout.sampling_log_probs or [0.0] * len(ids)  # none: it does not know them
         mask = [True] * len(ids) if rollout.completion_mask is None else rollout.completion_mask
-        if rollout.prompt_ids != request.prompt_ids:
-            return "another prompt_ids than the request's"
-        if rollout.teacher_prompt_ids != request.teacher_prompt_ids:
-            return "another teacher_prompt_ids than the request's"
+        if rollout.request != request:
+            return "another request than the one that was made"
         if not ids:
             return "no completion_ids"
         if not len(ids) == len(log_probs) == len(mask):
@@ -112,7 +110,7 @@ class VerifiedEngine:
 
     def difference(self) -> float:
         """Mean absolute difference of log-probs over freshly sampled tokens."""
-        rollouts = sorted(self.engine.generate(*self.probes), key=lambda r: r.place)
+        rollouts = sorted(self.engine.generate(*self.probes), key=lambda r: r.key)
         pairs = [
             (theirs, own)
             for rollout, row in zip(rollouts, self.log_probs(rollouts), strict=True)

@@ -7,10 +7,9 @@ alone. What is sampled and not yet trained on belongs into the checkpoint.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from typing import Any, Protocol
 
-from poweropd.data.rollout import Rollout
+from poweropd.data.rollout import Request, Rollout
 
 Sample = Callable[[int], Iterator[Rollout]]
 Row = dict[str, Any]
@@ -32,8 +31,8 @@ class RolloutSchedule(Protocol):
     def pending(self) -> list[Row]:
         """What is sampled and not taken, as JSON."""
 
-    def restore(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Takes over what was `pending` at a checkpoint."""
+    def restore(self, rows: Sequence[Mapping[str, Any]], requests: Sequence[Request]) -> None:
+        """Takes over what was `pending` at a checkpoint and answers one of these requests."""
 
 
 class OnTime:
@@ -57,7 +56,7 @@ class OnTime:
     def pending(self) -> list[Row]:
         return []
 
-    def restore(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def restore(self, rows: Sequence[Mapping[str, Any]], requests: Sequence[Request]) -> None:
         pass
 
 
@@ -88,10 +87,31 @@ class Ahead:
         self.ready = self.taken
 
     def pending(self) -> list[Row]:
-        return [asdict(rollout) for rollout in self.ready]
+        return [
+            {
+                "prompt_index": rollout.request.prompt_index,
+                "sample_index": rollout.request.sample_index,
+                "completion_ids": rollout.completion_ids,
+                "sampling_log_probs": rollout.sampling_log_probs,
+                "stopped": rollout.stopped,
+                "completion_mask": rollout.completion_mask,
+            }
+            for rollout in self.ready
+        ]
 
-    def restore(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.ready = [Rollout(**row) for row in rows]
+    def restore(self, rows: Sequence[Mapping[str, Any]], requests: Sequence[Request]) -> None:
+        asked = {request.key: request for request in requests}
+        self.ready = [
+            Rollout(
+                asked[key],
+                row["completion_ids"],
+                row["sampling_log_probs"],
+                row["stopped"],
+                row["completion_mask"],
+            )
+            for row in rows
+            if (key := (row["prompt_index"], row["sample_index"])) in asked
+        ]
 
 
 SCHEDULES: dict[int, Callable[[Sample, int], RolloutSchedule]] = {0: OnTime, 1: Ahead}

@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -169,26 +169,3 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return result.stdout.strip()
-
-
-def distribution(values: torch.Tensor) -> dict[str, float]:
-    """mean, population std, min, max, 5% and 95% quantiles of [N] float values, N >= 1."""
-    values = values.double()
-    low, high = torch.quantile(values, torch.tensor([0.05, 0.95], dtype=values.dtype)).tolist()
-    return {
-        "mean": values.mean().item(),
-        "std": values.std(correction=0).item(),
-        "min": values.min().item(),
-        "max": values.max().item(),
-        "p05": low,
-        "p95": high,
-    }
-
-
-def completion_metrics(lengths: Sequence[int], stopped: Sequence[bool]) -> dict[str, float]:
-    count = len(lengths)
-    return {
-        "completions/mean_length": sum(lengths) / count,
-        "completions/truncated_fraction": sum(not s for s in stopped) / count,
-        "completions/stop_fraction": sum(stopped) / count,
-    }

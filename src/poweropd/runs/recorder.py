@@ -51,9 +51,7 @@ class Completion(Protocol):
     """What is needed of a rollout."""
 
     @property
-    def prompt_index(self) -> int: ...
-    @property
-    def sample_index(self) -> int: ...
+    def key(self) -> tuple[int, int]: ...
     @property
     def prompt_ids(self) -> list[int]: ...
     @property
@@ -85,7 +83,8 @@ class RewardRecorder:
 
     def wants(self, step: int, completion: Completion) -> bool:
         """Whether this completion of step `step`, counted from 1, is to be kept."""
-        chosen = completion.prompt_index < SAMPLES and completion.sample_index == 0
+        prompt_index, sample_index = completion.key
+        chosen = prompt_index < SAMPLES and sample_index == 0
         return chosen and (step == 1 or step % SAMPLE_EVERY == 0)
 
     def record(self, step: int, tokens: RecordedTokens, completions: Sequence[Completion]) -> None:
@@ -94,7 +93,7 @@ class RewardRecorder:
         self._steps.append(step)
         self._tables["positions"].append(statistics.position_table(step, tokens))
         self._tables["histogram"].append(statistics.histogram_table(step, tokens))
-        kept = sorted(completions, key=lambda c: (c.prompt_index, c.sample_index))
+        kept = sorted(completions, key=lambda c: c.key)
         rows = [_row(step, completion, tokens, self.decode) for completion in kept]
         self._tables["completions"].append(pa.Table.from_pylist(rows, COMPLETIONS))
         self.seconds += time.perf_counter() - start
@@ -152,8 +151,8 @@ def _row(
     step: int, completion: Completion, tokens: RecordedTokens, decode: Callable[[list[int]], str]
 ) -> dict[str, Any]:
     ids = completion.completion_ids[:LONGEST_SAMPLE]
-    own = tokens.prompt_indices == completion.prompt_index
-    own &= tokens.sample_indices == completion.sample_index
+    prompt_index, sample_index = completion.key
+    own = (tokens.prompt_indices == prompt_index) & (tokens.sample_indices == sample_index)
     positions = tokens.positions[own].tolist()
 
     def per_token(values: Tensor) -> list[float | None]:
@@ -162,8 +161,8 @@ def _row(
 
     return {
         "step": step,
-        "prompt_index": completion.prompt_index,
-        "sample_index": completion.sample_index,
+        "prompt_index": prompt_index,
+        "sample_index": sample_index,
         "length": len(completion.completion_ids),
         "stopped": completion.stopped,
         "prompt": decode(completion.prompt_ids),

@@ -14,8 +14,9 @@ class RoutedTeacher:
         self._domains: list[str] = []
 
     def submit(self, example: Example) -> None:
-        self.teachers[example.domain].submit(example)
-        self._domains.append(example.domain)
+        domain = example.prompt.domain
+        self.teachers[domain].submit(example)
+        self._domains.append(domain)
 
     def collect(self) -> list[Example]:
         domains, self._domains = self._domains, []

@@ -86,9 +86,9 @@ class ServerTeacher:
 async def _scored(pool: Pool, example: Example) -> Tensor:
     """[n] float32 log-probs of the example's targets."""
     ids = sequence(example)
-    what = f"the {len(ids)} tokens of data.prompts row {example.row} and its completion"
+    what = f"the {len(ids)} tokens of data.prompts row {example.prompt.index} and its completion"
     log_probs = await pool.score(ids, what)
-    first = len(example.rollout.teacher_prompt_ids) - 1  # of the completion, in log_probs
+    first = len(example.prompt.teacher_prompt_ids) - 1  # of the completion, in log_probs
     return torch.tensor([log_probs[first + i] for i in example.positions.tolist()])
 
 
@@ -98,7 +98,7 @@ def sequence(example: Example) -> list[int]:
     A stop policy gives the teacher another target than the completion's id at its end alone, so
     no token is read after a replaced one.
     """
-    prompt, completion = example.rollout.teacher_prompt_ids, example.rollout.completion_ids
+    prompt, completion = example.prompt.teacher_prompt_ids, example.rollout.completion_ids
     ids = [*prompt, *completion[: int(example.positions[-1]) + 1]]
     for i, target in zip(example.positions.tolist(), example.teacher_targets.tolist(), strict=True):
         ids[len(prompt) + i] = target

@@ -60,10 +60,10 @@ def fresh_batches(trainer: Trainer, batches: int) -> list[Batch]:
         for row in PromptOrder(len(trainer.inputs.prompts), seed).at_step(0, count)
     ]
     requests = [
-        Request(i, 0, p.prompt_ids, p.teacher_prompt_ids, completion_seed(seed, -1, i, 0))
-        for i, p in enumerate(prompts)
+        Request(prompt, number, 0, completion_seed(seed, -1, number, 0))
+        for number, prompt in enumerate(prompts)
     ]
-    examples = trainer.scored(trainer.engine.generate(requests, trainer.sampling), prompts)
+    examples = trainer.scored(trainer.engine.generate(requests, trainer.sampling))
     groups = [examples[i::batches] for i in range(batches)]
     return [collate(group).to(trainer.accelerator.device) for group in groups]
 
@@ -75,7 +75,7 @@ def gradients(
     log-probs or hidden states. For small models, since all are kept."""
     found = []
     for batch in batches:
-        num_tokens = make_objective.num_tokens(batch.rows.bincount().tolist())
+        num_tokens = make_objective.num_tokens(batch.completion_index.bincount().tolist())
         found.append(flat_gradient(student, batch, make_objective(reward, 1 / num_tokens)))
     return torch.stack(found)
 

@@ -1,19 +1,20 @@
-"""An outcome reward per completion, mixed into the token rewards: `rollout.task_reward`."""
+"""An outcome reward of each completion, added to its token rewards: `rollout.task_reward`."""
 
 import atexit
 import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from poweropd.config.sections import TaskRewardConfig
 from poweropd.data.prompts import Prompt
-from poweropd.data.rollout import Rollout
+from poweropd.data.rollout import Example, Rollout
 from poweropd.errors import RunError, UsageError
 from poweropd.grading.grader import Grader
 from poweropd.rewards import import_object
 
-Place = tuple[int, int]
+Key = tuple[int, int]  # of a completion in its step
 Score = Callable[[Mapping[str, Any], str], "Future[float]"]
 
 
@@ -33,16 +34,24 @@ class TaskRewards:
             self._score = _grader(section.answer_column, prompts)
         else:
             self._score = _function(section.name)
-        self._waiting: dict[Place, Future[float]] = {}
+        self._waiting: dict[Key, Future[float]] = {}
+        self.collected: list[float] = []  # of the last step's completions, without the weight
 
-    def submit(self, rollout: Rollout, prompt: Prompt) -> None:
+    def submit(self, rollout: Rollout) -> None:
+        """Starts to reward a completion."""
         text = self.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
-        self._waiting[rollout.place] = self._score(prompt.row, text)
+        self._waiting[rollout.key] = self._score(rollout.request.prompt.row, text)
 
-    def collect(self) -> dict[Place, float]:
-        """The rewards, without the weight, of all completions since the last call."""
+    def added_to(self, examples: Sequence[Example]) -> list[Example]:
+        """Returns the examples with the weighted rewards of their completions.
+
+        All completions that were submitted since the last call count in `collected`, also those
+        of which nothing is trained.
+        """
         waiting, self._waiting = self._waiting, {}
-        return {place: future.result() for place, future in waiting.items()}
+        found = {key: future.result() for key, future in waiting.items()}
+        self.collected = list(found.values())
+        return [replace(e, task_reward=self.weight * found[e.rollout.key]) for e in examples]
 
 
 def _grader(column: str, prompts: Sequence[Prompt]) -> Score:

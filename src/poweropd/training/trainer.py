@@ -1,12 +1,11 @@
-"""The loop: prompts -> rollout -> score -> update -> sync, one optimizer step at a time."""
+"""The training loop: prompts, rollout, score, update, sync; `Trainer.step` reads in that order."""
 
 import logging
-import math
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
@@ -18,23 +17,17 @@ from poweropd.errors import RunError
 from poweropd.evaluation.runner import Subject
 from poweropd.models.loading import context_length
 from poweropd.models.sharding import collected, load_optimizer_state, optimizer_state
-from poweropd.objectives.base import TokenRecord
 from poweropd.rollouts.base import completion_seed
 from poweropd.runs import card
-from poweropd.runs.directory import (
-    RunDirectory,
-    completion_metrics,
-    distribution,
-    replaced_directory,
-)
+from poweropd.runs.directory import RunDirectory, replaced_directory
 from poweropd.runs.recorder import RewardRecorder
 from poweropd.training import build, checkpoint, signals, trackers
 from poweropd.training.accounting import StepClock
 from poweropd.training.build import RunInputs
+from poweropd.training.metrics import Metrics, completion_metrics, sampler_metrics, token_metrics
 from poweropd.training.progress import TrainingProgress
 from poweropd.training.update import UpdateOutcome
 
-T = TypeVar("T")
 logger = logging.getLogger("poweropd")
 
 # Mean |ln p_student - ln p_sampler| of a step's tokens above which a run is warned.
@@ -94,9 +87,9 @@ class Trainer:
         self.accelerator.init_trackers("poweropd", config.flat_text(), options)
 
     def train(self, until: int | None = None) -> Result:
-        """Runs the remaining steps, or those before step `until`.
+        """Does the remaining steps, or those before step `until`.
 
-        SIGINT and SIGTERM finish the step and write a checkpoint.
+        SIGINT and SIGTERM let the step finish and write a checkpoint.
         """
         steps, every = self.config.train.steps, self.config.checkpoint.every
         end = steps if until is None else min(until, steps)
@@ -123,40 +116,33 @@ class Trainer:
         self._end_trackers()
         return Result(self.run.path, self.steps_done, self.run.final)
 
-    def step(self, step: int) -> dict[str, Any]:
-        """One optimizer step, counted from 0; returns its metrics."""
+    def step(self, step: int) -> Metrics:
+        """Does one optimizer step, counted from 0, and returns its metrics."""
         clock = StepClock(self.accelerator.device)
-        reward = self.reward.at(step)
         with clock.phase("rollout"):
-            taken = self.rollouts.take(step)
-            rollouts = self._together(lambda: list(self._submitted(taken, self.prompts(step))))
-        self.rollouts.begin(step + 1)
+            rollouts = self._sample_and_submit(step)
         with clock.phase("score"):
-            examples, task_rewards = self._collected()
+            examples = self._collect()
         with clock.phase("update"):
-            outcome = self.updater.update(examples, reward, step)
+            outcome = self.updater.update(examples, self.reward.at(step), step)
         with clock.phase("rollout"):
             self.rollouts.finish()
         with clock.phase("sync"):
             self.engine.sync()
-        metrics = self._metrics(step, rollouts, task_rewards, outcome, clock)
-        return metrics | (self.utilization.metrics(examples, clock) if self.utilization else {})
+        return self._metrics(step, rollouts, examples, outcome, clock)
 
     def prompts(self, step: int) -> list[Prompt]:
-        """The prompts of a step, over all processes; a completion's prompt_index is into them."""
+        """Returns the prompts of a step, over all processes."""
         rows = self.inputs.order.at_step(step, self.config.train.prompts_per_step)
         return [self.inputs.prompts[row] for row in rows]
 
-    def _requests(self, step: int) -> list[Request]:
-        """This process's completions of the step."""
-        # A prompt's number within the step, not its row, identifies it: a row that comes twice in
-        # a step gets two different completions.
+    def requests(self, step: int) -> list[Request]:
+        """Makes this process's share of the requests of a step."""
         requests = [
             Request(
+                prompt=prompt,
                 prompt_index=number,
                 sample_index=sample,
-                prompt_ids=prompt.prompt_ids,
-                teacher_prompt_ids=prompt.teacher_prompt_ids,
                 seed=completion_seed(self.config.train.seed, step, number, sample),
             )
             for number, prompt in enumerate(self.prompts(step))
@@ -165,67 +151,63 @@ class Trainer:
         return requests[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def sample(self, step: int) -> Iterator[Rollout]:
-        """This process's completions of a step, as they end, by the student as it is now."""
-        return self.engine.generate(self._requests(step), self.sampling)
+        """Yields this process's completions of a step, as they end, by the current student."""
+        return self.engine.generate(self.requests(step), self.sampling)
 
-    def scored(self, rollouts: Iterable[Rollout], prompts: Sequence[Prompt]) -> list[Example]:
-        """Completions as the updater takes them: what is trained on, with the teacher's scores."""
-        list(self._submitted(rollouts, prompts))
-        return self._collected()[0]
-
-    def _submitted(
-        self, rollouts: Iterable[Rollout], prompts: Sequence[Prompt]
-    ) -> Iterator[Rollout]:
-        """Yields completions as they end, each already on its way to the teacher."""
-        inputs, policy = self.inputs, self.config.objective.stop
+    def scored(self, rollouts: Iterable[Rollout]) -> list[Example]:
+        """Makes examples of completions, with the teacher's scores, as the updater takes them."""
         for rollout in rollouts:
-            prompt = prompts[rollout.prompt_index]
-            if self.task_rewards is not None:
-                self.task_rewards.submit(rollout, prompt)
-            teacher_stop_ids = inputs.teacher_stop_ids(prompt.domain)
-            example = make_example(rollout, inputs.student_stop_ids, teacher_stop_ids, policy)
-            if example is not None:
-                self.teacher.submit(replace(example, domain=prompt.domain, row=prompt.index))
-            yield rollout
+            self._submit(rollout)
+        return self._collect()
 
-    def _collected(self) -> tuple[list[Example], list[float]]:
-        """The submitted examples, scored, in an order that does not depend on who ended first.
+    def _sample_and_submit(self, step: int) -> list[Rollout]:
+        """Samples a step's completions; each goes to the teacher as it ends."""
+        rollouts = []
+        with self._failing_together():
+            for rollout in self.rollouts.take(step):
+                self._submit(rollout)
+                rollouts.append(rollout)
+        self.rollouts.begin(step + 1)
+        return rollouts
 
-        And the task rewards of all completions, where the recipe has one.
-        """
-        scored = self._together(self.teacher.collect)
-        examples = sorted(scored, key=lambda e: e.rollout.place)
-        if self.task_rewards is None:
-            return examples, []
-        found, weight = self.task_rewards.collect(), self.task_rewards.weight
-        examples = [replace(e, bonus=weight * found[e.rollout.place]) for e in examples]
-        return examples, list(found.values())
+    def _submit(self, rollout: Rollout) -> None:
+        """Sends a completion to the task reward and, if any of it is trained, to the teacher."""
+        if self.task_rewards is not None:
+            self.task_rewards.submit(rollout)
+        own, teachers = self.inputs.student_stop_ids, self.inputs.teacher_stop_ids
+        domain = rollout.request.prompt.domain
+        example = make_example(rollout, own, teachers(domain), self.config.objective.stop)
+        if example is not None:
+            self.teacher.submit(example)
 
-    def _together(self, work: Callable[[], T]) -> T:
-        """What `work` gives in this process.
+    def _collect(self) -> list[Example]:
+        """Collects the submitted examples in an order that does not depend on who ended first."""
+        with self._failing_together():
+            scored = self.teacher.collect()
+        examples = sorted(scored, key=lambda e: e.rollout.key)
+        return examples if self.task_rewards is None else self.task_rewards.added_to(examples)
 
-        Where it fails in one of them, all raise that RunError, with the steps before this one in a
-        checkpoint.
-        """
-        done, failure = None, ""
+    @contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """Raises a RunError of any process in all of them, after a checkpoint of the steps done."""
+        failure = ""
         try:
-            done = work()
+            yield
         except RunError as error:
             failure = str(error)
         failures = [text for text in gather_object([failure]) if text]
-        if failures or done is None:
+        if failures:
             self.rollouts.put_back()
             if self.steps_done:
                 self._save_checkpoint()
             raise RunError(failures[0])
-        return done
 
     def student_log_probs(self, examples: Sequence[Example]) -> list[list[float]]:
-        """The student's own of each example's trained tokens; all processes call it."""
+        """Returns the student's log-probs of all trained tokens; every process must call it."""
         return self.updater.log_probs(examples)
 
     def subject(self) -> Subject:
-        """The current student as something to evaluate."""
+        """Returns the current student as something to evaluate."""
         context = context_length(self.student.model.config)
         identity = f"{self.config.model.student} after {self.steps_done} steps of {self.run.path}"
         tokenizer = self.inputs.tokenizer
@@ -234,25 +216,27 @@ class Trainer:
     def _metrics(
         self,
         step: int,
-        rollouts: list[Rollout],
-        task_rewards: list[float],
+        rollouts: Sequence[Rollout],
+        examples: Sequence[Example],
         outcome: UpdateOutcome | None,
         clock: StepClock,
-    ) -> dict[str, Any]:
+    ) -> Metrics:
+        """Returns the step's line of metrics.jsonl, the same on every process but for times."""
         ends = gather_object([(len(r.completion_ids), r.stopped) for r in rollouts])
         completions = completion_metrics([n for n, _ in ends], [stopped for _, stopped in ends])
         learning_rate = self.updater.learning_rate(step)
-        row = {"step": step + 1, **completions, "learning_rate": learning_rate}
+        metrics: Metrics = {"step": step + 1, **completions, "learning_rate": learning_rate}
         if self.task_rewards is not None:
-            found = gather_object(task_rewards)
-            row["task_reward/mean"] = sum(found) / len(found)
-        row |= token_metrics(outcome)
-        row |= self._sampler_metrics(outcome)
-        row |= self._record_rewards(step + 1, rollouts, outcome)
-        row |= clock.metrics(sum(n for n, _ in ends))
-        return row
+            found = gather_object(self.task_rewards.collected)
+            metrics["task_reward/mean"] = sum(found) / len(found)
+        metrics |= token_metrics(outcome)
+        metrics |= self._sampler_metrics(outcome)
+        metrics |= self._record_rewards(step + 1, rollouts, outcome)
+        metrics |= clock.metrics(sum(n for n, _ in ends))
+        return metrics | (self.utilization.metrics(examples, clock) if self.utilization else {})
 
     def _sampler_metrics(self, outcome: UpdateOutcome | None) -> dict[str, float]:
+        """Returns how far the sampler is from the student, and warns if that is far."""
         metrics = {} if outcome is None else sampler_metrics(outcome.record)
         difference = metrics.get("sampler/mean_abs_difference", 0.0)
         if difference > SAMPLER_TOLERANCE and self.accelerator.is_main_process:
@@ -267,15 +251,16 @@ class Trainer:
         return metrics
 
     def _record_rewards(
-        self, step: int, rollouts: list[Rollout], outcome: UpdateOutcome | None
+        self, step: int, rollouts: Sequence[Rollout], outcome: UpdateOutcome | None
     ) -> dict[str, float]:
+        """Records the step's reward statistics and a few completions; returns the time it took."""
         kept = gather_object([r for r in rollouts if self.recorder.wants(step, r)])
         if outcome is not None and self.accelerator.is_main_process:
             self.recorder.record(step, outcome.record, kept)
         return {"seconds/record": self.recorder.take_seconds()}
 
     def _validate(self) -> dict[str, float]:
-        """Evaluates the current student where the recipe asks for it, and keeps the best one."""
+        """Evaluates the current student if the recipe asks for it, and keeps the best one."""
         last = self.steps_done == self.config.train.steps
         if self.validation is None or not self.validation.due(self.steps_done, last):
             return {}
@@ -284,23 +269,26 @@ class Trainer:
             self._export(self.run.path / "best")
         return metrics
 
-    def _record(self, metrics: dict[str, Any]) -> None:
+    def _record(self, metrics: Metrics) -> None:
+        """Writes a step's metrics to the run directory and to the trackers."""
         if self.accelerator.is_main_process:
             self.run.append_metrics(metrics)
         numbers = {key: value for key, value in metrics.items() if value is not None}
         self.accelerator.log(numbers, step=numbers.pop("step"))
 
     def _end_trackers(self) -> None:
+        """Ends the trackers without ending process groups that vLLM still needs."""
         if self.accelerator.num_processes > 1 and self.config.rollout.engine != "vllm":
             self.accelerator.end_training()
             return
-        # That would end process groups, too, which vLLM in this process shares and ends at exit.
+        # `end_training` would end process groups, too, which vLLM here shares and ends at exit.
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
     # Saving and resuming.
 
     def _save_checkpoint(self) -> None:
+        """Writes a checkpoint of the steps done; all processes call it."""
         pending = gather_object(self.rollouts.pending())
         main = self.accelerator.is_main_process
         weights = collected(self.student.trained_weights().items(), keep=main)
@@ -318,7 +306,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> int:
-        """Takes up the last complete checkpoint; returns the number of steps done."""
+        """Takes up the last complete checkpoint and returns the number of steps done."""
         path = checkpoint.latest_checkpoint(self.run.checkpoints)
         steps = 0
         if path is not None:
@@ -327,10 +315,7 @@ class Trainer:
             load_optimizer_state(self.updater.optimizer, optimizer)
             self.updater.max_tokens = min(state["max_tokens"], self.updater.max_tokens)
             steps = state["step"]
-            mine = {(r.prompt_index, r.sample_index) for r in self._requests(steps)}
-            self.rollouts.restore(
-                [r for r in state["rollouts"] if (r["prompt_index"], r["sample_index"]) in mine]
-            )
+            self.rollouts.restore(state["rollouts"], self.requests(steps))
             logger.info("resuming %s at step %d", self.run.path, steps)
         if self.accelerator.is_main_process:
             self.run.truncate_metrics(steps)
@@ -339,7 +324,7 @@ class Trainer:
         return steps
 
     def _export(self, folder: Path) -> None:
-        """The student as a plain Hugging Face model directory, whole or not at all."""
+        """Writes the student as a plain Hugging Face model directory, whole or not at all."""
         lora = self.config.model.lora
         merge = lora is not None and lora.merge
         weights = collected(self.student.exported(merge), keep=self.accelerator.is_main_process)
@@ -349,40 +334,3 @@ class Trainer:
                 self.inputs.tokenizer.save_pretrained(temporary)
                 card.write_card(temporary, self.config, self.steps_done)
         self.accelerator.wait_for_everyone()
-
-
-def token_metrics(outcome: UpdateOutcome | None) -> dict[str, Any]:
-    """What the run reports of a step's trained tokens; None where a number is not finite."""
-    if outcome is None:
-        return {"num_tokens": 0}
-    record = outcome.record
-    log_ratio = distribution(record.teacher_log_probs - record.student_log_probs)
-    metrics = {
-        "loss": outcome.loss,
-        "grad_norm": outcome.grad_norm,
-        **{f"reward/{key}": value for key, value in distribution(record.rewards).items()},
-        "reward/zero_fraction": (record.rewards == 0).double().mean().item(),
-        **{f"log_ratio/{key}": log_ratio[key] for key in ("mean", "min", "max")},
-        "reverse_kl": -log_ratio["mean"],
-        "entropy": record.entropy.double().mean().item(),
-        "select/fraction": outcome.selected_fraction,
-    }
-    finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-    return {"num_tokens": outcome.num_tokens, **finite}
-
-
-def sampler_metrics(record: TokenRecord) -> dict[str, float]:
-    """How far the sampler is from the student; {} where the engine gave no log-probs.
-
-    The effective sample size, (sum w)^2 / (N sum w^2), is a share of the N tokens.
-    """
-    known = record.sampler_log_ratios.double()
-    known = known[~known.isnan()]
-    if not len(known):
-        return {}
-    weights = record.weights.double()
-    size = weights.sum() ** 2 / (len(weights) * weights.square().sum())
-    return {
-        "sampler/mean_abs_difference": known.abs().mean().item(),
-        "sampler/effective_sample_size": size.item(),
-    }
