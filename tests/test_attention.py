@@ -80,7 +80,7 @@ def test_a_model_whose_layers_mix_sequences_is_found_out(monkeypatch: pytest.Mon
     monkeypatch.setattr("poweropd.models.attention.LAYER_TYPES", {"conv", "full_attention"})
     reason = why_not_flat(hybrid)
     assert reason is not None
-    assert "computes other hidden states in a flat row" in reason
+    assert "computes other hidden states in a flat batch" in reason
 
 
 def test_a_model_without_position_ids_stays_padded(caplog: pytest.LogCaptureFixture) -> None:

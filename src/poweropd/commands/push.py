@@ -14,7 +14,7 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Create it as a private one.")] = False,
     best: Annotated[bool, typer.Option("--best", help="The best student, not the last.")] = False,
 ) -> None:
-    """Upload a run's student, with its model card, to the Hugging Face Hub."""
+    """Uploads a run's student, with its model card, to the Hugging Face Hub."""
     folder = run / ("best" if best else "final")
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such directory; {_advice(run, best)}")
@@ -41,6 +41,7 @@ def upload(folder: Path, repo: str, private: bool = False) -> str:
 
 
 def _advice(run: Path, best: bool) -> str:
+    """Says why there is no student, and what to do."""
     if not (run / "config.yaml").exists():
         return f"expected a run directory, got {run}"
     if best:

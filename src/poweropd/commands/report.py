@@ -11,7 +11,7 @@ def report(
     out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
     png: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
 ) -> None:
-    """Show and compare runs, finished or not, on one self-contained HTML page."""
+    """Shows and compares runs, finished or not, on one self-contained HTML page."""
     from poweropd.report import page
 
     written = page.write_report(runs, out, png)

@@ -11,7 +11,7 @@ from poweropd.commands.options import Overrides
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")], overrides: Overrides = None
 ) -> None:
-    """Distil the student of a recipe; on an unfinished run directory, go on from its checkpoint."""
+    """Trains the student of a recipe; an unfinished run directory goes on from its checkpoint."""
     from poweropd.config import Config
     from poweropd.training.trainer import Trainer
 

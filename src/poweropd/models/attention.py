@@ -1,4 +1,4 @@
-"""Which attention a model runs, and whether its micro-batches can be flat rows."""
+"""Which attention a model runs, and whether its micro-batches can be flat."""
 
 import inspect
 import logging
@@ -12,22 +12,24 @@ from poweropd.models.language_model import LanguageModel
 
 logger = logging.getLogger("poweropd")
 
-# They compute the whole square of a row and mask it: in a flat one that costs more than the padding
-# that it saves (docs/lab-notes.md). The others skip what is masked.
+# These compute the whole square of a sequence and mask it: in a flat batch that costs more than the
+# padding that it saves (docs/lab-notes.md). The others skip what is masked.
 PADDED = ("sdpa", "eager")
-LAYER_TYPES = {"full_attention", "sliding_attention"}  # that follow position ids at any length
+# The kinds of layers that follow position ids at any length.
+LAYER_TYPES = {"full_attention", "sliding_attention"}
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
 def implementation(model: LanguageModel) -> str:
+    """Returns the name of the attention that the model runs."""
     return str(model.causal_lm.config._attn_implementation)
 
 
 def set_attention(model: LanguageModel, wanted: str) -> None:
-    """Sets an implementation of transformers by its name, in place.
+    """Sets an attention implementation of transformers by its name, in place.
 
-    "auto" is flash attention where it is installed and the model can run it, else transformers' own
-    choice. Raises UsageError for one that the model or this machine cannot run.
+    "auto" stands for flash attention if it is installed and the model can run it, else for the
+    choice of transformers. Raises UsageError for one that the model or this machine cannot run.
     """
     name = wanted
     if wanted == "auto":
@@ -44,9 +46,9 @@ def set_attention(model: LanguageModel, wanted: str) -> None:
 
 
 def packs_flat(model: LanguageModel, packing: str, who: str) -> bool:
-    """Whether micro-batches of this model are to be flat; `packing` is the recipe's.
+    """Decides whether the micro-batches of this model are flat, by the recipe's `packing`.
 
-    Raises UsageError where flat rows are asked for of a model that would mix their sequences.
+    Raises UsageError if flat ones are asked for and the model would mix their sequences.
     """
     if packing == "padded" or (packing == "auto" and implementation(model) in PADDED):
         return False
@@ -60,7 +62,7 @@ def packs_flat(model: LanguageModel, packing: str, who: str) -> bool:
 
 
 def why_not_flat(model: LanguageModel) -> str | None:
-    """What would go wrong in flat rows; None where each sequence sees itself alone."""
+    """Says what would go wrong in a flat batch; None if each sequence sees only itself."""
     if "position_ids" not in inspect.signature(model.causal_lm.base_model.forward).parameters:
         return "takes no position ids"
     kinds = set(model.causal_lm.config.to_dict().get("layer_types") or ())
@@ -69,7 +71,7 @@ def why_not_flat(model: LanguageModel) -> str | None:
     error = mixing(model)
     if error > TOLERANCES[model.compute_dtype]:
         return (
-            f"computes other hidden states in a flat row than in rows apart (relative "
+            f"computes other hidden states in a flat batch than in a padded one (relative "
             f"difference {error:.2g})"
         )
     return None
@@ -77,12 +79,14 @@ def why_not_flat(model: LanguageModel) -> str | None:
 
 @torch.no_grad()
 def mixing(model: LanguageModel) -> float:
-    """The largest relative difference of a token's hidden state in a flat row and in rows apart."""
+    """Measures the largest relative difference of a hidden state in a flat and a padded batch."""
     ids = torch.randint(model.vocab_size, (19,), generator=torch.Generator().manual_seed(0))
-    rows = [part.tolist() for part in ids.split([7, 12])]
-    indices = [torch.arange(len(row)) for row in rows]
-    flat, apart = (
-        model.hidden_states(Sequences.collate(rows, indices, ids, flat).to(model.device)).double()
+    sequences = [part.tolist() for part in ids.split([7, 12])]
+    indices = [torch.arange(len(own)) for own in sequences]
+    flat, padded = (
+        model.hidden_states(
+            Sequences.collate(sequences, indices, ids, flat).to(model.device)
+        ).double()
         for flat in (True, False)
     )
-    return float(((flat - apart).norm(dim=1) / apart.norm(dim=1)).max())
+    return float(((flat - padded).norm(dim=1) / padded.norm(dim=1)).max())

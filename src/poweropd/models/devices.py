@@ -1,4 +1,4 @@
-"""Devices: their memory and their peak."""
+"""GPUs by name: the memory and the peak that their makers state."""
 
 import re
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 
 @dataclass(frozen=True)
 class Gpu:
-    """What its maker states: memory in GiB, and FLOP/s of dense bf16 matmuls."""
+    """A GPU as its maker states it: memory in GiB, and FLOP/s of dense bf16 matmuls."""
 
     memory: float
     peak_flops: float
@@ -30,14 +30,14 @@ GPUS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s of dense matmuls in bf16 or float16; None where they are not known."""
+    """Returns FLOP/s of dense matmuls in bf16 or float16; None if they are not known."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     return peak_flops_of(torch.cuda.get_device_name(device))
 
 
 def peak_flops_of(device_name: str) -> float | None:
-    """Of a device by the name its driver gives, as "NVIDIA H100 80GB HBM3"; None if unknown."""
+    """Returns the peak of a device by its driver's name for it; None if that is not known."""
     words = set(re.split(r"[\s-]+", device_name))
     found = [name for name in GPUS if set(name.split()) <= words]
     return GPUS[max(found, key=len)].peak_flops if found else None

@@ -1,4 +1,4 @@
-"""FLOPs of an update: as the paper counts them (Appendix B), and those that are really done.
+"""FLOPs of an update: as the paper counts them (Appendix B), and as they are really done.
 
 Both count the matmuls, two operations to a multiply-add, and half of the attention matrix.
 """
@@ -10,7 +10,7 @@ from poweropd.models.geometry import Geometry
 
 
 def paper_forward(geometry: Geometry, batch: int, length: int) -> float:
-    """F_tr of arXiv:2606.17199, Appendix B: one forward of `batch` sequences without the head.
+    """Counts F_tr of arXiv:2606.17199, Appendix B: one forward of `batch` sequences, no head.
 
     It takes the queries to be as wide as the hidden states, which Qwen3's are not.
     """
@@ -20,17 +20,17 @@ def paper_forward(geometry: Geometry, batch: int, length: int) -> float:
 
 
 def linears(geometry: Geometry, length: int) -> float:
-    """Of the linear maps in one forward of one sequence."""
+    """Counts the FLOPs of the linear maps in one forward of one sequence."""
     return float(geometry.layers * 2 * length * geometry.linear_parameters)
 
 
 def attention(geometry: Geometry, length: int) -> float:
-    """Of scores and weighted values in one forward of one sequence."""
+    """Counts the FLOPs of scores and weighted values in one forward of one sequence."""
     return float(geometry.layers * 2 * length**2 * geometry.query)
 
 
 def head(geometry: Geometry, tokens: int) -> float:
-    """Of the logits of so many tokens."""
+    """Counts the FLOPs of the logits of so many tokens."""
     return float(2 * tokens * geometry.vocab * geometry.hidden)
 
 
@@ -44,20 +44,23 @@ class Passes:
 
     @classmethod
     def of(cls, lora: bool, needs_statistics: bool) -> "Passes":
-        """Frozen weights take no gradient; a reward with statistics takes one more forward."""
+        """Returns the passes of an update.
+
+        Frozen weights take no gradient; a reward with statistics takes one more forward.
+        """
         passes = cls(2, 3, 2) if lora else cls()
         if not needs_statistics:
             return passes
         return cls(passes.linears + 1, passes.attention + 1, passes.head + 1)
 
     def recomputing(self) -> "Passes":
-        """With checkpointing the body runs forward once more."""
+        """Returns the passes with checkpointing, in which the body runs forward once more."""
         return replace(self, linears=self.linears + 1, attention=self.attention + 1)
 
 
 @dataclass(frozen=True)
 class UpdateFlops:
-    """Of scoring and update, by model and part."""
+    """FLOPs of scoring and update, by model and part."""
 
     teacher_body: float
     teacher_head: float
@@ -66,10 +69,12 @@ class UpdateFlops:
 
     @property
     def bodies(self) -> float:
+        """Sums the FLOPs of both models without their heads."""
         return self.teacher_body + self.student_body
 
     @property
     def heads(self) -> float:
+        """Sums the FLOPs of both heads."""
         return self.teacher_head + self.student_head
 
     @property
@@ -80,7 +85,7 @@ class UpdateFlops:
 def paper_update(
     student: Geometry, teacher: Geometry, batch: int, prompt: int, completion: int
 ) -> UpdateFlops:
-    """As the paper counts: `bodies` is its sampled update, `total` its full-vocabulary one."""
+    """Counts as the paper does: `bodies` is its sampled update, `total` its full-vocabulary one."""
     length = prompt + completion
     return UpdateFlops(
         teacher_body=paper_forward(teacher, batch, length),
@@ -96,10 +101,10 @@ def update(
     sequences: Iterable[tuple[int, int]],
     passes: Passes = Passes(),
 ) -> UpdateFlops:
-    """What is done for sequences of (tokens read, tokens trained), sampled or full-vocabulary.
+    """Counts what is done for sequences of (tokens read, tokens trained), under any objective.
 
     Both heads run over the whole vocabulary either way: a token's probability needs it. A teacher
-    that is not here, None, costs nothing here.
+    that is computed elsewhere, None, costs nothing here.
     """
     teacher_body = teacher_head = student_body = student_head = 0.0
     for read, trained in sequences:

@@ -1,4 +1,4 @@
-"""The shape of a dense decoder: all that FLOPs and bytes depend on."""
+"""The shape of a dense decoder, on which its FLOPs and bytes depend."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any
 
 from poweropd.errors import UsageError
 
-# Field of a transformers config -> field of `Geometry`; all have to be there.
+# Field of a transformers config -> field of `Geometry`; a config must have all of them.
 _REQUIRED = {
     "num_hidden_layers": "layers",
     "hidden_size": "hidden",
@@ -19,9 +19,9 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 @dataclass(frozen=True)
 class Geometry:
-    """A decoder of gated MLPs and grouped-query attention, Qwen3's layer.
+    """A decoder of gated MLPs and grouped-query attention, such as Qwen3.
 
-    Others differ in what is small: biases, norms of queries and keys.
+    Other decoders differ in small things: biases, norms of queries and keys.
     """
 
     layers: int
@@ -36,17 +36,17 @@ class Geometry:
 
     @property
     def query(self) -> int:
-        """Width of all queries; Qwen3's is not `hidden`."""
+        """Returns the width of all queries, which in Qwen3 is not `hidden`."""
         return self.heads * self.head_dim
 
     @property
     def key_value(self) -> int:
-        """Width of all keys, and of all values."""
+        """Returns the width of all keys, which is that of all values."""
         return self.kv_heads * self.head_dim
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
-        """The linear maps of a layer: name -> (inputs, outputs)."""
+        """Returns the linear maps of a layer: name -> (inputs, outputs)."""
         return {
             "q_proj": (self.hidden, self.query),
             "k_proj": (self.hidden, self.key_value),
@@ -59,27 +59,29 @@ class Geometry:
 
     @property
     def linear_parameters(self) -> int:
-        """Of one layer."""
+        """Counts the parameters of the linear maps of one layer."""
         return sum(inputs * outputs for inputs, outputs in self.linears.values())
 
     @property
     def layer_parameters(self) -> int:
+        """Counts the parameters of one layer."""
         return self.linear_parameters + 2 * self.hidden + 2 * self.head_dim
 
     @property
     def outer_parameters(self) -> int:
-        """Outside the layers: embedding, head and last norm."""
+        """Counts the parameters outside the layers: embedding, head and last norm."""
         return self.hidden + self.vocab * self.hidden * (1 if self.tied else 2)
 
     @property
     def parameters(self) -> int:
+        """Counts all parameters."""
         return self.layers * self.layer_parameters + self.outer_parameters
 
     @classmethod
     def from_fields(cls, name: str, fields: Mapping[str, Any]) -> "Geometry":
-        """From a transformers config as a dict; `name` is for the message.
+        """Reads a transformers config, given as a dict; messages call the model `name`.
 
-        Raises UsageError for mixtures of experts and where a field is missing.
+        Raises UsageError for a mixture of experts and for a missing field.
         """
         for key in _EXPERTS:
             if (fields.get(key) or 0) > 1:

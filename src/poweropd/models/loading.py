@@ -1,4 +1,4 @@
-"""Loading models and tokenizers, and checking that they can be trained together."""
+"""Loads models and tokenizers, and checks that they can be trained together."""
 
 import hashlib
 from pathlib import Path
@@ -26,7 +26,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def resolve(name: str) -> str:
-    """The directory of an embedded model; any other name or path as it is."""
+    """Returns the directory of an embedded model, and any other name or path as it is."""
     if name.startswith(EMBEDDED_PREFIX):
         try:
             return str(embedded.path(name.removeprefix(EMBEDDED_PREFIX)))
@@ -38,10 +38,12 @@ def resolve(name: str) -> str:
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+    """Loads the tokenizer of a model directory or Hub model; raises UsageError without one."""
     return _load(AutoTokenizer, name, trust_remote_code=trust_remote_code)
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> Any:
+    """Loads the config of a model directory or Hub model; raises UsageError without one."""
     return _load(AutoConfig, name, trust_remote_code=trust_remote_code)
 
 
@@ -52,9 +54,9 @@ def load_model(
     dropout: bool = True,
     **options: Any,
 ) -> Any:
-    """A causal LM in eval mode with weights of `dtype`; its head is checked to be a plain one.
+    """Loads a causal LM in eval mode with weights of `dtype`, and checks that its head is plain.
 
-    `options` are further ones of `from_pretrained`.
+    `options` are passed on to `from_pretrained`. Raises UsageError if it cannot be loaded.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -76,7 +78,7 @@ def load_model(
 
 
 def load_generation_config(name: str) -> Any:
-    """A model's generation config; an empty one where it ships none."""
+    """Loads a model's generation config; an empty one if it ships none."""
     try:
         return GenerationConfig.from_pretrained(resolve(name))
     except OSError:
@@ -84,9 +86,10 @@ def load_generation_config(name: str) -> Any:
 
 
 def load_trained(model: sections.ModelConfig) -> Any:
-    """The student's weights in the master dtype, with a fresh LoRA adapter if asked for.
+    """Loads the student in the master dtype, with a fresh LoRA adapter if asked for.
 
-    In train mode, which checkpointing needs, or in eval mode: the same, for there is no dropout.
+    Gradient checkpointing needs train mode; without it the model is in eval mode, which computes
+    the same, since dropout is off.
     """
     student = load_model(model.student, model.master_dtype, model.trust_remote_code, dropout=False)
     student = student.requires_grad_(True) if model.lora is None else add_lora(student, model.lora)
@@ -105,7 +108,10 @@ def _load(kind: Any, name: str, **options: Any) -> Any:
 
 
 def check_vocabularies(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
-    """OPD scores the student's ids with the teacher: the same id must be the same token."""
+    """Raises UsageError unless each id is the same token to both tokenizers.
+
+    The teacher scores the ids that the student sampled.
+    """
     student, teacher = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     if student == teacher:
         return
@@ -124,7 +130,7 @@ def check_vocabularies(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
 
 
 def fingerprint(name: str, model: Any) -> str:
-    """A model's name with its Hub commit, or the size and time of a directory's weights."""
+    """Returns a model's name with its Hub commit, or with a hash of its files' sizes and times."""
     path = Path(resolve(name))
     if not path.is_dir():
         return f"{name}@{model.config.to_dict().get('_commit_hash') or model.config._commit_hash}"
@@ -134,16 +140,17 @@ def fingerprint(name: str, model: Any) -> str:
 
 
 def context_length(config: Any) -> int:
-    """Tokens of the model's context; unlimited where its config states none."""
+    """Returns the tokens of the model's context; `UNLIMITED` if its config states none."""
     return int(config.get_text_config().to_dict().get("max_position_embeddings", UNLIMITED))
 
 
 def shared_vocab_size(*models: Any) -> int:
-    """Rows that all heads have. Rows past them are padding, left out of every softmax."""
+    """Returns how many ids all heads have; ids past them are padding, left out of each softmax."""
     return min(m.get_output_embeddings().weight.shape[0] for m in models)
 
 
 def add_lora(model: Any, lora: sections.LoraConfig) -> Any:
+    """Adds a LoRA adapter; raises UsageError if peft is missing or refuses the settings."""
     try:
         import peft
     except ModuleNotFoundError:
@@ -164,7 +171,7 @@ def add_lora(model: Any, lora: sections.LoraConfig) -> Any:
 
 @torch.no_grad()
 def _check_head(model: Any, name: str) -> None:
-    """Refuses a model whose logits are not its head applied to its last hidden states."""
+    """Raises UsageError if the logits are not the head applied to the last hidden states."""
     weight = model.get_output_embeddings().weight
     if type(weight) is not nn.Parameter:
         raise UsageError(

@@ -30,12 +30,12 @@ def shard(module: nn.Module, layers: Sequence[nn.Module], compute_dtype: torch.d
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor; of a sharded one, on every process, if all of them call this."""
+    """Returns the full tensor; every process must call this if the tensor is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """This process's share of a full tensor, if the parameter of that shape is sharded."""
+    """Returns this process's share of a full tensor if the parameter of that shape is sharded."""
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
         return tensor
     local = tensor.to(parameter.device)
@@ -45,9 +45,9 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 @torch.no_grad()
 def collected(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, by name, gathered one at a time; {} where not to `keep`.
+    """Gathers whole tensors one at a time and returns them on the CPU by name; {} without `keep`.
 
-    All processes call it; usually the main one keeps.
+    All processes must call it; usually the main one keeps.
     """
     kept = {}
     for name, tensor in tensors:
@@ -58,7 +58,7 @@ def collected(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Te
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Any]:
-    """The optimizer's `state_dict` of whole tensors on the CPU, as `collected`."""
+    """Returns the optimizer's `state_dict` with whole tensors on the CPU, as `collected` does."""
     found = optimizer.state_dict()
     state = {i: collected(values.items(), keep) for i, values in found["state"].items()}
     return {**found, "state": state}

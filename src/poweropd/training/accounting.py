@@ -28,6 +28,7 @@ class StepClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Adds the time inside to a phase."""
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":
@@ -35,6 +36,7 @@ class StepClock:
         self.seconds[name] += time.perf_counter() - start
 
     def metrics(self, tokens: int) -> dict[str, float]:
+        """Returns the metrics of a step that sampled so many tokens."""
         total = time.perf_counter() - self.start
         return {
             **{f"seconds/{name}": seconds for name, seconds in self.seconds.items()},
@@ -45,7 +47,7 @@ class StepClock:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Peak memory so far: the device's allocator on a GPU, the process's resident set on a CPU."""
+    """Returns the peak so far of the GPU's allocator, or of the resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -71,9 +73,9 @@ class Utilization:
         needs_statistics: bool,
         peak: float | None = None,
     ) -> "Utilization | None":
-        """For loaded models; None where the peak, or a model's geometry, is not known.
+        """Returns the accounting of loaded models; None if the peak or a geometry is not known.
 
-        `peak` in FLOP/s; the device's own, if it is in `GPUS`, where none is given.
+        `peak` is in FLOP/s; without it, the device's own is taken if it is in `GPUS`.
         """
         peak = peak or peak_flops(student.device, student.compute_dtype)
         if peak is None:
@@ -86,7 +88,7 @@ class Utilization:
         return cls(own, other, flops.Passes.of(student.lora, needs_statistics), peak)
 
     def metrics(self, examples: Iterable[Example], clock: StepClock) -> dict[str, float]:
-        """`mfu` of this process's examples of a step; nothing where it had none."""
+        """Returns `mfu` of this process's examples of a step; {} if it had none."""
         sequences = [(e.student_length, e.num_tokens) for e in examples]
         busy = clock.seconds["score"] + clock.seconds["update"]
         done = flops.update(self.student, self.teacher, sequences, self.passes).total
@@ -94,5 +96,6 @@ class Utilization:
 
 
 def geometry_of(model: LanguageModel) -> Geometry:
+    """Returns the geometry of a loaded model; raises UsageError if it cannot be modelled."""
     config = model.causal_lm.config
     return Geometry.from_fields(config.name_or_path, config.get_text_config().to_dict())

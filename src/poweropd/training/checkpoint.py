@@ -44,13 +44,13 @@ def save_checkpoint(
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint, or None. Leftovers of a kill are never considered."""
+    """Returns the newest complete checkpoint, or None; leftovers of a kill are not considered."""
     complete = _complete(folder)
     return complete[-1] if complete else None
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], Any, dict[str, Any]]:
-    """weights, optimizer state and loop state, on the CPU."""
+    """Loads weights, optimizer state and loop state, on the CPU."""
     return (
         load_file(path / WEIGHTS),
         torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True),
