@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "grading": set(),
     "embedded": set(),
     "config": {"evaluation", "net", "rewards"},
-    "data": {"embedded", "stops"},
+    "data": {"config", "embedded", "stops"},
     "objectives": {"data", "kernels", "rewards"},
     "models": {"config", "data", "embedded", "kernels", "objectives"},
     "rollouts": {"config", "data", "models", "net", "rewards"},

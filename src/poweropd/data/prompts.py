@@ -9,19 +9,24 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import torch
 
 from poweropd.errors import UsageError
 
+if TYPE_CHECKING:  # they take a second to import, and benchmarks need no pydantic
+    from transformers import PreTrainedTokenizerBase
+
+    from poweropd.config.sections import DataConfig
+
 EMBEDDED_PREFIX = "embedded:"
 EMBEDDED_PROBLEMS = 8192
 FILE_ENDINGS = (".jsonl", ".json", ".parquet")
 Row = Mapping[str, Any]
 # A row, behind the place that an error about it names: "file:line" or "dataset[split] row i".
-PlacedRows = Iterator[tuple[str, dict[str, Any]]]
+PlacedRows = Iterator[tuple[str, Row]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Prompt:
 
 def read_rows(
     source: str, columns: Sequence[str], split: str = "train", allow_empty: bool = False
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Returns the rows of `source`, which hold at least `columns`, each text and not empty.
 
     Raises UsageError, naming the file and line or row, where something is missing.
@@ -101,7 +106,7 @@ def json_lines(path: Path) -> PlacedRows:
         ) from None
 
 
-def _parse_line(where: str, line: bytes) -> dict[str, Any]:
+def _parse_line(where: str, line: bytes) -> Row:
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -127,7 +132,10 @@ def hub_rows(name: str, split: str, config: str | None = None) -> PlacedRows:
 
 
 def encode_chat(
-    tokenizer: Any, texts: Sequence[str], chat: Mapping[str, Any] | None, system: str | None = None
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Sequence[str],
+    chat: Mapping[str, Any] | None,
+    system: str | None = None,
 ) -> list[list[int]]:
     """Returns the token ids of one user turn each, up to the point where the model's turn begins.
 
@@ -155,9 +163,9 @@ def encode_chat(
 
 
 def load_prompts(
-    data: Any,
-    tokenizer: Any,
-    teacher_tokenizers: Mapping[str, Any],
+    data: "DataConfig",
+    tokenizer: "PreTrainedTokenizerBase",
+    teacher_tokenizers: Mapping[str, "PreTrainedTokenizerBase"],
     domain_column: str | None = None,
 ) -> list[Prompt]:
     """Loads all prompts of a recipe's `data` section, tokenized for student and teacher.

@@ -7,18 +7,15 @@ that predict trained tokens; objectives run the head over chunks of them.
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from poweropd.data.batch import Batch, Sequences
 from poweropd.kernels import Head, TokenStatistics, linear_log_prob
 from poweropd.models.sharding import like, whole
 from poweropd.objectives.base import Objective, TokenRecord
-
-if TYPE_CHECKING:  # so that models, and benchmarks of them, need no pydantic
-    pass
 
 
 class LanguageModel(nn.Module):
@@ -29,7 +26,11 @@ class LanguageModel(nn.Module):
     """
 
     def __init__(
-        self, model: Any, vocab_size: int, compute_dtype: torch.dtype, lora: bool = False
+        self,
+        model: PreTrainedModel,
+        vocab_size: int,
+        compute_dtype: torch.dtype,
+        lora: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.lora = model, lora
@@ -41,7 +42,8 @@ class LanguageModel(nn.Module):
         self.softcap = options.get("final_logit_softcapping")
 
     @property
-    def causal_lm(self) -> Any:
+    def causal_lm(self) -> PreTrainedModel:
+        """Returns the transformers model, without its adapter's wrapper."""
         return self.model.get_base_model() if self.lora else self.model
 
     @property
@@ -149,7 +151,7 @@ class Student(LanguageModel):
 class Teacher(LanguageModel):
     """The frozen model."""
 
-    def __init__(self, model: Any, vocab_size: int, compute_dtype: torch.dtype) -> None:
+    def __init__(self, model: PreTrainedModel, vocab_size: int, compute_dtype: torch.dtype) -> None:
         super().__init__(model.requires_grad_(False).eval(), vocab_size, compute_dtype)
 
     @torch.inference_mode()

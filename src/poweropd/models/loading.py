@@ -2,19 +2,29 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from poweropd import embedded
-from poweropd.config import sections
 from poweropd.data.batch import Sequences
 from poweropd.errors import UsageError
 from poweropd.kernels import linear_log_prob
 from poweropd.models.language_model import LanguageModel
+
+if TYPE_CHECKING:  # benchmarks of models need no pydantic
+    from poweropd.config.sections import LoraConfig, ModelConfig
 
 EMBEDDED_PREFIX = "embedded:"
 
@@ -37,12 +47,12 @@ def resolve(name: str) -> str:
     return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a model directory or Hub model; raises UsageError without one."""
     return _load(AutoTokenizer, name, trust_remote_code=trust_remote_code)
 
 
-def load_config(name: str, trust_remote_code: bool = False) -> Any:
+def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Loads the config of a model directory or Hub model; raises UsageError without one."""
     return _load(AutoConfig, name, trust_remote_code=trust_remote_code)
 
@@ -53,7 +63,7 @@ def load_model(
     trust_remote_code: bool = False,
     dropout: bool = True,
     **options: Any,
-) -> Any:
+) -> PreTrainedModel:
     """Loads a causal LM in eval mode with weights of `dtype`, and checks that its head is plain.
 
     `options` are passed on to `from_pretrained`. Raises UsageError if it cannot be loaded.
@@ -77,7 +87,7 @@ def load_model(
     return model
 
 
-def load_generation_config(name: str) -> Any:
+def load_generation_config(name: str) -> GenerationConfig:
     """Loads a model's generation config; an empty one if it ships none."""
     try:
         return GenerationConfig.from_pretrained(resolve(name))
@@ -85,7 +95,7 @@ def load_generation_config(name: str) -> Any:
         return GenerationConfig()
 
 
-def load_trained(model: sections.ModelConfig) -> Any:
+def load_trained(model: "ModelConfig") -> PreTrainedModel:
     """Loads the student in the master dtype, with a fresh LoRA adapter if asked for.
 
     Gradient checkpointing needs train mode; without it the model is in eval mode, which computes
@@ -107,7 +117,9 @@ def _load(kind: Any, name: str, **options: Any) -> Any:
         raise UsageError(f"{name}: cannot load it as a model: {reason}") from error
 
 
-def check_vocabularies(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
+def check_vocabularies(
+    student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Raises UsageError unless each id is the same token to both tokenizers.
 
     The teacher scores the ids that the student sampled.
@@ -129,7 +141,7 @@ def check_vocabularies(student_tokenizer: Any, teacher_tokenizer: Any) -> None:
     )
 
 
-def fingerprint(name: str, model: Any) -> str:
+def fingerprint(name: str, model: PreTrainedModel) -> str:
     """Returns a model's name with its Hub commit, or with a hash of its files' sizes and times."""
     path = Path(resolve(name))
     if not path.is_dir():
@@ -139,17 +151,17 @@ def fingerprint(name: str, model: Any) -> str:
     return f"{name}#{hashlib.sha256(str(stamp).encode()).hexdigest()[:12]}"
 
 
-def context_length(config: Any) -> int:
+def context_length(config: PreTrainedConfig) -> int:
     """Returns the tokens of the model's context; `UNLIMITED` if its config states none."""
     return int(config.get_text_config().to_dict().get("max_position_embeddings", UNLIMITED))
 
 
-def shared_vocab_size(*models: Any) -> int:
+def shared_vocab_size(*models: PreTrainedModel) -> int:
     """Returns how many ids all heads have; ids past them are padding, left out of each softmax."""
     return min(m.get_output_embeddings().weight.shape[0] for m in models)
 
 
-def add_lora(model: Any, lora: sections.LoraConfig) -> Any:
+def add_lora(model: PreTrainedModel, lora: "LoraConfig") -> PreTrainedModel:
     """Adds a LoRA adapter; raises UsageError if peft is missing or refuses the settings."""
     try:
         import peft
@@ -170,7 +182,7 @@ def add_lora(model: Any, lora: sections.LoraConfig) -> Any:
 
 
 @torch.no_grad()
-def _check_head(model: Any, name: str) -> None:
+def _check_head(model: PreTrainedModel, name: str) -> None:
     """Raises UsageError if the logits are not the head applied to the last hidden states."""
     weight = model.get_output_embeddings().weight
     if type(weight) is not nn.Parameter:

@@ -5,10 +5,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
 
 from poweropd import stops
 from poweropd.config import Config
@@ -40,7 +40,7 @@ logger = logging.getLogger("poweropd")
 class RunInputs:
     """Prompts, tokenizer and stop ids: all that a run needs before any weight is loaded."""
 
-    tokenizer: Any  # the student's
+    tokenizer: PreTrainedTokenizerBase  # the student's
     prompts: list[data_prompts.Prompt]
     order: data_prompts.PromptOrder
     student_stop_ids: list[int]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from poweropd.runs.directory import replaced_directory
 
+State = dict[str, Any]  # of the optimizer, as torch has it, or of the loop, as JSON
 WEIGHTS, OPTIMIZER, STATE = "student.safetensors", "optimizer.pt", "state.json"
 NAME = re.compile(r"step-(\d+)")
 
@@ -25,8 +26,8 @@ def save_checkpoint(
     folder: Path,
     step: int,
     weights: dict[str, Tensor],
-    optimizer: Any,
-    state: dict[str, Any],
+    optimizer: State,
+    state: State,
     keep: int,
 ) -> Path:
     """Writes `folder/step-N` and removes all but the newest `keep` checkpoints."""
@@ -49,7 +50,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], Any, dict[str, Any]]:
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], State, State]:
     """Loads weights, optimizer state and loop state, on the CPU."""
     return (
         load_file(path / WEIGHTS),
