@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import torch
 
-from poweropd.errors import UsageError
+from poweropd.data.chat import encode_chat
+from poweropd.errors import UsageError, shown
 
 if TYPE_CHECKING:  # they take a second to import, and benchmarks need no pydantic
     from transformers import PreTrainedTokenizerBase
@@ -59,12 +59,29 @@ def read_rows(
         for column in columns:
             value = row.get(column)
             if not isinstance(value, str) or not (allow_empty or value.strip()):
-                got = f"got {value!r}" if column in row else f"its columns are {', '.join(row)}"
+                got = f"got {shown(value)}" if column in row else f"its columns are {_names(row)}"
                 raise UsageError(f"{where}: expected text in column {column!r}, {got}")
+            if not value.isascii():
+                _check_unicode(where, column, value)
         checked.append(row)
     if not checked:
         raise UsageError(f"{source}: expected at least one row, got none")
     return checked
+
+
+def _names(row: Row) -> str:
+    return shown(", ".join(map(str, row)), 300)[1:-1]
+
+
+def _check_unicode(where: str, column: str, text: str) -> None:
+    """Raises UsageError for half a surrogate pair, which no tokenizer can encode."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{where}: column {column!r} holds {shown(text[error.start])} at character "
+            f"{error.start}, half a surrogate pair: expected valid Unicode text"
+        ) from None
 
 
 def _embedded(split: str) -> PlacedRows:
@@ -131,37 +148,6 @@ def hub_rows(name: str, split: str, config: str | None = None) -> PlacedRows:
     yield from ((f"{name}[{split}] row {i}", dict(row)) for i, row in enumerate(dataset))
 
 
-def encode_chat(
-    tokenizer: "PreTrainedTokenizerBase",
-    texts: Sequence[str],
-    chat: Mapping[str, Any] | None,
-    system: str | None = None,
-) -> list[list[int]]:
-    """Returns the token ids of one user turn each, up to the point where the model's turn begins.
-
-    `chat` holds the chat template's own arguments, such as enable_thinking; None stands for the
-    plain text without any template.
-    """
-    if chat is None and system:
-        raise UsageError("a system turn needs the chat template: drop one of the two settings")
-    if chat is None:
-        return [list(ids) for ids in tokenizer(list(texts))["input_ids"]]
-    if not tokenizer.chat_template:
-        raise UsageError(
-            f"{tokenizer.name_or_path}: its tokenizer has no chat template; to give it plain text "
-            "set data.chat=null in a recipe, --no-chat-template in poweropd eval"
-        )
-    before = [{"role": "system", "content": system}] if system else []
-    turns = [[*before, {"role": "user", "content": text}] for text in texts]
-    try:
-        encoded = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=True, return_dict=False, **chat
-        )
-    except (TypeError, jinja2.TemplateError) as error:
-        raise UsageError(f"{tokenizer.name_or_path}: its chat template fails: {error}") from None
-    return [list(ids) for ids in encoded]
-
-
 def load_prompts(
     data: "DataConfig",
     tokenizer: "PreTrainedTokenizerBase",
@@ -212,6 +198,26 @@ def check_lengths(
                     f"data.prompts row {prompt.index}: a prompt of {len(ids)} tokens and "
                     f"rollout.max_new_tokens={max_new_tokens} exceed the {who}'s context of "
                     f"{context} tokens; shorten the prompt or lower max_new_tokens"
+                )
+
+
+def check_ids(
+    prompts: Sequence[Prompt], student_vocab: int | None, teacher_vocab: int | None
+) -> None:
+    """Raises UsageError for a prompt with an id that a model's embedding does not have.
+
+    The sizes are those of the models' embeddings; None stands for one that is not known here.
+    """
+    for prompt in prompts:
+        for who, ids, size in (
+            ("student", prompt.prompt_ids, student_vocab),
+            ("teacher", prompt.teacher_prompt_ids, teacher_vocab),
+        ):
+            if size is not None and max(ids, default=0) >= size:
+                raise UsageError(
+                    f"data.prompts row {prompt.index}: token id {max(ids)} of its prompt is "
+                    f"outside the {who}'s embedding of {size} tokens: the tokenizer has tokens "
+                    "that the model was never given; resize the model, or drop the row"
                 )
 
 

@@ -1,12 +1,13 @@
-"""Loading models, and the `Student` and `Teacher` modules: a backbone and a head, apart.
+"""The `Student` and `Teacher` modules: a backbone and a head, apart.
 
 The head is never called on a whole batch. `LanguageModel.hidden_states` gives the N hidden states
 that predict trained tokens; objectives run the head over chunks of them.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,34 @@ from poweropd.data.batch import Batch, Sequences
 from poweropd.kernels import Head, TokenStatistics, linear_log_prob
 from poweropd.models.sharding import like, whole
 from poweropd.objectives.base import Objective, TokenRecord
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+
+
+# The dropout rates of a config by field, nested as the config is.
+Rates = dict[str, "float | Rates"]
+
+
+def dropout_rates(fields: Mapping[str, object]) -> Rates:
+    """Returns the dropout rates of a config, given as a dict, with those of nested configs."""
+    rates: Rates = {}
+    for name, value in fields.items():
+        if isinstance(value, Mapping) and (inner := dropout_rates(value)):
+            rates[name] = inner
+        elif "drop" in str(name) and isinstance(value, float):
+            rates[name] = value
+    return rates
+
+
+def with_dropout(fields: Mapping[str, Any], rates: Rates) -> dict[str, Any]:
+    """Returns a config, given as a dict, with these dropout rates."""
+    changed = {
+        name: with_dropout(fields[name], value) if isinstance(value, dict) else value
+        for name, value in rates.items()
+        if name in fields
+    }
+    return {**fields, **changed}
 
 
 class LanguageModel(nn.Module):
@@ -48,78 +77,107 @@ class LanguageModel(nn.Module):
 
     @property
     def layers(self) -> list[nn.Module]:
-        """Its decoder layers."""
+        """Returns the decoder layers."""
         kinds = self.causal_lm._no_split_modules or ()
         return [m for m in self.causal_lm.modules() if type(m).__name__ in kinds]
 
     @property
     def device(self) -> torch.device:
+        """Returns the device of the weights."""
         return self.model.device
 
     def autocast(self) -> torch.autocast:
+        """Returns a context that computes in the compute dtype."""
         different = self.model.dtype != self.compute_dtype
         return torch.autocast(self.device.type, self.compute_dtype, enabled=different)
 
     def hidden_states(self, sequences: Sequences) -> Tensor:
-        """[N, H] hidden states that predict the trained tokens, in the compute dtype."""
+        """Computes the hidden states that predict the trained tokens, [N, H] of compute dtype."""
         with self.autocast():
             output = self.causal_lm.base_model(**sequences.inputs, use_cache=False)
         flat = output.last_hidden_state.flatten(0, 1)
         return flat.index_select(0, sequences.index).to(self.compute_dtype)
 
     def head(self) -> Head:
-        """The head over the shared vocabulary, in the weights' dtype: kernels cast it themselves,
-        so that the gradient of float32 weights is not rounded."""
+        """Returns the head over the shared vocabulary, in the weights' dtype.
+
+        Kernels cast it themselves, so that the gradient of float32 weights is not rounded.
+        """
         layer = self.causal_lm.get_output_embeddings()
-        rows = slice(self.vocab_size) if layer.weight.shape[0] > self.vocab_size else slice(None)
+        ids = slice(self.vocab_size) if layer.weight.shape[0] > self.vocab_size else slice(None)
         return Head(
-            weight=layer.weight[rows],
-            bias=None if layer.bias is None else layer.bias[rows],
+            weight=layer.weight[ids],
+            bias=None if layer.bias is None else layer.bias[ids],
             scale=self.scale,
             softcap=self.softcap,
         )
 
 
 class Student(LanguageModel):
-    """The trained model. Its forward is a whole micro-batch, loss included, so that DDP and FSDP
-    wrap all of it."""
+    """The trained model.
+
+    Its forward is a whole micro-batch, loss included, so that DDP and FSDP wrap all of it. It is
+    trained without dropout; `dropout` holds the rates that its exported config gets back.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        vocab_size: int,
+        compute_dtype: torch.dtype,
+        lora: bool = False,
+        dropout: "Rates | None" = None,
+    ) -> None:
+        super().__init__(model, vocab_size, compute_dtype, lora)
+        self.dropout = dropout or {}
 
     def forward(self, batch: Batch, objective: Objective) -> tuple[Tensor, TokenRecord]:
         return objective(self.hidden_states(batch.student), self.head(), batch)
 
     def trained_weights(self) -> dict[str, Tensor]:
-        """Name -> trained parameter, tied ones once."""
+        """Returns the trained parameters by name, tied ones once."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def gathered_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, full tensor) of the whole model as it is now, by its names in transformers.
+        """Yields (name, full tensor) of the whole model as it is now, by its transformers names.
 
         Parameters come in the compute dtype, unsharded, adapters merged in (the trained module
         stays as it is); a tied head comes under both names. Every process must iterate to the end
-        where parameters are sharded.
+        if parameters are sharded.
         """
-        deltas = {}
-        if self.lora:
-            from peft.tuners.lora import LoraLayer
-
-            layers = self.causal_lm.named_modules()
-            deltas = {
-                f"{name}.base_layer.weight": m for name, m in layers if isinstance(m, LoraLayer)
-            }
+        adapters = self._adapters()
         parameters = {name for name, _ in self.causal_lm.named_parameters(remove_duplicate=False)}
         for name, tensor in self.causal_lm.state_dict().items():
             if ".lora_" in name:
                 continue
-            full = whole(tensor)
-            if name in deltas:
-                (adapter,) = deltas[name].active_adapters
-                full = full + whole(deltas[name].get_delta_weight(adapter)).to(full.dtype)
+            full, plain = whole(tensor), name.replace(".base_layer", "")
+            if plain in adapters:
+                (active,) = adapters[plain].active_adapters
+                full = full + whole(adapters[plain].get_delta_weight(active)).to(full.dtype)
             dtype = self.compute_dtype if name in parameters else full.dtype
-            yield name.replace(".base_layer.", "."), full.to(dtype)
+            yield plain, full.to(dtype)
+
+    def _adapters(self) -> "dict[str, LoraLayer]":
+        """Returns the adapter of each adapted parameter, by the parameter's plain name.
+
+        Two adapters of one module's parameters (the experts of a mixture) are wrapped one in the
+        other, so a parameter may stand behind several `base_layer`.
+        """
+        if not self.lora:
+            return {}
+        from peft.tuners.lora import LoraLayer
+        from peft.tuners.lora.layer import ParamWrapper
+
+        return {
+            f"{name.replace('.base_layer', '')}."
+            f"{layer.parameter_name if isinstance(layer, ParamWrapper) else 'weight'}": layer
+            for name, layer in self.causal_lm.named_modules()
+            if isinstance(layer, LoraLayer)
+        }
 
     def exported(self, merge: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """What `save` writes: all weights, tied ones once, or the adapter's unless merged."""
+        """Yields what `save` writes: all weights, tied ones once, or the adapter's alone."""
         if self.lora and not merge:
             return iter(self.trained_weights().items())
         tied = self.causal_lm.all_tied_weights_keys
@@ -132,18 +190,35 @@ class Student(LanguageModel):
 
         `weights` are those of `exported`. The generation config stops where it was trained to.
         """
-        self.causal_lm.generation_config.eos_token_id = stop_ids
+        self.stop_at(stop_ids)
         if self.lora and not merge:
             self.model.save_pretrained(folder, state_dict=weights)
+            self.causal_lm.generation_config.save_pretrained(folder)
             return
         self.causal_lm.save_pretrained(folder, state_dict=weights)
-        # transformers writes the dtype of the model, not that of the weights it was given.
+        # transformers writes the dtype of the model, not that of the weights it was given, and the
+        # dropout of training, which is none.
         path = folder / "config.json"
-        config = json.loads(path.read_text()) | {"dtype": str(self.compute_dtype).split(".")[1]}
+        config = with_dropout(json.loads(path.read_text()), self.dropout)
+        config["dtype"] = str(self.compute_dtype).split(".")[1]
         path.write_text(json.dumps(config, indent=2) + "\n")
+
+    def stop_at(self, stop_ids: list[int]) -> None:
+        """Makes the generation config stop where the student was trained to, and fit to be saved.
+
+        transformers refuses to save sampling settings without do_sample=True, which published
+        configs leave out.
+        """
+        generation = self.causal_lm.generation_config
+        generation.eos_token_id = stop_ids
+        try:
+            generation.validate(strict=True)
+        except ValueError:
+            generation.do_sample = True
 
     @torch.no_grad()
     def load_trained_weights(self, weights: dict[str, Tensor]) -> None:
+        """Copies weights as `trained_weights` names them into the student."""
         for name, parameter in self.trained_weights().items():
             parameter.copy_(like(weights[name], parameter))
 

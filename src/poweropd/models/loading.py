@@ -1,7 +1,10 @@
 """Loads models and tokenizers, and checks that they can be trained together."""
 
 import hashlib
+import importlib
+import json
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +24,7 @@ from poweropd import embedded
 from poweropd.data.batch import Sequences
 from poweropd.errors import UsageError
 from poweropd.kernels import linear_log_prob
-from poweropd.models.language_model import LanguageModel
+from poweropd.models.language_model import LanguageModel, dropout_rates
 
 if TYPE_CHECKING:  # benchmarks of models need no pydantic
     from poweropd.config.sections import LoraConfig, ModelConfig
@@ -30,6 +33,9 @@ EMBEDDED_PREFIX = "embedded:"
 
 
 UNLIMITED = 10**9
+ADAPTER = "adapter_config.json"
+# Fields of configs that state the context; a config may map one to a name of its own.
+CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -47,6 +53,34 @@ def resolve(name: str) -> str:
     return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
 
 
+def _adapted(name: str) -> str | None:
+    """Returns the model that an adapter's directory adapts; None for any other name."""
+    path = Path(resolve(name)) / ADAPTER
+    if not path.is_file() or (path.parent / "config.json").is_file():
+        return None
+    try:
+        return str(json.loads(path.read_text("utf-8"))["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: expected an adapter's config ({error!r})") from None
+
+
+def _merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    """Merges the adapter of a directory into its base model; its generation config counts."""
+    peft = import_peft(f"{adapter} is an adapter, which")
+    merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    if (Path(adapter) / "generation_config.json").is_file():
+        merged.generation_config = GenerationConfig.from_pretrained(adapter)
+    return merged
+
+
+def import_peft(what: str) -> ModuleType:
+    """Imports peft; raises UsageError, which says what needs it, if it is not installed."""
+    try:
+        return importlib.import_module("peft")
+    except ModuleNotFoundError:
+        raise UsageError(f"{what} needs peft: pip install 'poweropd[peft]'") from None
+
+
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a model directory or Hub model; raises UsageError without one."""
     return _load(AutoTokenizer, name, trust_remote_code=trust_remote_code)
@@ -54,7 +88,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Loads the config of a model directory or Hub model; raises UsageError without one."""
-    return _load(AutoConfig, name, trust_remote_code=trust_remote_code)
+    return _load(AutoConfig, _adapted(name) or name, trust_remote_code=trust_remote_code)
 
 
 def load_model(
@@ -73,18 +107,36 @@ def load_model(
     transformers_logging.disable_progress_bar()
     config = load_config(name, trust_remote_code)
     if not dropout:
-        rates = {k: v for k, v in config.to_dict().items() if "drop" in k and isinstance(v, float)}
-        config.update(dict.fromkeys(rates, 0.0))
-    model = _load(
+        _switch_dropout_off(config)
+    model, info = _load(
         AutoModelForCausalLM,
-        name,
+        _adapted(name) or name,
         config=config,
         dtype=DTYPES[dtype],
         trust_remote_code=trust_remote_code,
+        output_loading_info=True,
         **options,
-    ).eval()
+    )
+    absent = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
+    if absent:
+        raise UsageError(
+            f"{name}: its files lack {len(absent)} of the model's weights, such as {absent[0]}, "
+            "which would be random: they are not of this model, or a part of them is missing"
+        )
+    if _adapted(name) is not None:
+        model = _merged(model, resolve(name))
+    model.eval()
     _check_head(model, name)
     return model
+
+
+def _switch_dropout_off(config: PreTrainedConfig) -> None:
+    """Sets all dropout rates of a config to zero, also those of the configs in it."""
+    rates = dropout_rates(config.to_dict())
+    config.update({name: 0.0 for name, value in rates.items() if isinstance(value, float)})
+    for name in config.sub_configs:
+        if name in rates:
+            _switch_dropout_off(getattr(config, name))
 
 
 def load_generation_config(name: str) -> GenerationConfig:
@@ -153,7 +205,16 @@ def fingerprint(name: str, model: PreTrainedModel) -> str:
 
 def context_length(config: PreTrainedConfig) -> int:
     """Returns the tokens of the model's context; `UNLIMITED` if its config states none."""
-    return int(config.get_text_config().to_dict().get("max_position_embeddings", UNLIMITED))
+    text_config = config.get_text_config()
+    fields = text_config.to_dict()
+    named = (text_config.attribute_map.get(name, name) for name in CONTEXT_FIELDS)
+    return next((int(fields[name]) for name in named if fields.get(name)), UNLIMITED)
+
+
+def vocab_rows(config: PreTrainedConfig) -> int | None:
+    """Returns how many ids the model's embedding has by its config; None if it does not say."""
+    rows = config.get_text_config().to_dict().get("vocab_size")
+    return None if rows is None else int(rows)
 
 
 def shared_vocab_size(*models: PreTrainedModel) -> int:
@@ -163,10 +224,7 @@ def shared_vocab_size(*models: PreTrainedModel) -> int:
 
 def add_lora(model: PreTrainedModel, lora: "LoraConfig") -> PreTrainedModel:
     """Adds a LoRA adapter; raises UsageError if peft is missing or refuses the settings."""
-    try:
-        import peft
-    except ModuleNotFoundError:
-        raise UsageError("model.lora needs peft: pip install 'poweropd[peft]'") from None
+    peft = import_peft("model.lora")
     if {"lm_head", "embed_tokens"} & set(lora.target_modules):
         raise UsageError("model.lora.target_modules: the head and the embeddings take no adapter")
     config = peft.LoraConfig(

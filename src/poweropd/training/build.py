@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from poweropd import stops
 from poweropd.config import Config
+from poweropd.data import chat
 from poweropd.data import prompts as data_prompts
-from poweropd.errors import UsageError
+from poweropd.errors import UsageError, shown
 from poweropd.kernels import Support
 from poweropd.models import attention, loading
 from poweropd.models import language_model as models_language_model
@@ -34,6 +35,8 @@ from poweropd.training.update import Updater
 from poweropd.training.validation import Validation
 
 logger = logging.getLogger("poweropd")
+
+SHOWN_PROMPT = 600  # characters of the first prompt that are shown when a run starts
 
 
 @dataclass(frozen=True)
@@ -61,17 +64,28 @@ class RunInputs:
         prompts = data_prompts.load_prompts(
             config.data, tokenizer, tokenizers, config.domain_column
         )
-        context = loading.context_length(loading.load_config(*student))
+        model_config = loading.load_config(*student)
+        context, vocab_size = loading.context_length(model_config), loading.vocab_rows(model_config)
         stop_ids = stops.stop_ids(tokenizer, loading.load_generation_config(student[0]))
         for name, teacher in teachers.items():
             own = [prompt for prompt in prompts if prompt.domain == name]
             data_prompts.check_lengths(own, context, teacher.context, config.rollout.max_new_tokens)
+            section = config.teachers[name]
+            teacher_config = (
+                None
+                if section.servers
+                else loading.load_config(section.model, section.trust_remote_code)
+            )
+            teacher_vocab = None if teacher_config is None else loading.vocab_rows(teacher_config)
+            data_prompts.check_ids(own, vocab_size, teacher_vocab)
             if teacher.server is not None and own:
                 teacher.server.check([prompt.teacher_prompt_ids for prompt in own])
             policy = config.objective.stop
             notice = stops.difference(stop_ids, teacher.stop_ids, policy, tokenizer)
             if notice and notify:
                 logger.warning("%s%s", f"teacher.{name}: " if name else "", notice)
+        if notify:
+            _show_first_prompt(prompts[0], tokenizer, tokenizers[prompts[0].domain], config)
         order = data_prompts.PromptOrder(len(prompts), config.train.seed, config.data.shuffle)
         return cls(tokenizer, prompts, order, stop_ids, teachers, context)
 
@@ -85,6 +99,25 @@ class RunInputs:
         others = [i for teacher in self.teachers.values() for i in teacher.stop_ids]
         own = self.teachers[domain].stop_ids if domain else []
         return list(dict.fromkeys([*own, *others]))
+
+
+def _show_first_prompt(
+    prompt: data_prompts.Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+) -> None:
+    """Shows the first prompt as each model reads it; warns if the templates differ."""
+    logger.info("the first prompt: %s", shown(tokenizer.decode(prompt.prompt_ids), SHOWN_PROMPT))
+    if prompt.teacher_prompt_ids != prompt.prompt_ids:
+        text = teacher_tokenizer.decode(prompt.teacher_prompt_ids)
+        logger.info("the teacher's: %s", shown(text, SHOWN_PROMPT))
+    elif config.data.chat is not None and chat.template_differs(tokenizer, teacher_tokenizer):
+        logger.warning(
+            "the teacher's chat template differs from the student's, and the teacher reads prompts "
+            "in the student's: to give it its own set data.teacher_column=%s",
+            config.data.column,
+        )
 
 
 @dataclass(frozen=True)
@@ -108,10 +141,14 @@ def load_models(config: Config, inputs: RunInputs, device: torch.device) -> RunM
     for profile in inputs.teachers.values():
         if profile.server is not None:
             vocab_size = profile.server.vocab_size(vocab_size, len(inputs.tokenizer))
-    lora = config.model.lora is not None
+    own = loading.load_config(config.model.student, config.model.trust_remote_code).to_dict()
     made = RunModels(
         models_language_model.Student(
-            model, vocab_size, loading.DTYPES[config.model.dtype], lora=lora
+            model,
+            vocab_size,
+            loading.DTYPES[config.model.dtype],
+            lora=config.model.lora is not None,
+            dropout=models_language_model.dropout_rates(own),
         ),
         {
             name: models_language_model.Teacher(

@@ -21,7 +21,7 @@ from poweropd.rollouts.base import completion_seed
 from poweropd.runs import card
 from poweropd.runs.directory import RunDirectory, replaced_directory
 from poweropd.runs.recorder import RewardRecorder
-from poweropd.training import build, checkpoint, signals, trackers
+from poweropd.training import build, checkpoint, export, signals, trackers
 from poweropd.training.accounting import StepClock
 from poweropd.training.build import RunInputs
 from poweropd.training.metrics import Metrics, completion_metrics, sampler_metrics, token_metrics
@@ -77,6 +77,7 @@ class Trainer:
         )
         self.updater = build.make_updater(config, self.models, self.inputs, self.accelerator)
         self.sampling = build.make_sampling(config, self.inputs)
+        export.rehearse(self.student, self.inputs.tokenizer, list(self.sampling.stop_ids))
         self.rollouts = build.make_schedule(config, self.engine, self.sample)
         self.task_rewards = build.make_task_rewards(config, self.inputs)
         self.recorder = RewardRecorder(self.run.rewards, self.inputs.tokenizer.decode)
@@ -325,12 +326,16 @@ class Trainer:
 
     def _export(self, folder: Path) -> None:
         """Writes the student as a plain Hugging Face model directory, whole or not at all."""
-        lora = self.config.model.lora
+        lora, main = self.config.model.lora, self.accelerator.is_main_process
         merge = lora is not None and lora.merge
-        weights = collected(self.student.exported(merge), keep=self.accelerator.is_main_process)
-        if self.accelerator.is_main_process:
-            with replaced_directory(folder) as temporary:
-                self.student.save(temporary, weights, list(self.sampling.stop_ids), merge)
-                self.inputs.tokenizer.save_pretrained(temporary)
-                card.write_card(temporary, self.config, self.steps_done)
+        probe = export.make_probe(self.inputs.prompts[0].prompt_ids, self.student.vocab_size)
+        log_probs = self.student_log_probs([probe])
+        weights = collected(self.student.exported(merge), keep=main)
+        with self._failing_together():
+            if main:
+                with replaced_directory(folder) as temporary:
+                    self.student.save(temporary, weights, list(self.sampling.stop_ids), merge)
+                    self.inputs.tokenizer.save_pretrained(temporary)
+                    export.verify(temporary, self.student, self.config.model, [probe], log_probs)
+                    card.write_card(temporary, self.config, self.steps_done)
         self.accelerator.wait_for_everyone()
