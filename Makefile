@@ -29,7 +29,7 @@ test: install
 
 # Strict: a broken link, or a page that docs/index.md does not list, is an error.
 docs: $(DOCS_INSTALLED)
-	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --nitpicky docs site
+	$(BIN)/sphinx-build --quiet --fresh-env --nitpicky --fail-on-warning --keep-going docs site
 	@echo "open site/index.html"
 
 $(DOCS_INSTALLED): $(INSTALLED)
