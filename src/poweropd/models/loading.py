@@ -53,7 +53,7 @@ def resolve(name: str) -> str:
     return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
 
 
-def _adapted(name: str) -> str | None:
+def adapted(name: str) -> str | None:
     """Returns the model that an adapter's directory adapts; None for any other name."""
     path = Path(resolve(name)) / ADAPTER
     if not path.is_file() or (path.parent / "config.json").is_file():
@@ -88,7 +88,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Loads the config of a model directory or Hub model; raises UsageError without one."""
-    return _load(AutoConfig, _adapted(name) or name, trust_remote_code=trust_remote_code)
+    return _load(AutoConfig, adapted(name) or name, trust_remote_code=trust_remote_code)
 
 
 def load_model(
@@ -110,7 +110,7 @@ def load_model(
         _switch_dropout_off(config)
     model, info = _load(
         AutoModelForCausalLM,
-        _adapted(name) or name,
+        adapted(name) or name,
         config=config,
         dtype=DTYPES[dtype],
         trust_remote_code=trust_remote_code,
@@ -123,7 +123,7 @@ def load_model(
             f"{name}: its files lack {len(absent)} of the model's weights, such as {absent[0]}, "
             "which would be random: they are not of this model, or a part of them is missing"
         )
-    if _adapted(name) is not None:
+    if adapted(name) is not None:
         model = _merged(model, resolve(name))
     model.eval()
     _check_head(model, name)

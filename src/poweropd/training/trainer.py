@@ -21,7 +21,7 @@ from poweropd.rollouts.base import completion_seed
 from poweropd.runs import card
 from poweropd.runs.directory import RunDirectory, replaced_directory
 from poweropd.runs.recorder import RewardRecorder
-from poweropd.training import build, checkpoint, export, signals, trackers
+from poweropd.training import build, checkpoint, export, hints, signals, trackers
 from poweropd.training.accounting import StepClock
 from poweropd.training.build import RunInputs
 from poweropd.training.metrics import Metrics, completion_metrics, sampler_metrics, token_metrics
@@ -104,6 +104,7 @@ class Trainer:
                 self.steps_done += 1
                 metrics |= self._validate()
                 self._record(metrics)
+                self._hint()
                 progress.update(self.steps_done, metrics)
                 interrupted = any(gather_object([bool(received)]))
                 if interrupted or self.steps_done % every == 0 or self.steps_done == end:
@@ -277,6 +278,13 @@ class Trainer:
         numbers = {key: value for key, value in metrics.items() if value is not None}
         self.accelerator.log(numbers, step=numbers.pop("step"))
 
+    def _hint(self) -> None:
+        """Warns after the first steps if nothing can be learned from them."""
+        judged = min(hints.FIRST_STEPS, self.config.train.steps)
+        if self.steps_done == judged and self.accelerator.is_main_process:
+            for text in hints.of_first_steps(self.run.metrics(), self.config):
+                logger.warning("%s", text)
+
     def _end_trackers(self) -> None:
         """Ends the trackers without ending process groups that vLLM still needs."""
         if self.accelerator.num_processes > 1 and self.config.rollout.engine != "vllm":
@@ -308,10 +316,9 @@ class Trainer:
 
     def _resume(self) -> int:
         """Takes up the last complete checkpoint and returns the number of steps done."""
-        path = checkpoint.latest_checkpoint(self.run.checkpoints)
-        steps = 0
-        if path is not None:
-            weights, optimizer, state = checkpoint.load_checkpoint(path)
+        found, steps = checkpoint.load_latest(self.run.checkpoints), 0
+        if found is not None:
+            weights, optimizer, state = found
             self.student.load_trained_weights(weights)
             load_optimizer_state(self.updater.optimizer, optimizer)
             self.updater.max_tokens = min(state["max_tokens"], self.updater.max_tokens)

@@ -1,0 +1,66 @@
+"""Fingerprints of what a run is trained from, so that it does not go on with something else."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from poweropd.data.prompts import Prompt
+from poweropd.errors import UsageError
+from poweropd.models import loading
+
+BLOCKS, BLOCK_BYTES = 16, 2**16  # what is read of each weight file
+
+
+def of_weights(name: str) -> str:
+    """Returns a fingerprint of a model's weights: its Hub commit, or a hash of its files.
+
+    Of each file its size and `BLOCKS` evenly spaced blocks are read, so that a copy of a model has
+    the fingerprint of the original and a large one costs nothing. An adapter includes its base.
+    """
+    path, base = Path(loading.resolve(name)), loading.adapted(name)
+    if not path.is_dir():
+        return str(loading.load_config(name).to_dict().get("_commit_hash"))
+    files = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
+    parts = [part for file in files for part in _sampled(file)]
+    return _hash([*parts, (of_weights(base) if base else "").encode()])
+
+
+def _sampled(file: Path) -> Iterable[bytes]:
+    size = file.stat().st_size
+    yield f"{file.name} {size}".encode()
+    with file.open("rb") as opened:
+        for block in range(BLOCKS):
+            opened.seek(max(0, size - BLOCK_BYTES) * block // (BLOCKS - 1))
+            yield opened.read(BLOCK_BYTES)
+
+
+def of_prompts(prompts: Sequence[Prompt]) -> str:
+    """Returns a fingerprint of all prompts, as both models read them, in their order."""
+    return _hash(
+        json.dumps([p.prompt_ids, p.teacher_prompt_ids, p.domain]).encode() for p in prompts
+    )
+
+
+def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns a fingerprint of a tokenizer's vocabulary."""
+    return _hash(f"{token}\t{i}\n".encode() for token, i in sorted(tokenizer.get_vocab().items()))
+
+
+def check(found: dict[str, str], now: dict[str, str], path: Path) -> None:
+    """Raises UsageError if an input of a run is not what it was trained from before."""
+    changed = [name for name, value in found.items() if now.get(name, value) != value]
+    if changed:
+        raise UsageError(
+            f"{path.parent}: {' and '.join(changed)} changed since the run began: restore what it "
+            f"was, choose another run.dir, or, to go on with the new one on purpose, delete {path}"
+        )
+
+
+def _hash(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()[:32]
