@@ -1,4 +1,4 @@
-"""When a step's completions are sampled: on time, or one step ahead, beside the update.
+"""Rollout schedules: a step's completions are sampled on time, or one step ahead of the update.
 
 Ahead, the completions of step s + 1 are sampled while step s is trained, so always by the weights
 that the sync of step s - 1 left in the engine: which weights sample what is a function of the step
@@ -8,7 +8,7 @@ alone. What is sampled and not yet trained on belongs into the checkpoint.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 from poweropd.data.rollout import Rollout
 
@@ -16,82 +16,70 @@ Sample = Callable[[int], Iterator[Rollout]]
 Row = dict[str, Any]
 
 
-class RolloutSchedule(Protocol):
+class OnTime:
+    """Staleness 0: a step's completions are sampled when the step begins."""
+
+    def __init__(self, sample: Sample, steps: int) -> None:
+        self.sample, self.steps = sample, steps
+
     def take(self, step: int) -> Iterable[Rollout]:
-        """This process's completions of a step, counted from 0."""
+        """Returns this process's completions of a step, counted from 0."""
+        return self.sample(step)
 
     def begin(self, step: int) -> None:
-        """Says that only training follows until `finish`: the time to sample `step`, if it is."""
+        """Starts to sample `step` if that is done ahead: only training follows until `finish`."""
 
     def finish(self) -> None:
         """Returns once nothing is being sampled, so that the engine's weights may change."""
 
     def put_back(self) -> None:
-        """Says that the step taken last was not trained on: it will be taken again."""
+        """Keeps the step taken last, which was not trained on and will be taken again."""
 
     def pending(self) -> list[Row]:
-        """What is sampled and not taken, as JSON."""
+        """Returns what is sampled and not taken, as JSON."""
+        return []
 
     def restore(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Takes over what was `pending` at a checkpoint."""
 
 
-class OnTime:
-    """Staleness 0: a step's completions are sampled when it begins."""
-
-    def __init__(self, sample: Sample, steps: int) -> None:
-        self.sample = sample
-
-    def take(self, step: int) -> Iterable[Rollout]:
-        return self.sample(step)
-
-    def begin(self, step: int) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-    def put_back(self) -> None:
-        pass
-
-    def pending(self) -> list[Row]:
-        return []
-
-    def restore(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        pass
-
-
-class Ahead:
+class Ahead(OnTime):
     """Staleness 1: a thread samples the next of `steps` steps while one is trained."""
 
     def __init__(self, sample: Sample, steps: int) -> None:
-        self.sample, self.steps = sample, steps
+        super().__init__(sample, steps)
         self.ready: list[Rollout] = []
         self.taken: list[Rollout] = []
         self._thread = ThreadPoolExecutor(1, "rollouts")
         self._running: Future[list[Rollout]] | None = None
 
     def take(self, step: int) -> Iterable[Rollout]:
+        """Returns what was sampled ahead; samples the very first step when it begins."""
         self.taken, self.ready = self.ready, []
-        return self.taken or self.sample(step)  # nothing is ready at the first step
+        return self.taken or self.sample(step)
 
     def begin(self, step: int) -> None:
+        """Starts to sample `step` in the thread, unless training is over."""
         if step < self.steps:
             self._running = self._thread.submit(lambda: list(self.sample(step)))
 
     def finish(self) -> None:
+        """Waits for the thread, whose step can be taken next."""
         if self._running is not None:
             self.taken = []  # they are trained on
             self.ready, self._running = self._running.result(), None
 
     def put_back(self) -> None:
+        """Makes the step taken last the next to be taken."""
         self.ready = self.taken
 
     def pending(self) -> list[Row]:
+        """Returns the step that was sampled ahead, as JSON."""
         return [asdict(rollout) for rollout in self.ready]
 
     def restore(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Takes over the step that was sampled ahead of a checkpoint."""
         self.ready = [Rollout(**row) for row in rows]
 
 
-SCHEDULES: dict[int, Callable[[Sample, int], RolloutSchedule]] = {0: OnTime, 1: Ahead}
+SCHEDULES: dict[int, type[OnTime]] = {0: OnTime, 1: Ahead}

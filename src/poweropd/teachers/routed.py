@@ -1,4 +1,4 @@
-"""Several teachers: each scores the completions of its own domain."""
+"""Several teachers, each of which scores the completions of its own domain."""
 
 from collections.abc import Mapping
 
@@ -7,17 +7,19 @@ from poweropd.teachers.base import TeacherScorer
 
 
 class RoutedTeacher:
-    """Routes examples by their domain, and hands them back in the order they came."""
+    """Routes examples by their domain and returns them in the order in which they came."""
 
     def __init__(self, teachers: Mapping[str, TeacherScorer]) -> None:
         self.teachers = dict(teachers)
         self._domains: list[str] = []
 
     def submit(self, example: Example) -> None:
+        """Hands an example to the teacher of its domain."""
         self.teachers[example.domain].submit(example)
         self._domains.append(example.domain)
 
     def collect(self) -> list[Example]:
+        """Returns the examples that all teachers scored."""
         domains, self._domains = self._domains, []
         scored = {name: iter(teacher.collect()) for name, teacher in self.teachers.items()}
         return [next(scored[domain]) for domain in domains]
