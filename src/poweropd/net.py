@@ -127,12 +127,12 @@ class JsonClient:
         self._key = read_api_key(f"{self.section}.api_key_env", api_key_env)
         check_key = f"check the key in the variable that {self.section}.api_key_env names"
         self._advice = {401: check_key, 403: check_key, 404: not_found}
-        self._http = httpx2.AsyncClient(
+        self._http = http = httpx2.AsyncClient(
             headers={} if self._key is None else {"Authorization": f"Bearer {self._key}"},
             timeout=httpx2.Timeout(None, connect=min(CONNECT_SECONDS, timeout)),
             limits=httpx2.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_SECONDS),
         )
-        weakref.finalize(self, _close, self._http).atexit = False
+        weakref.finalize(self, lambda: start(http.aclose())).atexit = False
 
     async def request(self, method: str, path: str, body: Json = None, what: str = "") -> Json:
         """Returns the JSON of the answer, None if it is empty; raises Transient or Refused.
@@ -265,8 +265,3 @@ def wait(coroutine: Coroutine[Any, Any, Answer]) -> Answer:
         return future.result()
     finally:
         future.cancel()  # after an interrupt; a future that is done stays as it is
-
-
-def _close(client: httpx2.AsyncClient) -> None:
-    """Closes the connections of a client that nobody uses any more."""
-    start(client.aclose())

@@ -8,21 +8,14 @@ class EngineFacts:
     """What is known of an engine before its module is imported."""
 
     engine: str  # "module:class", whose `build` makes an engine for a run
-    concurrent: bool  # it may sample while the student is trained
-    checked: bool  # its rollouts come from outside this process and are checked
-    verified: bool  # its weights are a copy, which is compared with the student
+    concurrent: bool = False  # it may sample while the student is trained
+    checked: bool = False  # its rollouts come from outside this process and are checked
+    verified: bool = False  # its weights are a copy, which is compared with the student
 
 
 ENGINES = {
-    "transformers": EngineFacts(
-        "poweropd.rollouts.transformers:TransformersEngine",
-        concurrent=False,
-        checked=False,
-        verified=False,
-    ),
-    "vllm": EngineFacts(
-        "poweropd.rollouts.vllm:VllmEngine", concurrent=False, checked=False, verified=True
-    ),
+    "transformers": EngineFacts("poweropd.rollouts.transformers:TransformersEngine"),
+    "vllm": EngineFacts("poweropd.rollouts.vllm:VllmEngine", verified=True),
     "vllm_server": EngineFacts(
         "poweropd.rollouts.vllm_server:VllmServerEngine",
         concurrent=True,

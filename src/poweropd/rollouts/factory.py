@@ -36,15 +36,14 @@ def build_engine(
     name = config.rollout.engine
     facts = ENGINES.get(name)
     if facts is None:
-        engine = _own(name, student, config, tokenizer)
+        engine = user_engine(name, student, config, tokenizer)
     else:
         longest = max(len(prompt.prompt_ids) for prompt in prompts) + config.rollout.max_new_tokens
         if config.evaluate is not None:  # then its benchmarks have prompts of any length
             longest = context
         room = longest if longest < loading.UNLIMITED else None
-        engine = import_object("rollout.engine", facts.engine).build(
-            student, config, accelerator, room
-        )
+        kind = import_object("rollout.engine", facts.engine)
+        engine = kind.build(student, config, accelerator, room)
     if facts is None or facts.checked:
         engine = CheckedEngine(engine, name, student.vocab_size, context)
     if facts is None or not facts.verified:
@@ -70,10 +69,13 @@ def build_engine(
     )
 
 
-def _own(
+def user_engine(
     name: str, student: Student, config: Config, tokenizer: PreTrainedTokenizerBase
 ) -> RolloutEngine:
-    """Returns what the user's factory(student, config, tokenizer) makes."""
+    """Returns what the user's factory(student, config, tokenizer) makes.
+
+    Raises UsageError if that is not an engine.
+    """
     engine = import_object("rollout.engine", name)(student, config, tokenizer)
     if not isinstance(engine, RolloutEngine):
         raise UsageError(

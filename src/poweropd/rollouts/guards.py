@@ -24,11 +24,9 @@ class CheckedEngine:
         self.vocab_size, self.context = vocab_size, context
 
     def sync(self) -> None:
-        """Syncs the engine."""
         self.engine.sync()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Rollout]:
-        """Yields the engine's rollouts, each of which is whole and was asked for once."""
         missing = {(r.prompt_index, r.sample_index): r for r in requests}
         for rollout in self.engine.generate(requests, sampling):
             request = missing.pop(rollout.place, None)
@@ -96,11 +94,9 @@ class VerifiedEngine:
         self.syncs = 0
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Rollout]:
-        """Yields the engine's rollouts."""
         return self.engine.generate(requests, sampling)
 
     def sync(self) -> None:
-        """Syncs the engine and verifies its weights when it is time to."""
         self.engine.sync()
         if self.syncs % self.every == 0:
             self.verify()

@@ -54,31 +54,25 @@ class Ahead(OnTime):
         self._running: Future[list[Rollout]] | None = None
 
     def take(self, step: int) -> Iterable[Rollout]:
-        """Returns what was sampled ahead; samples the very first step when it begins."""
         self.taken, self.ready = self.ready, []
-        return self.taken or self.sample(step)
+        return self.taken or self.sample(step)  # nothing is ready at the first step
 
     def begin(self, step: int) -> None:
-        """Starts to sample `step` in the thread, unless training is over."""
         if step < self.steps:
             self._running = self._thread.submit(lambda: list(self.sample(step)))
 
     def finish(self) -> None:
-        """Waits for the thread, whose step can be taken next."""
         if self._running is not None:
             self.taken = []  # they are trained on
             self.ready, self._running = self._running.result(), None
 
     def put_back(self) -> None:
-        """Makes the step taken last the next to be taken."""
         self.ready = self.taken
 
     def pending(self) -> list[Row]:
-        """Returns the step that was sampled ahead, as JSON."""
         return [asdict(rollout) for rollout in self.ready]
 
     def restore(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Takes over the step that was sampled ahead of a checkpoint."""
         self.ready = [Rollout(**row) for row in rows]
 
 

@@ -71,7 +71,6 @@ class TransformersEngine:
         return cls(twin, vocab_size=sizes[0], batch_size=sizes[1], sync=sync)
 
     def sync(self) -> None:
-        """Brings the model up to date with the student."""
         self._sync()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Rollout]:

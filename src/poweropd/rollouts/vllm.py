@@ -21,7 +21,7 @@ from poweropd.models.loading import resolve
 from poweropd.rollouts.base import Sampling, Weights, shared_weights
 
 if TYPE_CHECKING:
-    from vllm import LLM, CompletionOutput, SamplingParams
+    from vllm import LLM, CompletionOutput
 
 
 class VllmEngine:
@@ -70,13 +70,18 @@ class VllmEngine:
         """Yields rollouts as they end; vLLM batches them continuously."""
         if _process.synced is not self:
             self.sync()
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
         llm = _process.awake(self)
+        fixed = {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
         _check_room(llm.model_config.max_model_len, requests, sampling)
         engine = llm.llm_engine
         ids = [{"prompt_token_ids": request.prompt_ids} for request in requests]
         waiting = {str(number): request for number, request in enumerate(requests)}
         for name, prompt in zip(waiting, engine.renderer.render_cmpl(ids), strict=True):
-            engine.add_request(name, prompt, _sampling_params(sampling, waiting[name].seed))
+            parameters = vllm_parameters(sampling, waiting[name].seed)
+            engine.add_request(name, prompt, SamplingParams(**parameters, **fixed))
         try:
             while waiting:
                 for output in engine.step():
@@ -154,24 +159,22 @@ def _check_room(room: int, requests: Sequence[Request], sampling: Sampling) -> N
         )
 
 
-def _sampling_params(sampling: Sampling, seed: int) -> "SamplingParams":
-    """Returns vLLM's form of the sampling settings."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        max_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        seed=seed,
+def vllm_parameters(sampling: Sampling, seed: int) -> dict[str, Any]:
+    """Returns the settings of a completion under vLLM's names, the same in process and served."""
+    return {
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "seed": seed,
+        # A model's generation_config.json sets a server's defaults, so these are said, too.
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
         # These are all stop ids; the model's own do not count besides.
-        ignore_eos=True,
-        stop_token_ids=list(sampling.stop_ids),
-        logprobs=0,  # of the sampled token: raw, at temperature 1
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
+        "ignore_eos": True,
+        "stop_token_ids": list(sampling.stop_ids),
+        "logprobs": 0,  # of the sampled token: raw, at temperature 1
+    }
 
 
 def _rollout(request: Request, output: "CompletionOutput", sampling: Sampling) -> Rollout:

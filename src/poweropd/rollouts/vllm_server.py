@@ -24,8 +24,10 @@ from poweropd.errors import RunError, UsageError
 from poweropd.models.language_model import Student
 from poweropd.net import Json, JsonClient, Transient, reading, start, wait
 from poweropd.rollouts.base import Sampling, Weights, shared_weights
+from poweropd.rollouts.vllm import vllm_parameters
 
 FIRST_VERSION = "default"  # of a server that has been told nothing since its start
+Completion = tuple[list[int], list[float]]  # ids and log-probs
 
 
 class StudentServer:
@@ -100,13 +102,12 @@ class StudentServer:
             ids, log_probs = await self.client.patiently(complete)
         return request.rollout(ids, log_probs, ids[-1] in sampling.stop_ids)
 
-    async def _complete(
-        self, request: Request, sampling: Sampling
-    ) -> tuple[list[int], list[float]]:
+    async def _complete(self, request: Request, sampling: Sampling) -> Completion:
         """Returns ids and log-probs of a whole completion by the weights of the last sync."""
         # Before and after: the server may be restarted at any moment.
         await self._check_version()
-        body = _completion_body(self.model, request, sampling)
+        body = {"model": self.model, "prompt": request.prompt_ids, "return_token_ids": True}
+        body |= vllm_parameters(sampling, request.seed)
         answer = await self.client.request("POST", "/v1/completions", body)
         await self._check_version()
         with reading("an answer that is no completion"):
@@ -213,7 +214,7 @@ class VllmServerEngine:
                 future.cancel()
 
 
-def _read_completion(answer: Json, sampling: Sampling) -> tuple[list[int], list[float]]:
+def _read_completion(answer: Json, sampling: Sampling) -> Completion:
     """Returns ids and log-probs of an answer; raises Transient if the completion is not whole."""
     (choice,) = answer["choices"]
     ids, log_probs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
@@ -228,24 +229,3 @@ def _read_completion(answer: Json, sampling: Sampling) -> tuple[list[int], list[
             f"({choice['finish_reason']})"
         )
     return ids, log_probs
-
-
-def _completion_body(model: str, request: Request, sampling: Sampling) -> dict[str, Json]:
-    """Returns the JSON that asks for one completion."""
-    return {
-        "model": model,
-        "prompt": request.prompt_ids,
-        "seed": request.seed,
-        "max_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        # The rest is said, too: a model's generation_config.json sets the server's defaults.
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        # These are all stop ids; the model's own do not count besides.
-        "ignore_eos": True,
-        "stop_token_ids": list(sampling.stop_ids),
-        "logprobs": 0,  # of the sampled token: raw, at temperature 1
-        "return_token_ids": True,
-    }

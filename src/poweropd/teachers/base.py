@@ -26,11 +26,9 @@ class Unscored:
         self._waiting: list[Example] = []
 
     def submit(self, example: Example) -> None:
-        """Keeps the example."""
         self._waiting.append(example)
 
     def collect(self) -> list[Example]:
-        """Returns the examples since the last call, without log-probs."""
         collected, self._waiting = self._waiting, []
         return collected
 

@@ -23,11 +23,9 @@ class LocalTeacher:
         self._waiting: list[Example] = []
 
     def submit(self, example: Example) -> None:
-        """Keeps the example: batches of similar lengths need all of them."""
-        self._waiting.append(example)
+        self._waiting.append(example)  # batches of similar lengths need all of them
 
     def collect(self) -> list[Example]:
-        """Returns the waiting examples with log-probs, entropies and top-1 hits."""
         waiting, self._waiting = self._waiting, []
         if self.offload_from is None:
             return self._within_memory(waiting)

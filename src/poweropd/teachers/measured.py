@@ -34,11 +34,9 @@ class MeasuredTeacher:
         self.load_unquantized = load_unquantized
 
     def submit(self, example: Example) -> None:
-        """Hands an example to the quantized teacher."""
         self.teacher.submit(example)
 
     def collect(self) -> list[Example]:
-        """Returns the examples that the quantized teacher scored; measures the first of them."""
         examples = self.teacher.collect()
         if examples and not self.path.exists():
             found = effect(examples, score(self.load_unquantized(), examples), self.reward)

@@ -132,16 +132,17 @@ class Pool:
     async def _take(self) -> PooledServer:
         """Returns the server with the fewest requests, once one has a free place."""
         async with self._changed:
-            while True:
-                if self._failure is not None:
-                    raise self._failure
-                up = (server for server in self.servers if not server.is_down)
-                ready = [server for server in up if server.busy < self.concurrency]
-                if ready:
-                    server = min(ready, key=lambda s: s.busy)
-                    server.busy += 1
-                    return server
-                await self._changed.wait()
+            await self._changed.wait_for(lambda: self._failure or self._ready())
+            if self._failure is not None:
+                raise self._failure
+            server = min(self._ready(), key=lambda s: s.busy)
+            server.busy += 1
+            return server
+
+    def _ready(self) -> list[PooledServer]:
+        """Returns the servers that can take one more request."""
+        up = (server for server in self.servers if not server.is_down)
+        return [server for server in up if server.busy < self.concurrency]
 
     # Failures.
 
@@ -186,10 +187,6 @@ class Pool:
             )
 
     # At the start of a run.
-
-    async def context(self) -> int:
-        """Returns the length in tokens of the longest sequence that every server takes."""
-        return min([await server.context() for server in self.servers])
 
     async def takes(self, token: int) -> bool:
         """Returns whether the id is in the vocabulary of every server."""

@@ -14,12 +14,10 @@ class RoutedTeacher:
         self._domains: list[str] = []
 
     def submit(self, example: Example) -> None:
-        """Hands an example to the teacher of its domain."""
         self.teachers[example.domain].submit(example)
         self._domains.append(example.domain)
 
     def collect(self) -> list[Example]:
-        """Returns the examples that all teachers scored."""
         domains, self._domains = self._domains, []
         scored = {name: iter(teacher.collect()) for name, teacher in self.teachers.items()}
         return [next(scored[domain]) for domain in domains]

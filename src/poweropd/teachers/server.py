@@ -26,16 +26,15 @@ class ServerTeacher:
     """
 
     def __init__(self, section: TeacherConfig) -> None:
-        self.urls, self.pool = ", ".join(section.servers), Pool(section)
+        self.urls = ", ".join(section.servers)
+        self.pool = pool = Pool(section)
         self._waiting: list[tuple[Example, Future[Tensor]]] = []
-        weakref.finalize(self, _close, self.pool).atexit = False
+        weakref.finalize(self, lambda: start(pool.close())).atexit = False
 
     def submit(self, example: Example) -> None:
-        """Sends an example to a server at once."""
         self._waiting.append((example, start(_scored(self.pool, example))))
 
     def collect(self) -> list[Example]:
-        """Returns the examples with their log-probs, once the servers have scored all of them."""
         waiting, self._waiting = self._waiting, []
         try:
             return [example.scored(future.result()) for example, future in waiting]
@@ -50,7 +49,8 @@ class ServerTeacher:
 
         Raises RunError if a server is not there, UsageError if it serves another model.
         """
-        return wait(self.pool.context()) - 1  # a server insists on generating one token
+        contexts = [wait(server.context()) for server in self.pool.servers]
+        return min(contexts) - 1  # a server insists on generating one token
 
     def vocab_size(self, student_size: int, num_tokens: int) -> int:
         """Returns how many ids the student may use.
@@ -97,8 +97,3 @@ def sequence(example: Example) -> list[int]:
     for i, target in zip(example.positions.tolist(), example.teacher_targets.tolist(), strict=True):
         ids[len(prompt) + i] = target
     return ids
-
-
-def _close(pool: Pool) -> None:
-    """Ends the requests of a teacher that nobody uses any more."""
-    start(pool.close())
