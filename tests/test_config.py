@@ -161,3 +161,46 @@ def test_what_needs_a_teacher_in_this_process(
 def test_a_missing_recipe(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such recipe file"):
         Config.load(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "overrides", "key"),
+    [
+        ("{model: x, give_up_after: 5}", [], "teacher"),
+        ("{model: x}", ["teacher.give_up_after=5"], "teacher"),
+        ("{model: x}", ["teacher={model: x, give_up_after: 5}"], "teacher"),
+        ("{model: x, give_up_after: 3}", ["teacher.patience=5"], "teacher"),
+        ("{by: domain, math: {model: x, give_up_after: 5}}", [], "teacher.math"),
+        ("{by: domain, math: {model: x}}", ["teacher.math.give_up_after=5"], "teacher.math"),
+    ],
+)
+def test_a_renamed_key_is_accepted_with_a_notice(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    teacher: str,
+    overrides: list[str],
+    key: str,
+) -> None:
+    text = RECIPE.replace("{model: some/teacher}", teacher)
+    config = Config.load(write(tmp_path, text), overrides)
+    assert [teacher.patience for teacher in config.teachers.values()] == [5.0]
+    assert caplog.messages == [f"{key}.give_up_after was renamed to {key}.patience"]
+    assert "give_up_after" not in config.to_yaml()
+
+
+def test_a_tree_with_a_renamed_key_is_accepted_and_left_as_it_is() -> None:
+    tree = {"model": {"student": "a"}, "data": {"prompts": "p"}}
+    tree["teacher"] = {"model": "x", "give_up_after": 5}
+    assert Config.from_dict(tree).only_teacher.patience == 5.0
+    assert tree["teacher"] == {"model": "x", "give_up_after": 5}
+
+
+def test_mistakes_in_a_renamed_key_name_its_place(tmp_path: Path) -> None:
+    text = RECIPE.replace("{model: some/teacher}", "\n  model: x\n  give_up_after: -1")
+    with pytest.raises(UsageError, match=r"mine.yaml:4: teacher.patience: expected greater than 0"):
+        Config.load(write(tmp_path, text))
+    with pytest.raises(UsageError, match=r"override teacher.patience: expected greater than 0"):
+        Config.load(write(tmp_path), ["teacher.give_up_after=-1"])
+    both = text.replace("-1", "1\n  patience: 1")
+    with pytest.raises(UsageError, match=r"mine.yaml:4: teacher.give_up_after: unknown key"):
+        Config.load(write(tmp_path, both))

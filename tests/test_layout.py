@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "kernels": set(),
     "grading": set(),
     "embedded": set(),
-    "config": {"evaluation", "net", "rewards"},
+    "config": {"evaluation", "net", "rewards", "rollouts"},
     "data": {"config", "embedded", "stops"},
     "objectives": {"data", "kernels", "rewards"},
     "models": {"config", "data", "embedded", "kernels", "objectives"},

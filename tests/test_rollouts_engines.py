@@ -6,14 +6,17 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from poweropd import Config, Trainer
 from poweropd.data.rollout import Request, Rollout
 from poweropd.errors import RunError, UsageError
+from poweropd.rewards import import_object
+from poweropd.rollouts import ENGINES
 from poweropd.rollouts.base import Sampling
+from poweropd.rollouts.prefetch import SCHEDULES
 from poweropd.rollouts.transformers import TransformersEngine
 
 MAKES = Callable[..., Config]
@@ -263,3 +266,26 @@ def test_task_rewards_that_cannot_be_had_are_refused(recipe: MAKES) -> None:
 def test_a_missing_vllm_is_named_with_its_extra(recipe: MAKES) -> None:
     with pytest.raises(UsageError, match=r"vllm needs vLLM: pip install 'poweropd\[vllm\]'"):
         Trainer(recipe(**{"rollout.engine": "vllm"}), progress=False)
+
+
+# The table of engines.
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_table_says_what_the_engines_say(name: str) -> None:
+    engine = import_object(name, ENGINES[name].engine)
+    assert ENGINES[name].concurrent == engine.concurrent
+    assert callable(engine.build)
+
+
+def test_there_is_a_schedule_for_every_staleness() -> None:
+    allowed = Config.model_fields["rollout"].annotation.model_fields["staleness"].annotation
+    assert set(get_args(allowed)) == set(SCHEDULES)
+
+
+def test_an_engine_of_ones_own_that_cannot_sample_beside_an_update_cannot_be_ahead(
+    recipe: MAKES, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Copied, "concurrent", False)
+    with pytest.raises(UsageError, match=r"rollout.staleness: 1 needs an engine that samples"):
+        Trainer(recipe(**AHEAD), progress=False)

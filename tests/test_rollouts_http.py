@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -11,11 +12,10 @@ import pytest
 import torch
 from rollout_cases import make_request
 
-from poweropd import Config
+from poweropd import Config, net
 from poweropd.errors import RunError, UsageError
-from poweropd.rollouts import http
+from poweropd.net import JsonClient, Transient
 from poweropd.rollouts.base import Sampling
-from poweropd.rollouts.http import JsonServer, Unavailable
 from poweropd.rollouts.vllm_server import VllmServerEngine
 
 
@@ -31,6 +31,7 @@ class Scripted(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answers: list[tuple[int, Any]] = []
         self.keys: list[str | None] = []
+        self.headers: dict[str, str] = {}  # of every answer
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
@@ -52,6 +53,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
+        for name, value in self.server.headers.items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
@@ -70,14 +73,22 @@ def scripted() -> Iterator[Scripted]:
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(net, "FIRST_DELAY", 0.01)
+
+
+def client(url: str, timeout: float = 5, patience: float = 5, **options: Any) -> JsonClient:
+    return JsonClient("rollout.server.url", url, timeout=timeout, patience=patience, **options)
+
+
+def ask(server: JsonClient, path: str = "/v1/completions") -> Any:
+    """Posts to the server until it answers, or its patience is out."""
+    return net.wait(server.patiently(lambda: server.request("POST", path, {})))
 
 
 def test_what_may_pass_is_asked_again(scripted: Scripted) -> None:
     scripted.answers = [(0, None), (500, {}), (429, {}), (503, {}), (408, {}), (200, b"<html>")]
     scripted.answers.append((200, {"ids": [1]}))
-    server = JsonServer(scripted.url, timeout=5, patience=5)
-    assert server.patiently(lambda: server.post("/v1/completions", {})) == {"ids": [1]}
+    assert ask(client(scripted.url)) == {"ids": [1]}
     assert scripted.answers == []
 
 
@@ -86,52 +97,68 @@ def test_what_may_pass_is_asked_again(scripted: Scripted) -> None:
     [
         ((400, {"error": "context is 512"}), "/v1/completions", "HTTP 400: .*context is 512"),
         ((401, {}), "/v1/completions", "HTTP 401"),
-        ((404, {}), "/weight_info", "not found: start vLLM with VLLM_SERVER_DEV_MODE=1"),
+        ((404, {}), "/weight_info", "HTTP 404: .*; start vLLM with VLLM_SERVER_DEV_MODE=1"),
     ],
 )
 def test_a_refusal_is_not_asked_again(
     scripted: Scripted, answer: tuple[int, Any], path: str, message: str
 ) -> None:
     scripted.answers = [answer]
-    server = JsonServer(scripted.url, timeout=5, patience=5)
+    server = client(scripted.url, not_found="start vLLM with VLLM_SERVER_DEV_MODE=1")
     with pytest.raises(RunError, match=message) as raised:
-        server.patiently(lambda: server.post(path, {}))
+        ask(server, path)
     assert scripted.url in str(raised.value)
 
 
 def test_patience_ends_with_the_url_and_what_to_do(scripted: Scripted) -> None:
     scripted.answers = [(500, {"error": "engine is dead"})] * 100
-    server = JsonServer(scripted.url, timeout=5, patience=0.2)
-    with pytest.raises(RunError, match=r"no good answer .*engine is dead.*start the server again"):
-        server.patiently(lambda: server.post("/v1/completions", {}))
+    message = (
+        rf"rollout server {scripted.url}: HTTP 500: .*engine is dead.*, for 0.2 seconds "
+        r"\(rollout.server.patience\): .*start it again .* or correct rollout.server.url"
+    )
+    with pytest.raises(RunError, match=message):
+        ask(client(scripted.url, patience=0.2))
 
 
-def test_a_slow_answer_is_unavailable(scripted: Scripted) -> None:
+def test_a_slow_answer_is_a_transient_failure(scripted: Scripted) -> None:
     scripted.shutdown()  # nobody accepts: the connection waits in the queue
-    with pytest.raises(Unavailable, match="Timeout"):
-        JsonServer(scripted.url, timeout=0.1, patience=1).post("/v1/completions", {})
+    server = client(scripted.url, timeout=0.1)
+    with pytest.raises(Transient, match=r"no answer within rollout.server.timeout=0.1 seconds"):
+        net.wait(server.request("POST", "/v1/completions", {}))
+
+
+@pytest.mark.parametrize(("asked", "patience", "least"), [("0.3", 5, 0.3), ("60", 0.3, 0.3)])
+def test_a_server_is_left_alone_as_long_as_it_asks_for_within_patience(
+    scripted: Scripted, asked: str, patience: float, least: float
+) -> None:
+    scripted.headers = {"Retry-After": asked}
+    scripted.answers = [(429, {}), (200, {"ids": [1]})]
+    begun = time.monotonic()
+    assert ask(client(scripted.url, patience=patience)) == {"ids": [1]}
+    assert least <= time.monotonic() - begun < 10
 
 
 def test_the_key_comes_from_the_environment(
-    scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(UsageError, match=r"api_key_env: .* ROLLOUT_KEY, which is not set"):
-        JsonServer(scripted.url, 1, 1, api_key_env="ROLLOUT_KEY")
+        client(scripted.url, api_key_env="ROLLOUT_KEY")
     monkeypatch.setenv("ROLLOUT_KEY", "ключ")
     with pytest.raises(UsageError, match="ROLLOUT_KEY, which is not plain text"):
-        JsonServer(scripted.url, 1, 1, api_key_env="ROLLOUT_KEY")
+        client(scripted.url, api_key_env="ROLLOUT_KEY")
     monkeypatch.setenv("ROLLOUT_KEY", "secret")
-    scripted.answers = [(401, {})]
-    with pytest.raises(RunError) as raised:
-        JsonServer(scripted.url, 1, 1, api_key_env="ROLLOUT_KEY").post("/v1/completions", {})
-    assert scripted.keys == ["Bearer secret"]
-    assert "secret" not in str(raised.value)
+    scripted.answers = [(500, {"no": "Bearer secret"}), (401, {"bad": "Bearer secret"})]
+    with pytest.raises(RunError, match=r"HTTP 401: .*Bearer \[key\].*api_key_env") as raised:
+        ask(client(scripted.url, api_key_env="ROLLOUT_KEY"))
+    assert scripted.keys == ["Bearer secret"] * 2
+    assert "trying again" in caplog.text
+    assert "secret" not in str(raised.value) + caplog.text
 
 
 def engine(scripted: Scripted, folder: Path) -> VllmServerEngine:
     scripted.answers.insert(0, (200, {"data": [{"id": "student"}]}))
     return VllmServerEngine(
-        JsonServer(f"{scripted.url}/v1/", timeout=5, patience=5),
+        client(f"{scripted.url}/v1/"),
         lambda: [("head", torch.ones(2))],
         folder,
         1,
@@ -144,12 +171,12 @@ def test_what_lists_no_models_is_not_a_vllm_server(
 ) -> None:
     scripted.answers = [(200, body)]
     with pytest.raises(UsageError, match=rf"rollout.server.url: {scripted.url} is not a vLLM"):
-        VllmServerEngine(JsonServer(scripted.url, 5, 5), lambda: [], tmp_path, 1)
+        VllmServerEngine(client(scripted.url), lambda: [], tmp_path, 1)
 
 
 def test_malformed_answers_are_asked_for_again(scripted: Scripted, tmp_path: Path) -> None:
     sampler = engine(scripted, tmp_path)
-    sampler.version = "v"
+    sampler.server.version = "v"
     version = (200, {"weight_version": "v"})
     choice = {"token_ids": [7, 2], "finish_reason": "stop"}
     whole = {**choice, "logprobs": {"token_logprobs": [-1.0, -0.5]}}
@@ -170,16 +197,16 @@ def test_runs_that_share_a_folder_keep_their_weights(scripted: Scripted, tmp_pat
         one.sync()
     assert scripted.answers == []
     found = {path.parent for path in tmp_path.rglob("model.safetensors")}
-    assert found == {first.target, second.target} == set(tmp_path.glob("*/*"))
+    assert found == {first.server.target, second.server.target} == set(tmp_path.glob("*/*"))
     other = engine(scripted, tmp_path)  # of another process of the first run
     other.is_main = False
-    scripted.answers = [(200, {"weight_version": first.version})]
+    scripted.answers = [(200, {"weight_version": first.server.version})]
     other.sync()
-    assert other.target == first.target
-    kept = second.target
+    assert other.server.target == first.server.target
+    kept = second.server.target
     del second, one
     assert not kept.exists()
-    assert first.target.exists()
+    assert first.server.target.exists()
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from typing import Any, ClassVar, Literal, Self, get_args
 import torch
 from torch import Tensor
 
+from poweropd.errors import UsageError
+
 RewardFunction = Callable[..., Tensor]
 Number = Any  # a float, or a Schedule of floats until `Reward.at` resolves it
 
@@ -317,10 +319,8 @@ def create(name: str, **parameters: Any) -> Reward:
     known = [f.name for f in dataclasses.fields(REWARDS[name])]
     for key in given:
         if key not in known:
-            parameters_text = ", ".join(known) or "it has none"
-            raise ValueError(
-                f"{key}: unknown parameter of reward {name} (known: {parameters_text})"
-            )
+            names = ", ".join(known) or "it has none"
+            raise ValueError(f"{key}: unknown parameter of reward {name} (known: {names})")
     return REWARDS[name](**given)
 
 
@@ -338,7 +338,7 @@ def _schedule_or_value(key: str, value: Any) -> Any:
 
 
 def _custom(name: str, parameters: Mapping[str, Any]) -> Reward:
-    target = import_object(name)
+    target = import_object("name", name)
     if isinstance(target, type) and issubclass(target, Reward):
         try:
             return target(**parameters)
@@ -349,15 +349,15 @@ def _custom(name: str, parameters: Mapping[str, Any]) -> Reward:
     return Custom(name, target, parameters)
 
 
-def import_object(name: str) -> Any:
-    """The object that "package.module:attribute" names; ValueError where there is none."""
+def import_object(key: str, name: str) -> Any:
+    """Returns what "package.module:attribute" names; raises UsageError about `key` if it cannot."""
     module, _, attribute = name.partition(":")
     try:
         return vars(importlib.import_module(module))[attribute]
     except ModuleNotFoundError as error:
-        raise ValueError(f"name: cannot import {name}: {error}") from error
+        raise UsageError(f"{key}: cannot import {name}: {error}") from error
     except KeyError:
-        raise ValueError(f"name: module {module} has no {attribute!r}") from None
+        raise UsageError(f"{key}: module {module} has no {attribute!r}") from None
 
 
 @dataclass(frozen=True)

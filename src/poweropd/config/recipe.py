@@ -16,7 +16,14 @@ from ruamel.yaml import YAML
 
 from poweropd import rewards
 from poweropd.config import rules
-from poweropd.config.recipe_file import Where, apply_override, flatten, plain, read_yaml
+from poweropd.config.recipe_file import (
+    Where,
+    apply_override,
+    flatten,
+    plain,
+    read_yaml,
+    rename_keys,
+)
 from poweropd.config.sections import (
     AnyTeacher,
     CheckpointConfig,
@@ -115,7 +122,9 @@ class Config(Section):
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any], name: str = "run") -> Self:
-        return cls._from_tree(tree, name, Where(None, tree, []))
+        own = plain(tree)
+        rename_keys(own)
+        return cls._from_tree(own, name, Where(None, own, []))
 
     @classmethod
     def _from_tree(cls, tree: Mapping[str, Any], name: str, where: "Where") -> Self:
@@ -182,7 +191,7 @@ HOW = (
 
 
 def _is_access(key: str) -> bool:
-    access = {"servers", "api_key_env", "timeout", "concurrency", "give_up_after"}
+    access = {"servers", "api_key_env", "timeout", "concurrency", "patience"}
     of_teacher = key.startswith("teacher.") and key.rpartition(".")[2] in access
     return of_teacher or key.startswith("rollout.server.")
 

@@ -3,6 +3,7 @@
 Errors are `UsageError`s of one line that name the file and line, or the override.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +15,11 @@ from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import MarkedYAMLError
 
 from poweropd.errors import UsageError
+
+logger = logging.getLogger("poweropd")
+
+# Keys of an earlier release, which are still accepted, with a notice.
+RENAMED = {"teacher.give_up_after": "teacher.patience"}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -30,7 +36,34 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}{line}: not valid YAML: {error.problem}") from None
     if not isinstance(tree, dict):
         raise UsageError(f"{path}: expected a mapping of sections such as model and data")
+    rename_keys(tree)
     return tree
+
+
+def renamed(parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns a key by its present name, with a notice if it had another one.
+
+    A teacher among several has the keys of a single one, behind its name.
+    """
+    new = RENAMED.get(".".join((parts[0], parts[-1])))
+    if new is None or len(parts) not in (2, 3):
+        return parts
+    key = (*parts[:-1], new.rpartition(".")[2])
+    logger.warning("%s was renamed to %s", ".".join(parts), ".".join(key))
+    return key
+
+
+def rename_keys(tree: dict[str, Any], parts: tuple[str, ...] = ()) -> None:
+    """Renames the keys of `RENAMED` in a tree, in place; line numbers go with them."""
+    for old, value in list(tree.items()):
+        path = (*parts, str(old))
+        *_, new = renamed(path)
+        if new != old and new not in tree:  # both: the old one is refused as unknown
+            tree[new] = tree.pop(old)
+            if isinstance(tree, CommentedMap) and old in (tree.lc.data or {}):
+                tree.lc.data[new] = tree.lc.data[old]
+        if isinstance(value, dict):
+            rename_keys(value, path)
 
 
 def apply_override(tree: dict[str, Any], override: str) -> tuple[str, ...]:
@@ -39,10 +72,13 @@ def apply_override(tree: dict[str, Any], override: str) -> tuple[str, ...]:
     parts = tuple(key.strip().split("."))
     if not equals or not all(parts):
         raise UsageError(f"{override}: expected an override key=value, such as train.steps=100")
+    parts = renamed(parts)
     try:
         value = YAML(typ="rt").load(text)
     except MarkedYAMLError as error:
         raise UsageError(f"{override}: not a YAML value: {error.problem}") from None
+    if isinstance(value, dict):
+        rename_keys(value, parts)
     node = tree
     for part in parts[:-1]:
         if not isinstance(node.get(part), dict):

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from poweropd.rollouts import staleness_problem
+
 if TYPE_CHECKING:
     from poweropd.config import Config
 
@@ -10,6 +12,7 @@ def of(config: "Config") -> list[tuple[bool, str]]:
     """Settings that cannot go together: whether they are there, and what the user is told."""
     objective, rollout, select = config.objective, config.rollout, config.objective.select
     full_vocab, truncated = objective.kind == "full_vocab", rollout.score == "truncated"
+    stale = staleness_problem(rollout.staleness, rollout.engine)
     return [
         (
             full_vocab and config.reward.create().needs_statistics,
@@ -44,11 +47,7 @@ def of(config: "Config") -> list[tuple[bool, str]]:
             "rollout.score: truncated needs rollout.temperature > 0, for the support of "
             "greedy sampling is a single id",
         ),
-        (
-            rollout.staleness > 0 and rollout.engine in ("transformers", "vllm"),
-            f"rollout.staleness: {rollout.staleness} needs an engine that samples while the "
-            f"student is trained, such as vllm_server; {rollout.engine} does not",
-        ),
+        (stale is not None, stale or ""),
         *_of_teachers(config),
     ]
 

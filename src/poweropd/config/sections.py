@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 
 from poweropd import net, rewards
 from poweropd.evaluation.settings import EvaluationSettings
+from poweropd.rollouts import ENGINES
 
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"]
 Attention = Literal[
@@ -16,9 +17,6 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-ENGINES = ("transformers", "vllm", "vllm_server")
 
 
 class Section(BaseModel):
@@ -64,7 +62,7 @@ class TeacherConfig(Section):
     api_key_env: str | None = None  # the environment variable that holds the servers' key
     timeout: PositiveFloat = 120.0  # of one request
     concurrency: PositiveInt = 32  # requests at once, of each server and process
-    give_up_after: PositiveFloat = 900.0  # for which the servers may be away
+    patience: PositiveFloat = 900.0  # for which the servers may be away
 
     @model_validator(mode="after")
     def _valid(self) -> Self:
@@ -177,7 +175,7 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _valid(self) -> Self:
-        _check_choice("engine", self.engine, ENGINES)
+        _check_choice("engine", self.engine, tuple(ENGINES))
         return self
 
 

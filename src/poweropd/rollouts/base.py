@@ -1,11 +1,16 @@
-"""What every rollout engine offers, and the randomness that belongs to a completion."""
+"""The interface of every rollout engine, and the randomness that belongs to a completion."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from torch import Tensor
+
 from poweropd.data.rollout import Request, Rollout
+from poweropd.models.language_model import Student
+
+Weights = Callable[[], Iterable[tuple[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -21,9 +26,9 @@ class Sampling:
 
 @runtime_checkable
 class RolloutEngine(Protocol):
-    """Samples from the current student. Any object with these three is one.
+    """Samples from the current student. Any object with these three members is an engine.
 
-    `concurrent`: whether it may sample, in another thread, while the student's weights change.
+    `concurrent` says whether it may sample, in another thread, while the student's weights change.
     Such an engine has a copy of its own, which only `sync` replaces.
     """
 
@@ -39,13 +44,27 @@ class RolloutEngine(Protocol):
         """
 
     def sync(self) -> None:
-        """Takes over the student's weights as they are now. With several processes, all call it."""
+        """Takes over the student's weights as they are now; all processes call it."""
 
 
 def completion_seed(seed: int, step: int, prompt_index: int, sample_index: int) -> int:
-    """A 63-bit seed that depends on these four numbers alone.
+    """Returns a 63-bit seed that depends on these four numbers alone.
 
     So a completion does not depend on batching, process count or resume.
     """
     key = f"{seed}/{step}/{prompt_index}/{sample_index}".encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+def shared_weights(student: Student) -> Iterator[tuple[str, Tensor]]:
+    """Yields the gathered weights in the checkpoint's names, without padding.
+
+    Embeddings and head are cut to the vocabulary that the student shares with the teacher.
+    """
+    causal_lm = student.causal_lm
+    tables = (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
+    cut = {id(parameter) for table in tables for parameter in table.parameters()}
+    named = causal_lm.named_parameters(remove_duplicate=False)
+    names = {name for name, parameter in named if id(parameter) in cut}
+    for name, tensor in student.gathered_weights():
+        yield name, tensor[: student.vocab_size] if name in names else tensor

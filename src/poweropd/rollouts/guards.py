@@ -1,4 +1,4 @@
-"""What is not trusted of an engine: the shape of its rollouts, and that its weights are current."""
+"""Checks that an engine's rollouts are well-formed and that its weights are current."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,8 @@ TOLERANCES = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 2e-1}
 class CheckedEngine:
     """An engine from outside, whose rollouts are checked before anything is trained on them.
 
-    Raises RunError, naming the engine and the request, at the first that breaks the protocol.
+    Raises RunError, naming the engine and the request, at the first rollout that breaks the
+    protocol.
     """
 
     def __init__(self, engine: RolloutEngine, name: str, vocab_size: int, context: int) -> None:
@@ -39,12 +40,14 @@ class CheckedEngine:
             raise self._error(next(iter(missing)), f"none, nor of {len(missing) - 1} others")
 
     def _error(self, key: tuple[int, int], got: str) -> RunError:
+        """Returns the error that names a rollout and says what came in its place."""
         return RunError(
             f"rollout.engine {self.name}: expected one whole rollout of prompt {key[0]}, sample "
             f"{key[1]}, got {got}"
         )
 
     def _problem(self, request: Request, rollout: Rollout) -> str | None:
+        """Returns what is wrong with a rollout; None if nothing is."""
         ids = rollout.completion_ids
         log_probs = rollout.sampling_log_probs or [0.0] * len(ids)  # none: it does not know them
         mask = [True] * len(ids) if rollout.completion_mask is None else rollout.completion_mask
@@ -68,12 +71,11 @@ class CheckedEngine:
 
 
 class VerifiedEngine:
-    """An engine with weights of its own, compared with the student's at its first and every
-    `every`-th sync.
+    """An engine with weights of its own, which are compared with the student's.
 
-    It samples `probes`, a few short completions; `log_probs(rollouts)` are the student's own on
-    the same tokens. Raises RunError where they differ by more than `tolerance`, nats per token in
-    the mean.
+    At the first and every `every`-th sync it samples `probes`, a few short completions.
+    `log_probs(rollouts)` are the student's own of the same tokens. Raises RunError if the mean
+    difference is more than `tolerance`, in nats per token.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class VerifiedEngine:
         self.syncs += 1
 
     def verify(self) -> None:
+        """Raises RunError if the engine does not hold the student's weights."""
         difference = self.difference()
         if not difference <= self.tolerance:
             raise RunError(
@@ -109,11 +112,11 @@ class VerifiedEngine:
             )
 
     def difference(self) -> float:
-        """Mean absolute difference of log-probs over freshly sampled tokens."""
+        """Returns the mean absolute difference of log-probs over freshly sampled tokens."""
         rollouts = sorted(self.engine.generate(*self.probes), key=lambda r: r.key)
         pairs = [
             (theirs, own)
-            for rollout, row in zip(rollouts, self.log_probs(rollouts), strict=True)
-            for theirs, own in zip(rollout.sampling_log_probs, row, strict=True)
+            for rollout, student in zip(rollouts, self.log_probs(rollouts), strict=True)
+            for theirs, own in zip(rollout.sampling_log_probs, student, strict=True)
         ]
         return sum(abs(theirs - own) for theirs, own in pairs) / len(pairs)

@@ -1,4 +1,4 @@
-"""When a step's completions are sampled: on time, or one step ahead, beside the update.
+"""Rollout schedules: a step's completions are sampled on time, or one step ahead of the update.
 
 Ahead, the completions of step s + 1 are sampled while step s is trained, so always by the weights
 that the sync of step s - 1 left in the engine: which weights sample what is a function of the step
@@ -7,7 +7,7 @@ alone. What is sampled and not yet trained on belongs into the checkpoint.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any
 
 from poweropd.data.rollout import Request, Rollout
 
@@ -15,56 +15,38 @@ Sample = Callable[[int], Iterator[Rollout]]
 Row = dict[str, Any]
 
 
-class RolloutSchedule(Protocol):
+class OnTime:
+    """Staleness 0: a step's completions are sampled when the step begins."""
+
+    def __init__(self, sample: Sample, steps: int) -> None:
+        self.sample, self.steps = sample, steps
+
     def take(self, step: int) -> Iterable[Rollout]:
-        """This process's completions of a step, counted from 0."""
+        """Returns this process's completions of a step, counted from 0."""
+        return self.sample(step)
 
     def begin(self, step: int) -> None:
-        """Says that only training follows until `finish`: the time to sample `step`, if it is."""
+        """Starts to sample `step` if that is done ahead: only training follows until `finish`."""
 
     def finish(self) -> None:
         """Returns once nothing is being sampled, so that the engine's weights may change."""
 
     def put_back(self) -> None:
-        """Says that the step taken last was not trained on: it will be taken again."""
+        """Keeps the step taken last, which was not trained on and will be taken again."""
 
     def pending(self) -> list[Row]:
-        """What is sampled and not taken, as JSON."""
+        """Returns what is sampled and not taken, as JSON."""
+        return []
 
     def restore(self, rows: Sequence[Mapping[str, Any]], requests: Sequence[Request]) -> None:
         """Takes over what was `pending` at a checkpoint and answers one of these requests."""
 
 
-class OnTime:
-    """Staleness 0: a step's completions are sampled when it begins."""
-
-    def __init__(self, sample: Sample, steps: int) -> None:
-        self.sample = sample
-
-    def take(self, step: int) -> Iterable[Rollout]:
-        return self.sample(step)
-
-    def begin(self, step: int) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass
-
-    def put_back(self) -> None:
-        pass
-
-    def pending(self) -> list[Row]:
-        return []
-
-    def restore(self, rows: Sequence[Mapping[str, Any]], requests: Sequence[Request]) -> None:
-        pass
-
-
-class Ahead:
+class Ahead(OnTime):
     """Staleness 1: a thread samples the next of `steps` steps while one is trained."""
 
     def __init__(self, sample: Sample, steps: int) -> None:
-        self.sample, self.steps = sample, steps
+        super().__init__(sample, steps)
         self.ready: list[Rollout] = []
         self.taken: list[Rollout] = []
         self._thread = ThreadPoolExecutor(1, "rollouts")
@@ -114,4 +96,4 @@ class Ahead:
         ]
 
 
-SCHEDULES: dict[int, Callable[[Sample, int], RolloutSchedule]] = {0: OnTime, 1: Ahead}
+SCHEDULES: dict[int, type[OnTime]] = {0: OnTime, 1: Ahead}

@@ -4,30 +4,34 @@ Each completion draws one uniform number per token from its own generator and ta
 where the cumulative probability passes it, so a completion does not depend on its neighbours.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
+from poweropd.config import Config
 from poweropd.data.rollout import Request, Rollout
+from poweropd.models import attention
+from poweropd.models.language_model import Student
 from poweropd.rollouts.base import Sampling
 
 
 class TransformersEngine:
     """Samples from `model`, in chunks of at most `batch_size` completions.
 
-    `sync` brings the model up to date with the student; it is a no-op where they are the same
-    object. Ids from `vocab_size` on (padded embeddings) are never sampled.
+    `sync` brings the model up to date with the student, and does nothing if it is the student's.
+    Ids from `vocab_size` on (padded embeddings) are never sampled.
     """
 
     concurrent = False
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         *,
         vocab_size: int,
         batch_size: int = 128,
@@ -36,11 +40,42 @@ class TransformersEngine:
         self.model, self.vocab_size, self.batch_size = model, vocab_size, batch_size
         self._sync = sync
 
+    @classmethod
+    def build(
+        cls, student: Student, config: Config, accelerator: Accelerator, longest: int | None
+    ) -> "TransformersEngine":
+        """Returns an engine on the student itself if that can decode, or on a plain copy.
+
+        The copy is in the compute dtype. The `longest` sequence does not matter here.
+        """
+        model, sizes = student.model, (student.vocab_size, config.rollout.batch_size)
+        sharded = config.train.sharding != "none" and accelerator.num_processes > 1
+        as_it_is = not sharded and not config.model.compile
+        decodes = attention.implementation(student) in attention.PADDED
+        if model.dtype == student.compute_dtype and as_it_is and decodes:
+            return cls(model, vocab_size=sizes[0], batch_size=sizes[1])
+        twin = copy.deepcopy(model).requires_grad_(False)
+        if student.lora:
+            twin = twin.merge_and_unload()
+        for parameter in twin.parameters():
+            # Not `twin.to(dtype)`: that would round the buffers of rotary embeddings as well.
+            parameter.data = parameter.data.to(student.compute_dtype)
+        if not decodes:
+            twin.set_attn_implementation("sdpa")
+        own = twin.state_dict()
+
+        def sync() -> None:
+            for name, tensor in student.gathered_weights():
+                own[name].copy_(tensor)
+
+        return cls(twin, vocab_size=sizes[0], batch_size=sizes[1], sync=sync)
+
     def sync(self) -> None:
         self._sync()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Rollout]:
-        # Neighbours of like length need little padding.
+        """Yields rollouts as they end, those of the longest prompts first."""
+        # Neighbours of similar length need little padding.
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i].prompt_ids), i))
         was_training = self.model.training
         self.model.eval()
@@ -53,10 +88,14 @@ class TransformersEngine:
 
 
 class _Decoder:
-    """One chunk of completions, decoded together; rows that have ended are dropped."""
+    """One chunk of completions, decoded together; a completion that has ended is dropped."""
 
     def __init__(
-        self, model: Any, vocab_size: int, requests: Sequence[Request], sampling: Sampling
+        self,
+        model: PreTrainedModel,
+        vocab_size: int,
+        requests: Sequence[Request],
+        sampling: Sampling,
     ) -> None:
         self.model, self.requests, self.sampling = model, requests, sampling
         self.device, self.vocab_size = model.device, vocab_size
@@ -64,40 +103,43 @@ class _Decoder:
         self.cache = DynamicCache(config=model.config)
         self.input_ids, self.mask = self._left_padded([r.prompt_ids for r in requests])
         self.uniforms = torch.stack([self._uniforms(r.seed) for r in requests]).to(self.device)
-        self.rows = list(range(len(requests)))  # which request each live row belongs to
+        self.live = list(range(len(requests)))  # the requests that are still being decoded
         self.tokens: list[list[int]] = [[] for _ in requests]
         self.log_probs: list[list[float]] = [[] for _ in requests]
 
     def _left_padded(self, prompts: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        """Returns [B, T] ids and their mask, 0 on padding."""
         width = max(len(ids) for ids in prompts)
         ids = [[0] * (width - len(p)) + p for p in prompts]
         mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
         return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
 
     def _uniforms(self, seed: int) -> Tensor:
+        """Returns [max_new_tokens] float64 draws from [0, 1)."""
         generator = torch.Generator().manual_seed(seed)
         return torch.rand(self.sampling.max_new_tokens, generator=generator, dtype=torch.float64)
 
     def run(self) -> Iterator[Rollout]:
+        """Yields each rollout when it ends."""
         for position in range(self.sampling.max_new_tokens):
             tokens, log_probs = self._next(position)
             last = position + 1 == self.sampling.max_new_tokens
             stopped = torch.isin(tokens, self.stop_ids).tolist()
-            for row, token, log_prob in zip(
-                self.rows, tokens.tolist(), log_probs.tolist(), strict=True
+            for i, token, log_prob in zip(
+                self.live, tokens.tolist(), log_probs.tolist(), strict=True
             ):
-                self.tokens[row].append(token)
-                self.log_probs[row].append(log_prob)
-            for row, has_stopped in zip(self.rows, stopped, strict=True):
+                self.tokens[i].append(token)
+                self.log_probs[i].append(log_prob)
+            for i, has_stopped in zip(self.live, stopped, strict=True):
                 if has_stopped or last:
-                    yield self._rollout(row, has_stopped)
+                    yield self.requests[i].rollout(self.tokens[i], self.log_probs[i], has_stopped)
             if last or all(stopped):
                 return
             self._continue_with(tokens, [i for i, ended in enumerate(stopped) if not ended])
 
     @torch.inference_mode()
     def _next(self, position: int) -> tuple[Tensor, Tensor]:
-        """The next token of each live row and its log-probability, [rows] each."""
+        """Returns the next token of each live completion and its log-prob, [live] each."""
         logits = self.model(
             input_ids=self.input_ids,
             attention_mask=self.mask,
@@ -111,27 +153,20 @@ class _Decoder:
         chosen = logits.gather(1, tokens[:, None]).squeeze(1)
         return tokens, chosen - logits.logsumexp(1)
 
+    @torch.inference_mode()
     def _continue_with(self, tokens: Tensor, alive: list[int]) -> None:
-        with torch.inference_mode():
-            if len(alive) < len(self.rows):
-                keep = torch.tensor(alive, device=self.device)
-                self.cache.batch_select_indices(keep)
-                tokens, self.mask, self.uniforms = (
-                    tokens[keep],
-                    self.mask[keep],
-                    self.uniforms[keep],
-                )
-                self.rows = [self.rows[i] for i in alive]
-            self.input_ids = tokens[:, None]
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), 1)], dim=1)
-
-    def _rollout(self, row: int, stopped: bool) -> Rollout:
-        request = self.requests[row]
-        return request.rollout(self.tokens[row], self.log_probs[row], stopped)
+        """Makes `tokens` the next input; drops all completions but those at positions `alive`."""
+        if len(alive) < len(self.live):
+            keep = torch.tensor(alive, device=self.device)
+            self.cache.batch_select_indices(keep)
+            tokens, self.mask, self.uniforms = tokens[keep], self.mask[keep], self.uniforms[keep]
+            self.live = [self.live[i] for i in alive]
+        self.input_ids = tokens[:, None]
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.live), 1)], dim=1)
 
 
 def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
-    """Inverse-CDF sampling: [B, V] logits and [B] uniforms in [0, 1) -> [B] ids.
+    """Samples by the inverse CDF: [B, V] logits and [B] uniforms in [0, 1) -> [B] ids.
 
     Temperature 0 is greedy. Truncation follows transformers: top-k, then top-p.
     """

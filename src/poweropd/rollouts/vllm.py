@@ -7,16 +7,21 @@ between rollouts (its weights moved to the host, its KV cache freed).
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from accelerate import Accelerator
 
+from poweropd.config import Config
 from poweropd.data.rollout import Request, Rollout
 from poweropd.errors import UsageError
-from poweropd.rollouts.base import Sampling
+from poweropd.models.language_model import Student
+from poweropd.models.loading import resolve
+from poweropd.rollouts.base import Sampling, Weights, shared_weights
 
-Weights = Callable[[], Iterable[tuple[str, Tensor]]]
+if TYPE_CHECKING:
+    from vllm import LLM, CompletionOutput
 
 
 class VllmEngine:
@@ -24,7 +29,7 @@ class VllmEngine:
 
     `weights()` yields the student's weights in the checkpoint's names, merged and unsharded, a tied
     head under its own name, too: vLLM keeps the old one otherwise. `options` are keyword arguments
-    of `vllm.LLM`. Raises UsageError where vLLM is missing or refuses them.
+    of `vllm.LLM`. Raises UsageError if vLLM is missing or refuses them.
     """
 
     concurrent = False
@@ -33,7 +38,28 @@ class VllmEngine:
         self.model, self.weights, self.options = model, weights, dict(options)
         _process.llm_for(self)
 
+    @classmethod
+    def build(
+        cls, student: Student, config: Config, accelerator: Accelerator, longest: int | None
+    ) -> "VllmEngine":
+        """Returns the engine of a run, with room for the `longest` sequence, in tokens."""
+        options: dict[str, Any] = {
+            "dtype": config.model.dtype,
+            "trust_remote_code": config.model.trust_remote_code,
+        }
+        if student.causal_lm.get_output_embeddings().weight.shape[0] > student.vocab_size:
+            options["hf_overrides"] = {"vocab_size": student.vocab_size}
+        if accelerator.num_processes > 1:  # each process has an engine, on its own device
+            options["distributed_executor_backend"] = "external_launcher"
+        options |= config.rollout.vllm.model_dump()
+        if options["enforce_eager"] is None:
+            options["enforce_eager"] = student.device.type != "cuda"
+        if options["max_model_len"] is None:
+            options["max_model_len"] = longest
+        return cls(resolve(config.model.student), partial(shared_weights, student), options)
+
     def sync(self) -> None:
+        """Hands vLLM the student's weights as they are now."""
         # No KV cache yet: beside the trainer's gradients there may be no room for it.
         llm = _process.awake(self, ["weights"])
         llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self.weights()})
@@ -41,15 +67,21 @@ class VllmEngine:
         _process.synced = self
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Rollout]:
+        """Yields rollouts as they end; vLLM batches them continuously."""
         if _process.synced is not self:
             self.sync()
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
         llm = _process.awake(self)
+        fixed = {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
         _check_room(llm.model_config.max_model_len, requests, sampling)
         engine = llm.llm_engine
         ids = [{"prompt_token_ids": request.prompt_ids} for request in requests]
         waiting = {str(number): request for number, request in enumerate(requests)}
         for name, prompt in zip(waiting, engine.renderer.render_cmpl(ids), strict=True):
-            engine.add_request(name, prompt, _sampling_params(sampling, waiting[name].seed))
+            parameters = vllm_parameters(sampling, waiting[name].seed)
+            engine.add_request(name, prompt, SamplingParams(**parameters, **fixed))
         try:
             while waiting:
                 for output in engine.step():
@@ -61,18 +93,19 @@ class VllmEngine:
 
 
 class _Process:
-    """vLLM keeps its process groups in globals, so a process has one LLM, handed from run to run.
+    """The one LLM of a process, handed from run to run: vLLM keeps its process groups in globals.
 
-    `synced` is the engine whose student's weights it holds.
+    `synced` is the engine whose student's weights the LLM holds.
     """
 
     def __init__(self) -> None:
-        self.llm: Any = None
+        self.llm: LLM | None = None
         self.loaded: tuple[str, dict[str, Any]] | None = None
         self.synced: VllmEngine | None = None
         self.sleeps = False
 
-    def llm_for(self, engine: VllmEngine) -> Any:
+    def llm_for(self, engine: VllmEngine) -> "LLM":
+        """Returns the LLM with the engine's model and options, loaded anew if they differ."""
         if self.loaded != (engine.model, engine.options):
             if self.llm is not None:
                 self.llm.llm_engine.engine_core.shutdown()
@@ -82,7 +115,8 @@ class _Process:
             self.sleep()
         return self.llm
 
-    def _load(self, model: str, options: dict[str, Any]) -> Any:
+    def _load(self, model: str, options: dict[str, Any]) -> "LLM":
+        """Starts vLLM in this process with random weights."""
         if importlib.util.find_spec("vllm") is None:
             raise UsageError("rollout.engine: vllm needs vLLM: pip install 'poweropd[vllm]'")
         # In this process, so that weights can be handed over as tensors.
@@ -99,14 +133,16 @@ class _Process:
             reason = str(error).strip().replace("\n", " ")[:300]
             raise UsageError(f"rollout.vllm: vLLM refuses these options: {reason}") from error
 
-    def awake(self, engine: VllmEngine, tags: list[str] | None = None) -> Any:
+    def awake(self, engine: VllmEngine, tags: list[str] | None = None) -> "LLM":
+        """Returns the engine's LLM with the memory of `tags`, by default all, on the device."""
         llm = self.llm_for(engine)
         if self.sleeps:
             llm.wake_up(tags)
         return llm
 
     def sleep(self) -> None:
-        if self.sleeps:
+        """Frees the device's memory where the platform can."""
+        if self.sleeps and self.llm is not None:
             self.llm.sleep(level=1)
 
 
@@ -114,7 +150,7 @@ _process = _Process()
 
 
 def _check_room(room: int, requests: Sequence[Request], sampling: Sampling) -> None:
-    """vLLM would end a completion at its limit without a word."""
+    """Raises UsageError if a completion may not fit: vLLM would end it at its limit in silence."""
     longest = max((len(request.prompt_ids) for request in requests), default=0)
     if longest + sampling.max_new_tokens > room:
         raise UsageError(
@@ -123,26 +159,26 @@ def _check_room(room: int, requests: Sequence[Request], sampling: Sampling) -> N
         )
 
 
-def _sampling_params(sampling: Sampling, seed: int) -> Any:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+def vllm_parameters(sampling: Sampling, seed: int) -> dict[str, Any]:
+    """Returns the settings of a completion under vLLM's names, the same in process and served."""
+    return {
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "seed": seed,
+        # A model's generation_config.json sets a server's defaults, so these are said, too.
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        # These are all stop ids; the model's own do not count besides.
+        "ignore_eos": True,
+        "stop_token_ids": list(sampling.stop_ids),
+        "logprobs": 0,  # of the sampled token: raw, at temperature 1
+    }
 
-    return SamplingParams(
-        max_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        seed=seed,
-        # Ours are all the stop ids there are: not the model's own besides.
-        ignore_eos=True,
-        stop_token_ids=list(sampling.stop_ids),
-        logprobs=0,  # of the sampled token: raw, at temperature 1
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
 
-
-def _rollout(request: Request, output: Any, sampling: Sampling) -> Rollout:
+def _rollout(request: Request, output: "CompletionOutput", sampling: Sampling) -> Rollout:
+    """Returns the rollout of a request from what vLLM made of it."""
     ids = list(output.token_ids)
     return request.rollout(
         ids,

@@ -5,171 +5,217 @@ prefix cache and keep a version of the weights. The version tells the server tha
 one that was restarted since, or that another run has written to.
 """
 
+import asyncio
 import shutil
 import uuid
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import as_completed
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor
 
+from poweropd.config import Config
 from poweropd.data.rollout import Request, Rollout
 from poweropd.errors import RunError, UsageError
-from poweropd.rollouts.base import Sampling
-from poweropd.rollouts.http import JsonServer, Unavailable
+from poweropd.models.language_model import Student
+from poweropd.net import Json, JsonClient, Transient, reading, start, wait
+from poweropd.rollouts.base import Sampling, Weights, shared_weights
+from poweropd.rollouts.vllm import vllm_parameters
 
 FIRST_VERSION = "default"  # of a server that has been told nothing since its start
-MALFORMED = (KeyError, IndexError, TypeError, ValueError)  # what reading a bad answer raises
+Completion = tuple[list[int], list[float]]  # ids and log-probs
+
+
+class StudentServer:
+    """A vLLM server that samples by the weights in `folder / version`.
+
+    At most `concurrency` completions are asked for at once. Its coroutines run in the event loop of
+    all requests.
+    """
+
+    def __init__(self, client: JsonClient, model: str, folder: Path, concurrency: int) -> None:
+        self.client, self.model, self.folder = client, model, folder
+        self.version = FIRST_VERSION  # of the last sync
+        self._places = asyncio.Semaphore(concurrency)
+
+    @property
+    def target(self) -> Path:
+        """Returns where the weights of the last sync are."""
+        return self.folder / self.version
+
+    async def load(self, in_flight: str) -> None:
+        """Makes the server load the weights of the last sync, as one version.
+
+        What it samples meanwhile is awaited if `in_flight` is "wait", given up if it is "abort".
+        """
+        post = partial(self.client.request, "POST")
+        await post(f"/pause?mode={in_flight}", {})
+        # A server that was started without weights would go on refusing to read any.
+        overrides = {"load_config": {"load_format": "auto"}}
+        await self._call_workers("update_config", {"overrides": overrides})
+        await self._call_workers("reload_weights", {"weights_path": str(self.target)})
+        await post("/reset_prefix_cache", {})
+        await post("/update_weight_version", {"new_version": self.version})
+        await post("/resume", {})
+
+    async def _call_workers(self, method: str, arguments: dict[str, Json]) -> None:
+        """Calls a method of vLLM's workers; raises RunError if a healthy server fails to."""
+        call = {"method": method, "kwargs": arguments}
+        try:
+            await self.client.request("POST", "/collective_rpc", call)
+        except Transient as error:
+            await self.client.request("GET", "/health")  # raises as well if the server is away
+            raise RunError(
+                f"{self.client.name}: {method} failed ({error}): the server must serve the "
+                f"student's architecture and see {self.target} under that path; start it again. "
+                "If the student's embeddings have more rows than the teacher's, start it with "
+                """--hf-overrides '{"vocab_size": ROWS_OF_THE_SMALLER}' --load-format dummy"""
+            ) from None
+
+    async def current_version(self) -> str:
+        """Returns the version of the weights that the server holds."""
+        answer = await self.client.request("GET", "/weight_info")
+        with reading("/weight_info without a version"):
+            return str(answer["weight_version"])
+
+    async def _check_version(self) -> None:
+        """Raises Transient if the server was restarted, once it has the weights again."""
+        version = await self.current_version()
+        if version == self.version:
+            return
+        if version != FIRST_VERSION:
+            raise RunError(
+                f"{self.client.name}: another run has given this server its weights (version "
+                f"{version}): a rollout server serves one run; start another one"
+            )
+        await asyncio.shield(self.load("abort"))  # half of it would leave the server paused
+        raise Transient("it was restarted; it has been given the weights again")
+
+    async def sample(self, request: Request, sampling: Sampling) -> Rollout:
+        """Samples one completion, through restarts of the server and bad answers."""
+        async with self._places:
+            complete = partial(self._complete, request, sampling)
+            ids, log_probs = await self.client.patiently(complete)
+        return request.rollout(ids, log_probs, ids[-1] in sampling.stop_ids)
+
+    async def _complete(self, request: Request, sampling: Sampling) -> Completion:
+        """Returns ids and log-probs of a whole completion by the weights of the last sync."""
+        # Before and after: the server may be restarted at any moment.
+        await self._check_version()
+        body = {"model": self.model, "prompt": request.prompt_ids, "return_token_ids": True}
+        body |= vllm_parameters(sampling, request.seed)
+        answer = await self.client.request("POST", "/v1/completions", body)
+        await self._check_version()
+        with reading("an answer that is no completion"):
+            return _read_completion(answer, sampling)
 
 
 class VllmServerEngine:
-    """`weights()` yields the student's weights as `rollouts.vllm.VllmEngine` takes them.
+    """Samples from the vLLM server that `client` reaches.
 
-    The main process writes them to a folder of the run's own in `folder`, which goes when the
-    engine does, and tells the server; `wait()` is a barrier of all processes, each of which samples
-    its own requests, `concurrency` at once. A server that was restarted is given the weights again.
-    Raises UsageError where there is no vLLM server; RunError where it stays away, holds another
-    run's weights, or refuses something.
+    `weights()` yields the student's weights as `VllmEngine` takes them. The main process writes
+    them to a folder of the run's own in `folder`, which is deleted with the engine, and tells the
+    server. `barrier()` waits for all processes, each of which samples its own requests,
+    `concurrency` at once. A server that was restarted is given the weights again. Raises UsageError
+    if there is no vLLM server; RunError if it stays away, holds another run's weights, or refuses
+    something.
     """
 
     concurrent = True
 
     def __init__(
         self,
-        server: JsonServer,
-        weights: Callable[[], Iterable[tuple[str, Tensor]]],
+        client: JsonClient,
+        weights: Weights,
         folder: Path,
         concurrency: int,
         is_main: bool = True,
-        wait: Callable[[], None] = lambda: None,
+        barrier: Callable[[], None] = lambda: None,
     ) -> None:
-        self.server, self.weights, self.concurrency = server, weights, concurrency
-        self.is_main, self.wait = is_main, wait
-        self.folder = folder.absolute()
-        self.run = uuid.uuid4().hex
-        self.syncs = 0
-        if is_main:
-            weakref.finalize(self, shutil.rmtree, self.folder / self.run, ignore_errors=True)
+        self.weights, self.is_main, self.barrier = weights, is_main, barrier
+        self.run, self.syncs = uuid.uuid4().hex, 0
         try:
-            self.model = server.get("/v1/models")["data"][0]["id"]
-        except Unavailable as error:
+            model, *_ = wait(client.models())
+        except Transient as error:
             raise UsageError(
-                f"rollout.server.url: no vLLM server answers at {server.url} ({error}); start one: "
+                f"{client.key}: no vLLM server answers at {client.url} ({error}); start one: "
                 "VLLM_SERVER_DEV_MODE=1 vllm serve STUDENT"
             ) from None
-        except MALFORMED as error:
-            raise UsageError(
-                f"rollout.server.url: {server.url} is not a vLLM server: it lists no models "
-                f"({error!r})"
-            ) from None
+        self.server = StudentServer(client, model, folder.absolute(), concurrency)
+        if is_main:
+            own = self.server.folder / self.run
+            weakref.finalize(self, shutil.rmtree, own, ignore_errors=True)
+
+    @classmethod
+    def build(
+        cls, student: Student, config: Config, accelerator: Accelerator, longest: int | None
+    ) -> "VllmServerEngine":
+        """Returns the engine of a run; the server knows the `longest` sequence that it takes."""
+        section = config.rollout.server
+        client = JsonClient(
+            "rollout.server.url",
+            section.url,
+            timeout=section.timeout,
+            patience=section.patience,
+            api_key_env=section.api_key_env,
+            not_found="start vLLM with VLLM_SERVER_DEV_MODE=1 in its environment, on an address "
+            "that only you can reach",
+        )
+        return cls(
+            client,
+            partial(shared_weights, student),
+            Path(section.weights_dir or f"{config.run.dir}/weights"),
+            section.concurrency,
+            accelerator.is_main_process,
+            accelerator.wait_for_everyone,
+        )
 
     def sync(self) -> None:
+        """Gives the server the student's weights as they are now; all processes call it."""
         self.syncs += 1
+        server = self.server
         # Gathering is collective: every process goes through the weights, one keeps them.
         found = ((name, tensor.detach()) for name, tensor in self.weights())
         if self.is_main:
-            self.version = f"{self.run}/sync-{self.syncs}"
+            server.version = f"{self.run}/sync-{self.syncs}"
             self._write({name: tensor.to("cpu", copy=True) for name, tensor in found})
-            self.server.patiently(lambda: self._load("wait"))
-            for old in self.target.parent.glob("sync-*"):
-                if old != self.target:
+            wait(server.client.patiently(partial(server.load, "wait")))
+            for old in server.target.parent.glob("sync-*"):
+                if old != server.target:
                     shutil.rmtree(old)
         else:
             for _ in found:
                 pass
-        self.wait()
+        self.barrier()
         if not self.is_main:
-            self.version = self.server.patiently(self._current_version)
-        self.wait()
-
-    @property
-    def target(self) -> Path:
-        """Where the weights of the last sync are; every process knows it by their version."""
-        return self.folder / self.version
+            server.version = wait(server.client.patiently(server.current_version))
+        self.barrier()
 
     def _write(self, weights: dict[str, Tensor]) -> None:
-        temporary = self.target.with_name(f".tmp-{self.target.name}")
+        """Writes weights where the server will read them, whole or not at all."""
+        target = self.server.target
+        temporary = target.with_name(f".tmp-{target.name}")
         temporary.mkdir(parents=True)
         save_file({k: v.contiguous() for k, v in weights.items()}, temporary / "model.safetensors")
-        temporary.rename(self.target)
-
-    def _load(self, in_flight: str) -> None:
-        """The weights of the last sync into the server, as one version.
-
-        What is being sampled meanwhile is awaited ("wait") or given up ("abort").
-        """
-        post = self.server.post
-        post("/pause", {}, mode=in_flight)
-        # A server that was started without weights would go on refusing to read any.
-        overrides = {"load_config": {"load_format": "auto"}}
-        self._call_workers("update_config", {"overrides": overrides})
-        self._call_workers("reload_weights", {"weights_path": str(self.target)})
-        post("/reset_prefix_cache", {})
-        post("/update_weight_version", {"new_version": self.version})
-        post("/resume", {})
-
-    def _call_workers(self, method: str, arguments: dict[str, Any]) -> None:
-        try:
-            self.server.post("/collective_rpc", {"method": method, "kwargs": arguments})
-        except Unavailable as error:
-            if not self.server.is_healthy():
-                raise
-            raise RunError(
-                f"{self.server.url}: {method} failed ({error}): the server must serve the "
-                f"student's architecture and see {self.target} under that path; start it again. "
-                "If the student's embeddings have more rows than the teacher's, start it with "
-                """--hf-overrides '{"vocab_size": ROWS_OF_THE_SMALLER}' --load-format dummy"""
-            ) from None
-
-    def _current_version(self) -> str:
-        try:
-            return str(self.server.get("/weight_info")["weight_version"])
-        except MALFORMED as error:
-            raise Unavailable(f"/weight_info without a version ({error!r})") from error
-
-    def _check_version(self) -> None:
-        """Raises Unavailable where the server was restarted, once it has the weights again."""
-        version = self._current_version()
-        if version == self.version:
-            return
-        if version != FIRST_VERSION:
-            raise RunError(
-                f"{self.server.url}: another run has given this server its weights (version "
-                f"{version}): a rollout server serves one run; start another one"
-            )
-        self._load("abort")
-        raise Unavailable("it was restarted; it has been given the weights again")
+        temporary.rename(target)
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Rollout]:
-        pool = ThreadPoolExecutor(self.concurrency)
+        """Yields rollouts as they end; requests under way are given up if the caller stops."""
+        futures = [start(self.server.sample(request, sampling)) for request in requests]
         try:
-            futures = [pool.submit(self._rollout, request, sampling) for request in requests]
             for future in as_completed(futures):
                 yield future.result()
         finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _rollout(self, request: Request, sampling: Sampling) -> Rollout:
-        ids, log_probs = self.server.patiently(lambda: self._complete(request, sampling))
-        return request.rollout(ids, log_probs, ids[-1] in sampling.stop_ids)
-
-    def _complete(self, request: Request, sampling: Sampling) -> tuple[list[int], list[float]]:
-        """Ids and log-probs of a whole completion by the weights of the last sync."""
-        # Before and after: the server may be restarted at any moment.
-        self._check_version()
-        body = _completion_body(self.model, request, sampling)
-        answer = self.server.post("/v1/completions", body)
-        self._check_version()
-        try:
-            return _read_completion(answer, sampling)
-        except MALFORMED as error:
-            raise Unavailable(f"an answer that is no completion ({error!r})") from error
+            for future in futures:
+                future.cancel()
 
 
-def _read_completion(answer: Any, sampling: Sampling) -> tuple[list[int], list[float]]:
+def _read_completion(answer: Json, sampling: Sampling) -> Completion:
+    """Returns ids and log-probs of an answer; raises Transient if the completion is not whole."""
     (choice,) = answer["choices"]
     ids, log_probs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
     complete = (
@@ -178,28 +224,8 @@ def _read_completion(answer: Any, sampling: Sampling) -> tuple[list[int], list[f
         else len(ids) == sampling.max_new_tokens
     )
     if not complete or len(log_probs) != len(ids) or None in log_probs:
-        raise Unavailable(
+        raise Transient(
             f"a completion of {len(ids)} tokens and {len(log_probs)} log-probs ended early "
             f"({choice['finish_reason']})"
         )
     return ids, log_probs
-
-
-def _completion_body(model: str, request: Request, sampling: Sampling) -> dict[str, Any]:
-    return {
-        "model": model,
-        "prompt": request.prompt_ids,
-        "seed": request.seed,
-        "max_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        # The rest is said, too: a model's generation_config.json sets the server's defaults.
-        "min_p": 0.0,
-        "repetition_penalty": 1.0,
-        # Ours are all the stop ids there are: not the model's own besides.
-        "ignore_eos": True,
-        "stop_token_ids": list(sampling.stop_ids),
-        "logprobs": 0,  # of the sampled token: raw, at temperature 1
-        "return_token_ids": True,
-    }

@@ -1,1 +1,1 @@
-"""Teachers: who gives the log-probabilities of sampled tokens."""
+"""Teachers give the log-probabilities of sampled tokens: in this process, served, or several."""

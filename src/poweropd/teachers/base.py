@@ -1,4 +1,4 @@
-"""What every teacher offers."""
+"""The interface of every teacher."""
 
 from collections.abc import Iterable
 from typing import Protocol
@@ -10,12 +10,12 @@ class TeacherScorer(Protocol):
     """Gives each trained token's log-probability under the teacher."""
 
     def submit(self, example: Example) -> None:
-        """Takes an example; where it can, scores it while others are still being sampled."""
+        """Takes an example; a served teacher scores it while others are still being sampled."""
 
     def collect(self) -> list[Example]:
-        """All examples since the last call, with `teacher_log_probs` (float32, on the CPU).
+        """Returns all examples since the last call, in the order in which they were submitted.
 
-        They come in the order in which they were submitted.
+        Each has its `teacher_log_probs` (float32, on the CPU).
         """
 
 
@@ -34,7 +34,7 @@ class Unscored:
 
 
 def score(teacher: TeacherScorer, examples: Iterable[Example]) -> list[Example]:
-    """The examples scored, in the order they came."""
+    """Returns the examples with the teacher's log-probs, in the order in which they came."""
     for example in examples:
         teacher.submit(example)
     return teacher.collect()

@@ -1,19 +1,18 @@
-"""The teachers of a recipe: what is known before any weight is loaded, then their scorers."""
+"""Builds the teachers of a recipe: first what is known without weights, then their scorers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers import AutoQuantizationConfig
 
 from poweropd import stops
-from poweropd.config import sections
+from poweropd.config.sections import TeacherConfig
 from poweropd.errors import UsageError
 from poweropd.models import language_model, loading
-from poweropd.net import api_key, base_url
 from poweropd.teachers.local import LocalTeacher
-from poweropd.teachers.pool import PoolSettings
 from poweropd.teachers.server import ServerTeacher
 
 
@@ -21,15 +20,18 @@ from poweropd.teachers.server import ServerTeacher
 class TeacherProfile:
     """What is known of a teacher before any weight is loaded."""
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     stop_ids: list[int]
-    context: int  # tokens of the longest sequence it reads
-    server: ServerTeacher | None
+    context: int  # tokens of the longest sequence that it reads
+    server: ServerTeacher | None  # None for a teacher in this process
 
 
-def profile_teacher(section: sections.TeacherConfig) -> TeacherProfile:
-    """Raises UsageError or RunError where there is no such model or server."""
-    server = connect_servers(section) if section.servers else None
+def profile_teacher(section: TeacherConfig) -> TeacherProfile:
+    """Reads a teacher's tokenizer and asks its servers, if it has any, for its context.
+
+    Raises UsageError or RunError if there is no such model or server.
+    """
+    server = ServerTeacher(section) if section.servers else None
     name = section.tokenizer or section.model
     try:
         tokenizer = loading.load_tokenizer(name, section.trust_remote_code)
@@ -40,25 +42,16 @@ def profile_teacher(section: sections.TeacherConfig) -> TeacherProfile:
             f"{error}; set teacher.tokenizer to the directory or Hub model with the teacher's files"
         ) from None
     if server is None:
-        context = loading.context_length(
-            loading.load_config(section.model, section.trust_remote_code)
-        )
+        config = loading.load_config(section.model, section.trust_remote_code)
+        context = loading.context_length(config)
     else:
         context = server.context()
     stop_ids = stops.stop_ids(tokenizer, loading.load_generation_config(name))
     return TeacherProfile(tokenizer, stop_ids, context, server)
 
 
-def connect_servers(section: sections.TeacherConfig) -> ServerTeacher:
-    key = api_key("teacher.api_key_env", section.api_key_env)
-    settings = PoolSettings(
-        section.model, section.timeout, section.concurrency, section.give_up_after, key
-    )
-    return ServerTeacher([base_url(url) for url in section.servers], settings)
-
-
-def load_teacher_model(section: sections.TeacherConfig, device: torch.device) -> Any:
-    """The weights of a teacher in this process, quantized where the recipe says so."""
+def load_teacher_model(section: TeacherConfig, device: torch.device) -> PreTrainedModel:
+    """Loads the weights of a teacher in this process, quantized if the recipe says so."""
     if section.quantization is not None:
         return _load_quantized(section, section.quantization, device)
     model = loading.load_model(section.model, section.dtype, section.trust_remote_code)
@@ -66,8 +59,9 @@ def load_teacher_model(section: sections.TeacherConfig, device: torch.device) ->
 
 
 def _load_quantized(
-    section: sections.TeacherConfig, quantization: Mapping[str, Any], device: torch.device
-) -> Any:
+    section: TeacherConfig, quantization: Mapping[str, Any], device: torch.device
+) -> PreTrainedModel:
+    """Loads quantized weights; raises UsageError if the quantization cannot be had here."""
     try:
         return loading.load_model(
             section.model,
@@ -88,16 +82,17 @@ def _load_quantized(
 
 
 def local_teacher(
-    section: sections.TeacherConfig, teacher: language_model.Teacher, device: torch.device
+    section: TeacherConfig, teacher: language_model.Teacher, device: torch.device
 ) -> LocalTeacher:
+    """Returns the scorer of a teacher in this process."""
     offload_from = device if section.offload else None
     return LocalTeacher(teacher, section.max_tokens_per_batch, offload_from)
 
 
 def unquantized_teacher(
-    section: sections.TeacherConfig, vocab_size: int, device: torch.device
+    section: TeacherConfig, vocab_size: int, device: torch.device
 ) -> LocalTeacher:
-    """The same teacher as it was before it was quantized."""
+    """Loads the same teacher as it was before it was quantized."""
     plain = section.model_copy(update={"quantization": None})
     dtype = loading.DTYPES[section.dtype]
     return local_teacher(

@@ -1,4 +1,4 @@
-"""A teacher in this process: one forward without a cache, batched under its own token budget."""
+"""A teacher in this process, which scores in batches under a token budget of its own."""
 
 import torch
 
@@ -11,10 +11,9 @@ from poweropd.models.language_model import Teacher
 class LocalTeacher:
     """Scores with a `Teacher` module; `max_tokens` bounds the tokens of one forward.
 
-    Where that is too much for the memory, all waiting examples are scored at half the budget, so
-    that scores do not depend on the moment at which it was found out.
-
-    A teacher with an `offload_from` is on that device while it scores, else on the CPU.
+    If memory runs out, all waiting examples are scored again at half the budget, so that scores do
+    not depend on the moment at which it ran out. A teacher with an `offload_from` is on that device
+    only while it scores and on the CPU otherwise.
     """
 
     def __init__(
@@ -24,7 +23,7 @@ class LocalTeacher:
         self._waiting: list[Example] = []
 
     def submit(self, example: Example) -> None:
-        self._waiting.append(example)  # batches of like length need them all
+        self._waiting.append(example)  # batches of similar lengths need all of them
 
     def collect(self) -> list[Example]:
         waiting, self._waiting = self._waiting, []
@@ -37,6 +36,7 @@ class LocalTeacher:
             self.teacher.to("cpu")
 
     def _within_memory(self, waiting: list[Example]) -> list[Example]:
+        """Scores, and after running out of memory scores again with a smaller budget."""
         while True:
             try:
                 return self._scored(waiting)
@@ -44,6 +44,7 @@ class LocalTeacher:
                 self._shrink([e.teacher_length for e in waiting], error)
 
     def _scored(self, waiting: list[Example]) -> list[Example]:
+        """Returns the examples scored in batches of at most `max_tokens`."""
         scored = list(waiting)
         flat = self.teacher.flat
         for group in pack([e.teacher_length for e in waiting], self.max_tokens, flat):
@@ -60,6 +61,7 @@ class LocalTeacher:
         return scored
 
     def _shrink(self, lengths: list[int], error: torch.OutOfMemoryError) -> None:
+        """Halves the budget; raises RunError if a single sequence does not fit."""
         smaller = halved(self.max_tokens, lengths)
         if smaller is None:
             raise RunError(

@@ -1,4 +1,4 @@
-"""What quantizing a teacher does to the rewards, measured on the first step's completions."""
+"""Measures what quantizing a teacher does to rewards, on the first step's completions."""
 
 import json
 import logging
@@ -17,10 +17,10 @@ logger = logging.getLogger("poweropd")
 
 
 class MeasuredTeacher:
-    """Scores with `teacher`; what it collects first is also scored by the unquantized one.
+    """Scores with `teacher`; its first examples are also scored by the unquantized teacher.
 
-    `load_unquantized` is called for that, once, unless the file `path` is there from an earlier
-    start; it then holds the `effect`.
+    `load_unquantized` is called once for that, and the `effect` is written to the file `path`.
+    Nothing is measured if the file exists from an earlier start.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class MeasuredTeacher:
 def effect(
     quantized: Sequence[Example], unquantized: Sequence[Example], reward: Reward
 ) -> dict[str, float]:
-    """Mean |difference| of rewards and of the teacher's log-probs, over `num_tokens` tokens.
+    """Returns the mean |difference| of rewards and of the teacher's log-probs.
 
-    The student's log-probs are the sampler's, so tokens without one are left out; a z-score is
-    measured before it is standardized.
+    The means are over `num_tokens` tokens. The student's log-probs are the sampler's, so tokens
+    without one are left out. A z-score is measured before it is standardized.
     """
     ours, theirs = _log_probs(quantized), _log_probs(unquantized)
     student = torch.cat(
@@ -71,4 +71,5 @@ def effect(
 
 
 def _log_probs(examples: Sequence[Example]) -> Tensor:
+    """Returns the teacher's log-probs of all examples in one [N] tensor."""
     return torch.cat([e.teacher_log_probs for e in examples if e.teacher_log_probs is not None])

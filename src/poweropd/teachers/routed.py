@@ -1,4 +1,4 @@
-"""Several teachers: each scores the completions of its own domain."""
+"""Several teachers, each of which scores the completions of its own domain."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from poweropd.teachers.base import TeacherScorer
 
 
 class RoutedTeacher:
-    """Routes examples by their domain, and hands them back in the order they came."""
+    """Routes examples by their domain and returns them in the order in which they came."""
 
     def __init__(self, teachers: Mapping[str, TeacherScorer]) -> None:
         self.teachers = dict(teachers)

@@ -1,22 +1,18 @@
-"""A teacher behind vLLM servers: a completion is sent as it ends, scores are awaited at the end.
+"""A teacher behind vLLM servers, which score each completion while others are still sampled."""
 
-Requests run in one event loop in a thread of their own, so that scoring overlaps sampling.
-"""
-
-import asyncio
 import logging
-import threading
 import weakref
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from poweropd.config.sections import TeacherConfig
 from poweropd.data.rollout import Example
 from poweropd.errors import RunError, UsageError
-from poweropd.teachers.pool import TOLERANCE, Pool, PoolSettings
+from poweropd.net import start, wait
+from poweropd.teachers.pool import TOLERANCE, Pool
 
 logger = logging.getLogger("poweropd")
 
@@ -24,22 +20,19 @@ NUM_CHECKED = 10  # sequences that are scored twice before a run starts
 
 
 class ServerTeacher:
-    """Scores on servers that all serve one model, at `urls` such as "http://host:8000".
+    """Scores on the servers of a `teacher` section, which all serve the same model.
 
     Log-probs are vLLM's raw ones: of the full softmax at temperature 1.
     """
 
-    def __init__(self, urls: Sequence[str], settings: PoolSettings) -> None:
-        self.urls, self.pool = list(urls), Pool(urls, settings)
+    def __init__(self, section: TeacherConfig) -> None:
+        self.urls = ", ".join(section.servers)
+        self.pool = pool = Pool(section)
         self._waiting: list[tuple[Example, Future[Tensor]]] = []
-        self._loop = asyncio.new_event_loop()
-        thread = threading.Thread(target=self._loop.run_forever, name="teacher", daemon=True)
-        thread.start()
-        self.close = weakref.finalize(self, _close, self._loop, thread, self.pool)
+        weakref.finalize(self, lambda: start(pool.close())).atexit = False
 
     def submit(self, example: Example) -> None:
-        scoring = _scored(self.pool, example)
-        self._waiting.append((example, asyncio.run_coroutine_threadsafe(scoring, self._loop)))
+        self._waiting.append((example, start(_scored(self.pool, example))))
 
     def collect(self) -> list[Example]:
         waiting, self._waiting = self._waiting, []
@@ -47,44 +40,45 @@ class ServerTeacher:
             return [example.scored(future.result()) for example, future in waiting]
         finally:
             for _, future in waiting:
-                future.cancel()  # after an error; one that is done stays as it is
+                future.cancel()  # after an error; a future that is done stays as it is
 
     # At the start of a run.
 
     def context(self) -> int:
-        """Tokens of the longest sequence that every server scores.
+        """Returns the length in tokens of the longest sequence that every server scores.
 
-        Raises RunError where a server is not there, UsageError where it serves another model.
+        Raises RunError if a server is not there, UsageError if it serves another model.
         """
-        return min(self._wait(self.pool.contexts())) - 1  # it insists on generating one token
+        contexts = [wait(server.context()) for server in self.pool.servers]
+        return min(contexts) - 1  # a server insists on generating one token
 
-    def vocab_size(self, rows: int, num_tokens: int) -> int:
-        """How many ids the student may use: all of its `rows`, or those of the tokenizer."""
-        for size in (rows, num_tokens):
-            if self._wait(self.pool.takes(size - 1)):
+    def vocab_size(self, student_size: int, num_tokens: int) -> int:
+        """Returns how many ids the student may use.
+
+        They are all ids of its embeddings, `student_size`, or only the tokenizer's, `num_tokens`.
+        """
+        for size in (student_size, num_tokens):
+            if wait(self.pool.takes(size - 1)):
                 return size
         raise UsageError(
-            f"teacher.servers: {', '.join(self.urls)} does not know id {num_tokens - 1}, but the "
-            f"student's vocabulary has {num_tokens} tokens: serve a teacher that shares it"
+            f"teacher.servers: {self.urls} does not know id {num_tokens - 1}, but the student's "
+            f"vocabulary has {num_tokens} tokens: serve a teacher that shares it"
         )
 
     def check(self, sequences: Sequence[list[int]]) -> None:
-        """Scores sequences twice, on every server: the same numbers must come back."""
-        difference = self._wait(self.pool.check(sequences[:NUM_CHECKED]))
+        """Raises RunError if sequences that every server scores twice get different log-probs."""
+        difference = wait(self.pool.check(sequences[:NUM_CHECKED]))
         if difference > TOLERANCE:
             raise RunError(
-                f"teacher server {', '.join(self.urls)}: the same prompt, scored twice, got "
-                f"log-probs that differ by {difference:.3g} on average (more than {TOLERANCE}): "
-                "do all of teacher.servers serve the same weights?"
+                f"teacher server {self.urls}: the same prompt, scored twice, got log-probs that "
+                f"differ by {difference:.3g} on average (more than {TOLERANCE}): do all of "
+                "teacher.servers serve the same weights?"
             )
         logger.info("teacher: %s; prompts scored twice differ by %.2g nats", self.urls, difference)
 
-    def _wait(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
-
 
 async def _scored(pool: Pool, example: Example) -> Tensor:
-    """[n] float32 log-probs of the example's targets."""
+    """Returns the [n] float32 log-probs of the example's targets."""
     ids = sequence(example)
     what = f"the {len(ids)} tokens of data.prompts row {example.prompt.index} and its completion"
     log_probs = await pool.score(ids, what)
@@ -93,7 +87,7 @@ async def _scored(pool: Pool, example: Example) -> Tensor:
 
 
 def sequence(example: Example) -> list[int]:
-    """The teacher's prompt and its targets, up to the last trained one.
+    """Returns the teacher's prompt and its targets, up to the last trained one.
 
     A stop policy gives the teacher another target than the completion's id at its end alone, so
     no token is read after a replaced one.
@@ -103,17 +97,3 @@ def sequence(example: Example) -> list[int]:
     for i, target in zip(example.positions.tolist(), example.teacher_targets.tolist(), strict=True):
         ids[len(prompt) + i] = target
     return ids
-
-
-def _close(loop: asyncio.AbstractEventLoop, thread: threading.Thread, pool: Pool) -> None:
-    async def end() -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await pool.close()
-
-    asyncio.run_coroutine_threadsafe(end(), loop).result()
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +14,7 @@ from poweropd import stops
 from poweropd.config import Config
 from poweropd.data import chat
 from poweropd.data import prompts as data_prompts
+from poweropd.data.rollout import Example
 from poweropd.errors import UsageError, shown
 from poweropd.kernels import Support
 from poweropd.models import attention, loading
@@ -21,7 +22,7 @@ from poweropd.models import language_model as models_language_model
 from poweropd.objectives import factory as objectives_factory
 from poweropd.objectives import selection
 from poweropd.rollouts import factory as rollouts_factory
-from poweropd.rollouts import prefetch
+from poweropd.rollouts import prefetch, staleness_problem
 from poweropd.rollouts.base import RolloutEngine, Sampling
 from poweropd.runs.directory import RunDirectory
 from poweropd.teachers import factory
@@ -236,14 +237,12 @@ def make_engine(
     inputs: RunInputs,
     student: models_language_model.Student,
     accelerator: Accelerator,
-    log_probs: rollouts_factory.LogProbs,
+    log_probs: Callable[[Sequence[Example]], list[list[float]]],
 ) -> RolloutEngine:
     """`log_probs` are the student's own, for engines that are compared with it."""
     tokenizer, prompts, context = inputs.tokenizer, inputs.prompts, inputs.student_context
     return rollouts_factory.build_engine(
-        rollouts_factory.EngineInputs(
-            config, student, tokenizer, prompts, context, accelerator, log_probs
-        )
+        config, student, tokenizer, prompts, context, accelerator, log_probs
     )
 
 
@@ -259,13 +258,11 @@ def make_sampling(config: Config, inputs: RunInputs) -> Sampling:
 
 def make_schedule(
     config: Config, engine: RolloutEngine, sample: prefetch.Sample
-) -> prefetch.RolloutSchedule:
+) -> prefetch.OnTime:
     staleness = config.rollout.staleness
-    if staleness and not engine.concurrent:
-        raise UsageError(
-            f"rollout.staleness: {staleness} needs an engine that samples while the student is "
-            f"trained, such as vllm_server; {config.rollout.engine} does not"
-        )
+    problem = staleness_problem(staleness, config.rollout.engine, engine.concurrent)
+    if problem is not None:  # of a user's own engine; the recipe's rules know the others
+        raise UsageError(problem)
     if staleness and config.rollout.correction == "none":
         logger.warning(
             "rollout.staleness: 1 trains on completions of the student one step ago; "

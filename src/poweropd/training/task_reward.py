@@ -74,10 +74,7 @@ def _grader(column: str, prompts: Sequence[Prompt]) -> Score:
 
 
 def _function(name: str) -> Score:
-    try:
-        function = import_object(name)
-    except ValueError as error:
-        raise UsageError(f"rollout.task_reward.{error}") from None
+    function = import_object("rollout.task_reward.name", name)
 
     def score(row: Mapping[str, Any], completion: str) -> "Future[float]":
         value, reward = function(row, completion), Future[float]()
