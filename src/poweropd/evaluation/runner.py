@@ -229,8 +229,10 @@ def load_subject(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = loading.load_model(model, dtype, trust_remote_code).to(device)
     vocab_size = loaded.get_output_embeddings().weight.shape[0]
+    engine = TransformersEngine(loaded, vocab_size=vocab_size, batch_size=batch_size)
+    engine.check_decoding()
     return Subject(
-        engine=TransformersEngine(loaded, vocab_size=vocab_size, batch_size=batch_size),
+        engine=engine,
         tokenizer=tokenizer,
         stop_ids=tuple(stops.stop_ids(tokenizer, loaded.generation_config)),
         context_length=loading.context_length(loaded.config),

@@ -55,10 +55,7 @@ def build_engine(
         return student_log_probs([e for e in examples if e is not None])
 
     shortest = sorted(prompts, key=lambda p: len(p.prompt_ids))[:PROBES]
-    probes = [
-        Request(prompt, number, 0, seed=number)
-        for number, prompt in enumerate(shortest)
-    ]
+    probes = [Request(prompt, number, 0, seed=number) for number, prompt in enumerate(shortest)]
     tokens = min(PROBE_TOKENS, config.rollout.max_new_tokens)
     return VerifiedEngine(
         engine,

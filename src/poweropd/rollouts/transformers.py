@@ -14,10 +14,16 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from poweropd.config import Config
+from poweropd.data.prompts import Prompt
 from poweropd.data.rollout import Request, Rollout
+from poweropd.errors import UsageError
 from poweropd.models import attention
 from poweropd.models.language_model import Student
 from poweropd.rollouts.base import Sampling
+
+# What `check_decoding` samples, and how far its log-probs may be from those of a full forward.
+PROBE_LENGTHS, PROBE_TOKENS = (7, 3, 5), 6
+TOLERANCES = {torch.float32: 1e-2, torch.float16: 0.1, torch.bfloat16: 0.5}
 
 
 class TransformersEngine:
@@ -53,7 +59,9 @@ class TransformersEngine:
         as_it_is = not sharded and not config.model.compile
         decodes = attention.implementation(student) in attention.PADDED
         if model.dtype == student.compute_dtype and as_it_is and decodes:
-            return cls(model, vocab_size=sizes[0], batch_size=sizes[1])
+            engine = cls(model, vocab_size=sizes[0], batch_size=sizes[1])
+            engine.check_decoding()
+            return engine
         twin = copy.deepcopy(model).requires_grad_(False)
         if student.lora:
             twin = twin.merge_and_unload()
@@ -68,10 +76,48 @@ class TransformersEngine:
             for name, tensor in student.gathered_weights():
                 own[name].copy_(tensor)
 
-        return cls(twin, vocab_size=sizes[0], batch_size=sizes[1], sync=sync)
+        engine = cls(twin, vocab_size=sizes[0], batch_size=sizes[1], sync=sync)
+        engine.check_decoding()
+        return engine
 
     def sync(self) -> None:
         self._sync()
+
+    def check_decoding(self) -> None:
+        """Raises UsageError if decoding with a cache is not what the full forward computes.
+
+        A few completions of prompts of different lengths are sampled, one of which ends early, and
+        scored by a forward each. Some architectures ignore the cache, or padding, without a word.
+        """
+        prompts = [[(5 * i + n) % self.vocab_size for i in range(n)] for n in PROBE_LENGTHS]
+        requests = [Request(Prompt(i, p, p), i, 0, seed=i) for i, p in enumerate(prompts)]
+        endless = Sampling(PROBE_TOKENS, stop_ids=())
+        try:
+            first = next(r for r in self.generate(requests, endless) if r.request.key == (0, 0))
+            stops = (first.completion_ids[1],)  # with which at least the first ends early
+            rollouts = list(self.generate(requests, Sampling(PROBE_TOKENS, stops)))
+        except (TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise self._refused(f"fails ({type(error).__name__}: {reason})") from error
+        difference = max(self._difference(rollout) for rollout in rollouts)
+        if not difference <= TOLERANCES[self.model.dtype]:
+            raise self._refused(f"gives other log-probs than its forward (by {difference:.3g})")
+
+    @torch.inference_mode()
+    def _difference(self, rollout: Rollout) -> float:
+        """Returns the largest difference of a rollout's log-probs from those of one forward."""
+        ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids], device=self.model.device)
+        logits = self.model(input_ids=ids, use_cache=False).logits[0, :, : self.vocab_size].float()
+        log_probs = logits[:-1].log_softmax(1).gather(1, ids[0, 1:, None]).squeeze(1)
+        own = torch.tensor(rollout.sampling_log_probs, device=ids.device)
+        return (log_probs[-len(own) :] - own).abs().max().item()
+
+    def _refused(self, problem: str) -> UsageError:
+        name = type(self.model).__name__
+        return UsageError(
+            f"rollout.engine: transformers: decoding {name} with a cache {problem}: this engine "
+            "cannot sample from it; try another version of transformers, or rollout.engine=vllm"
+        )
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Rollout]:
         """Yields rollouts as they end, those of the longest prompts first."""
@@ -158,7 +204,8 @@ class _Decoder:
         """Makes `tokens` the next input; drops all completions but those at positions `alive`."""
         if len(alive) < len(self.live):
             keep = torch.tensor(alive, device=self.device)
-            self.cache.batch_select_indices(keep)
+            # Not `batch_select_indices`, which layers with a recurrent state lack or half do.
+            self.cache.reorder_cache(keep)
             tokens, self.mask, self.uniforms = tokens[keep], self.mask[keep], self.uniforms[keep]
             self.live = [self.live[i] for i in alive]
         self.input_ids = tokens[:, None]
