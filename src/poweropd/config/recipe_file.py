@@ -3,11 +3,10 @@
 Errors are `UsageError`s of one line that name the file and line, or the override.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
@@ -58,8 +57,8 @@ class Where:
     def __init__(self, path: Path | None, tree: Any, overridden: list[tuple[str, ...]]) -> None:
         self.path, self.tree, self.overridden = path, tree, overridden
 
-    def describe(self, config: type[BaseModel], error: ErrorDetails) -> str:
-        key, message = _explain(config, error)
+    def describe(self, error: ErrorDetails) -> str:
+        key, message = _explain(error)
         for parts in self.overridden:
             if parts == key[: len(parts)]:
                 return f"override {message}"
@@ -77,14 +76,11 @@ class Where:
         return f"{self.path}:{line}: " if line else f"{self.path}: "
 
 
-def _explain(config: type[BaseModel], error: ErrorDetails) -> tuple[tuple[str, ...], str]:
+def _explain(error: ErrorDetails) -> tuple[tuple[str, ...], str]:
     """The key an error is about and a sentence: "train.steps: expected ..., got ..."."""
     # pydantic also names the member of a union, which sections.py puts in brackets.
     key = tuple(str(part) for part in error["loc"] if not str(part).startswith("("))
     message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        known = ", ".join(_section(config, key[:-1]).model_fields)
-        return key, f"{'.'.join(key)}: unknown key (known: {known})"
     if error["type"] == "missing":
         return key, f"{'.'.join(key)}: this key is required"
     if error["type"] == "value_error":  # ours, with its own key in front: "alpha: expected ..."
@@ -93,21 +89,6 @@ def _explain(config: type[BaseModel], error: ErrorDetails) -> tuple[tuple[str, .
     expected = message.replace("Input should be", "expected").replace("valid dictionary", "section")
     expected = expected.partition(" or instance of")[0]
     return key, f"{'.'.join(key)}: {expected}, got {error['input']!r}"
-
-
-def _section(model: type[BaseModel], key: tuple[str, ...]) -> type[BaseModel]:
-    """The section at `key`; of a union, the first."""
-    for part in key:
-        if part in model.model_fields:  # else a name of the user's, for one more of the same
-            model = next(_sections(model.model_fields[part].annotation))
-    return model
-
-
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _sections(argument)
 
 
 def plain(node: Any) -> Any:

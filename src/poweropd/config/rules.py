@@ -1,18 +1,39 @@
-"""Settings of a recipe that are right each, and wrong together."""
+"""Combinations of settings that are valid alone but not together."""
 
-from typing import TYPE_CHECKING
+from poweropd.config import sections
 
-if TYPE_CHECKING:
-    from poweropd.config import Config
+#: Whether a combination is there, and what the user is told of it, with the key in front.
+Rule = tuple[bool, str]
 
 
-def of(config: "Config") -> list[tuple[bool, str]]:
-    """Settings that cannot go together: whether they are there, and what the user is told."""
-    objective, rollout, select = config.objective, config.rollout, config.objective.select
+def needs_local_teacher(
+    objective: sections.ObjectiveConfig, rollout: sections.RolloutConfig
+) -> str | None:
+    """Returns the setting that needs the teacher's hidden states, as "objective.kind=full_vocab".
+
+    It is None if the teacher's log-probs of the sampled tokens are enough, which servers give too.
+    """
+    needs = {
+        "objective.kind=full_vocab": objective.kind == "full_vocab",
+        "objective.baseline=value": objective.baseline == "value",
+        "objective.stop=semantic": objective.stop == "semantic",
+        "rollout.score=truncated": rollout.truncates_scores,
+    }
+    return next((setting for setting, holds in needs.items() if holds), None)
+
+
+def combinations(
+    objective: sections.ObjectiveConfig,
+    rollout: sections.RolloutConfig,
+    reward: sections.RewardConfig,
+    teacher: sections.AnyTeacher,
+) -> list[Rule]:
+    """Returns a rule for every combination that cannot be run."""
+    select = objective.select
     full_vocab, truncated = objective.kind == "full_vocab", rollout.score == "truncated"
     return [
         (
-            full_vocab and config.reward.create().needs_statistics,
+            full_vocab and reward.create().needs_statistics,
             "objective.kind: full_vocab needs a pointwise reward, got zscore",
         ),
         (
@@ -49,25 +70,35 @@ def of(config: "Config") -> list[tuple[bool, str]]:
             f"rollout.staleness: {rollout.staleness} needs an engine that samples while the "
             f"student is trained, such as vllm_server; {rollout.engine} does not",
         ),
-        *_of_teachers(config),
+        *_of_teacher(teacher, needs_local_teacher(objective, rollout)),
     ]
 
 
-def _of_teachers(config: "Config") -> list[tuple[bool, str]]:
-    needs, alone = config.needs_local_teacher, config.has_one_local_teacher
+def _of_teacher(teacher: sections.AnyTeacher, need: str | None) -> list[Rule]:
+    """Returns the rules for a teacher whose hidden states the setting `need` needs."""
+    if need is None:
+        return []
+    # A teacher that reads along with the update has no scoring phase, which these two belong to.
+    scoring_only = [
+        (key, is_set)
+        for one in teacher.by_domain.values()
+        for key, is_set in (
+            ("offload", one.offload),
+            ("measure_quantization", one.measure_quantization),
+        )
+    ]
     return [
         (
-            needs is not None and not alone,
-            f"teacher: {needs} needs the teacher's hidden states, so a single "
+            teacher.place != "in process",
+            f"teacher: {need} needs the teacher's hidden states, so a single "
             "teacher in this process (teacher.model without servers and by)",
         ),
         *(
             (
-                needs is not None and alone and is_set,
-                f"teacher.{key}: it cannot go with {needs}, which reads the teacher "
+                is_set,
+                f"teacher.{key}: it cannot go with {need}, which reads the teacher "
                 "during the update",
             )
-            for teacher in config.teachers.values()
-            for key, is_set in teacher.scoring_only.items()
+            for key, is_set in scoring_only
         ),
     ]

@@ -14,15 +14,13 @@ from poweropd.config import sections
 from poweropd.data.batch import Sequences
 from poweropd.errors import UsageError
 from poweropd.kernels import linear_log_prob
+from poweropd.models import DTYPES
 from poweropd.models.language_model import LanguageModel
 
 EMBEDDED_PREFIX = "embedded:"
 
 
 UNLIMITED = 10**9
-
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def resolve(name: str) -> str:

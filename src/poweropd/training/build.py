@@ -178,7 +178,7 @@ def make_objective(
     merged_ids = support = choice = None
     if objective.stop == "semantic":
         merged_ids = torch.tensor(stop_ids, device=device)
-    if config.truncates_scores:
+    if rollout.truncates_scores:
         support = Support(rollout.top_k, rollout.top_p, rollout.temperature)
     if select is not None:
         choice = selection.SELECTIONS[select.name](select.keep, select.beta)
@@ -244,7 +244,7 @@ def make_task_rewards(config: Config, inputs: RunInputs) -> TaskRewards | None:
 
 def make_utilization(config: Config, loaded: RunModels) -> Utilization | None:
     """None, too, where other machines or several teachers score: their work is not known."""
-    if not config.has_one_local_teacher:
+    if config.teacher.place != "in process":
         return None
     needs_statistics = config.reward.create().needs_statistics
     return Utilization.of(loaded.student, loaded.teacher, needs_statistics)
