@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
-.PHONY: install demo test check format clean vllm-cpu test-vllm test-quant
+.PHONY: install demo test check format reference clean vllm-cpu test-vllm test-quant
 
 install: $(INSTALLED)
 
@@ -58,6 +58,10 @@ check: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# docs/configuration.md and docs/recipe.schema.json, from the classes of a recipe.
+reference: install
+	$(BIN)/python tools/reference.py
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

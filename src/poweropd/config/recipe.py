@@ -9,7 +9,7 @@ import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -38,11 +38,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for holds, message in rules.combinations(
-            self.objective, self.rollout, self.reward, self.teacher
-        ):
-            if holds:
-                raise ValueError(message)
+        found = rules.conflicts(self.objective, self.rollout, self.reward, self.teacher)
+        if (conflict := next(found, None)) is not None:
+            raise ValueError(conflict)
         return self
 
     @property
@@ -58,12 +56,9 @@ class Config(Section):
     @property
     def teachers(self) -> dict[str, sections.TeacherConfig]:
         """Returns the teachers by the values of column `teacher.by`; a single one is under ""."""
-        return self.teacher.by_domain
-
-    @property
-    def domain_column(self) -> str | None:
-        """Returns the column of the data that says which of several teachers a prompt has."""
-        return self.teacher.by
+        if isinstance(self.teacher, sections.TeachersConfig):
+            return dict(self.teacher.__pydantic_extra__)
+        return {"": self.teacher}
 
     @property
     def needs_local_teacher(self) -> str | None:
@@ -79,12 +74,12 @@ class Config(Section):
         return cls._from_tree(tree, name=path.stem, where=Where(path, tree, overridden))
 
     @classmethod
-    def from_dict(cls, tree: Mapping[str, Any], name: str = "run") -> Self:
+    def from_dict(cls, tree: Mapping[str, object], name: str = "run") -> Self:
         """Makes a recipe from a mapping of sections; `name` stands for {name} in run.dir."""
         return cls._from_tree(tree, name, Where(None, tree, []))
 
     @classmethod
-    def _from_tree(cls, tree: Mapping[str, Any], name: str, where: Where) -> Self:
+    def _from_tree(cls, tree: Mapping[str, object], name: str, where: Where) -> Self:
         try:
             config = cls.model_validate(plain(tree))
         except ValidationError as error:
@@ -105,7 +100,7 @@ class Config(Section):
         yaml.dump(self.model_dump(), text)
         return text.getvalue()
 
-    def flat(self) -> dict[str, Any]:
+    def flat(self) -> dict[str, object]:
         """Returns every value under its dotted key."""
         return flatten(self.model_dump())
 
@@ -140,12 +135,12 @@ def _lasting(section: Section) -> dict[str, object]:
     }
 
 
-def _parameters(reward: rewards.Reward) -> dict[str, Any]:
+def _parameters(reward: rewards.Reward) -> dict[str, object]:
     """Returns the name and parameters of a reward, defaults included; {} for a user's own."""
     names = {kind: name for name, kind in rewards.REWARDS.items()}
     if type(reward) not in names:
         return {}
-    values = {field.name: vars(reward)[field.name] for field in dataclasses.fields(reward)}
+    values = dict(vars(reward))
     for key, value in values.items():
         if isinstance(value, rewards.Reward):
             values[key] = _parameters(value)

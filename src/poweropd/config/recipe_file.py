@@ -1,9 +1,10 @@
-"""A recipe's YAML, its overrides, and where in them a mistake is.
+"""The YAML of a recipe, its overrides, and where in them a mistake is.
 
 Errors are `UsageError`s of one line that name the file and line, or the override.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from ruamel.yaml.error import MarkedYAMLError
 
 from poweropd.errors import UsageError
 
+Key = tuple[str, ...]  # the parts of a dotted key
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a recipe file holds, with line numbers."""
+    """Returns the mapping that a recipe file holds, with line numbers."""
     try:
         tree = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -32,7 +35,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def apply_override(tree: dict[str, Any], override: str) -> tuple[str, ...]:
+def apply_override(tree: dict[str, Any], override: str) -> Key:
     """Sets "a.b=value" in the tree; the value is read as YAML. Returns the key's parts."""
     key, equals, text = override.partition("=")
     parts = tuple(key.strip().split("."))
@@ -51,39 +54,43 @@ def apply_override(tree: dict[str, Any], override: str) -> tuple[str, ...]:
     return parts
 
 
+@dataclass(frozen=True)
 class Where:
     """Says where in the user's input a key was set."""
 
-    def __init__(self, path: Path | None, tree: Any, overridden: list[tuple[str, ...]]) -> None:
-        self.path, self.tree, self.overridden = path, tree, overridden
+    path: Path | None
+    tree: Mapping[str, object]
+    overridden: list[Key]
 
     def describe(self, error: ErrorDetails) -> str:
+        """Returns the error as one line: where it is, the key, what was expected and got."""
         key, message = _explain(error)
         for parts in self.overridden:
             if parts == key[: len(parts)]:
                 return f"override {message}"
         return f"{self._file_and_line(key)}{message}"
 
-    def _file_and_line(self, key: tuple[str, ...]) -> str:
+    def _file_and_line(self, key: Key) -> str:
         if self.path is None:
             return ""
-        node, line = self.tree, None
+        node: object = self.tree
+        line = None
         for part in key:
             if not isinstance(node, CommentedMap) or part not in (node.lc.data or {}):
-                break  # set by an override, or missing
+                break  # the key was set by an override, or is missing
             line = node.lc.key(part)[0] + 1
             node = node[part]
         return f"{self.path}:{line}: " if line else f"{self.path}: "
 
 
-def _explain(error: ErrorDetails) -> tuple[tuple[str, ...], str]:
-    """The key an error is about and a sentence: "train.steps: expected ..., got ..."."""
-    # pydantic also names the member of a union, which sections.py puts in brackets.
+def _explain(error: ErrorDetails) -> tuple[Key, str]:
+    """Returns the key that an error is about and a sentence: "train.steps: expected ..."."""
+    # pydantic also names the member of a union, whose tags in sections.py are in brackets.
     key = tuple(str(part) for part in error["loc"] if not str(part).startswith("("))
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         return key, f"{'.'.join(key)}: this key is required"
-    if error["type"] == "value_error":  # ours, with its own key in front: "alpha: expected ..."
+    if error["type"] == "value_error":  # raised by a section, with the key in front
         inner = message.partition(":")[0]
         return (*key, *inner.split(".")), ".".join((*key, message))
     expected = message.replace("Input should be", "expected").replace("valid dictionary", "section")
@@ -91,8 +98,8 @@ def _explain(error: ErrorDetails) -> tuple[tuple[str, ...], str]:
     return key, f"{'.'.join(key)}: {expected}, got {error['input']!r}"
 
 
-def plain(node: Any) -> Any:
-    """ruamel's round-trip containers and numbers as plain Python ones."""
+def plain(node: object) -> object:
+    """Returns round-trip containers and numbers of ruamel as plain Python ones."""
     if isinstance(node, Mapping):
         return {str(key): plain(value) for key, value in node.items()}
     if isinstance(node, list):
@@ -103,9 +110,9 @@ def plain(node: Any) -> Any:
     return node
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every value under its dotted key."""
-    flat: dict[str, Any] = {}
+def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Returns every value of nested mappings under its dotted key."""
+    flat: dict[str, object] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{key}.")

@@ -1,9 +1,8 @@
 """Combinations of settings that are valid alone but not together."""
 
-from poweropd.config import sections
+from collections.abc import Iterator
 
-#: Whether a combination is there, and what the user is told of it, with the key in front.
-Rule = tuple[bool, str]
+from poweropd.config import sections
 
 
 def needs_local_teacher(
@@ -22,83 +21,66 @@ def needs_local_teacher(
     return next((setting for setting, holds in needs.items() if holds), None)
 
 
-def combinations(
+def conflicts(
     objective: sections.ObjectiveConfig,
     rollout: sections.RolloutConfig,
     reward: sections.RewardConfig,
     teacher: sections.AnyTeacher,
-) -> list[Rule]:
-    """Returns a rule for every combination that cannot be run."""
-    select = objective.select
-    full_vocab, truncated = objective.kind == "full_vocab", rollout.score == "truncated"
-    return [
-        (
-            full_vocab and reward.create().needs_statistics,
-            "objective.kind: full_vocab needs a pointwise reward, got zscore",
-        ),
-        (
-            full_vocab and objective.baseline != "none",
-            "objective.baseline: value needs objective.kind=sampled; full_vocab has no "
-            "sampling noise that a baseline could take away",
-        ),
-        (
-            not full_vocab and objective.top_k is not None,
-            f"objective.top_k: {objective.top_k} needs objective.kind=full_vocab; to sample "
-            "from the most probable ids set rollout.top_k",
-        ),
-        (
-            select is not None and select.name == "random" and select.beta != 1.0,
-            "objective.select.beta: it belongs to dial, and random has none",
-        ),
-        (
-            full_vocab and rollout.correction != "none",
-            "rollout.correction: truncated needs objective.kind=sampled; full_vocab does not "
-            "depend on how a token was sampled",
-        ),
-        (
-            truncated and objective.stop == "cross",
-            "rollout.score: truncated cannot go with objective.stop=cross, which scores the "
-            "teacher on an id that may be outside the student's support",
-        ),
-        (
-            truncated and rollout.temperature == 0,
-            "rollout.score: truncated needs rollout.temperature > 0, for the support of "
-            "greedy sampling is a single id",
-        ),
-        (
-            rollout.staleness > 0 and rollout.engine in ("transformers", "vllm"),
-            f"rollout.staleness: {rollout.staleness} needs an engine that samples while the "
-            f"student is trained, such as vllm_server; {rollout.engine} does not",
-        ),
-        *_of_teacher(teacher, needs_local_teacher(objective, rollout)),
-    ]
-
-
-def _of_teacher(teacher: sections.AnyTeacher, need: str | None) -> list[Rule]:
-    """Returns the rules for a teacher whose hidden states the setting `need` needs."""
-    if need is None:
-        return []
-    # A teacher that reads along with the update has no scoring phase, which these two belong to.
-    scoring_only = [
-        (key, is_set)
-        for one in teacher.by_domain.values()
-        for key, is_set in (
-            ("offload", one.offload),
-            ("measure_quantization", one.measure_quantization),
-        )
-    ]
-    return [
-        (
-            teacher.place != "in process",
-            f"teacher: {need} needs the teacher's hidden states, so a single "
-            "teacher in this process (teacher.model without servers and by)",
-        ),
-        *(
-            (
-                is_set,
-                f"teacher.{key}: it cannot go with {need}, which reads the teacher "
-                "during the update",
+) -> Iterator[str]:
+    """Yields what is wrong with a combination of settings, with the key in front."""
+    select, truncated = objective.select, rollout.score == "truncated"
+    if objective.kind == "full_vocab":
+        if reward.create().needs_statistics:
+            yield "objective.kind: full_vocab needs a pointwise reward, got zscore"
+        if objective.baseline != "none":
+            yield (
+                "objective.baseline: value needs objective.kind=sampled; full_vocab has no "
+                "sampling noise that a baseline could take away"
             )
-            for key, is_set in scoring_only
-        ),
-    ]
+        if rollout.correction != "none":
+            yield (
+                "rollout.correction: truncated needs objective.kind=sampled; full_vocab does not "
+                "depend on how a token was sampled"
+            )
+    elif objective.top_k is not None:
+        yield (
+            f"objective.top_k: {objective.top_k} needs objective.kind=full_vocab; to sample "
+            "from the most probable ids set rollout.top_k"
+        )
+    if select is not None and select.name == "random" and select.beta != 1.0:
+        yield "objective.select.beta: it belongs to dial, and random has none"
+    if truncated and objective.stop == "cross":
+        yield (
+            "rollout.score: truncated cannot go with objective.stop=cross, which scores the "
+            "teacher on an id that may be outside the student's support"
+        )
+    if truncated and rollout.temperature == 0:
+        yield (
+            "rollout.score: truncated needs rollout.temperature > 0, for the support of "
+            "greedy sampling is a single id"
+        )
+    if rollout.staleness > 0 and rollout.engine in ("transformers", "vllm"):
+        yield (
+            f"rollout.staleness: {rollout.staleness} needs an engine that samples while the "
+            f"student is trained, such as vllm_server; {rollout.engine} does not"
+        )
+    need = needs_local_teacher(objective, rollout)
+    if need is not None:
+        yield from _of_teacher(teacher, need)
+
+
+def _of_teacher(teacher: sections.AnyTeacher, need: str) -> Iterator[str]:
+    """Yields why a teacher cannot give its hidden states, which the setting `need` needs."""
+    if isinstance(teacher, sections.TeachersConfig) or teacher.place != "in process":
+        yield (
+            f"teacher: {need} needs the teacher's hidden states, so a single "
+            "teacher in this process (teacher.model without servers and by)"
+        )
+        return
+    scoring = {"offload": teacher.offload, "measure_quantization": teacher.measure_quantization}
+    for key, is_set in scoring.items():
+        if is_set:
+            yield (
+                f"teacher.{key}: it cannot go with {need}, which reads the teacher during the "
+                "update"
+            )

@@ -5,7 +5,7 @@ a reward's parameters are with the rewards.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -86,7 +86,7 @@ class TeacherConfig(Section):
     """In the training process: number format of the weights and of the forward."""
     max_tokens_per_batch: PositiveInt = 32768
     """In the training process: tokens of one forward with padding; halved if memory is short."""
-    quantization: dict[str, Any] | None = None
+    quantization: dict[str, object] | None = None
     """In the training process: a quantization config of transformers, with its quant_method."""
     measure_quantization: bool = False
     """Whether the first step is also scored without quantization, to write down the difference."""
@@ -124,16 +124,13 @@ class TeacherConfig(Section):
         """Returns where this teacher is."""
         return "served" if self.servers else "in process"
 
-    @property
-    def by_domain(self) -> dict[str, "TeacherConfig"]:
-        """Returns this teacher under the name ""."""
-        return {"": self}
-
 
 class TeachersConfig(Section):
     """Several teachers, each under the value that column `by` has for its prompts."""
 
     model_config = ConfigDict(extra="allow")
+    place: ClassVar[TeacherPlace] = "several"
+
     __pydantic_extra__: dict[str, TeacherConfig] = Field(init=False)
     by: str
     """Column of the prompts' data that says which teacher a prompt belongs to."""
@@ -144,22 +141,10 @@ class TeachersConfig(Section):
             raise ValueError(f"by: expected a teacher for each value of column {self.by!r}")
         return self
 
-    @property
-    def place(self) -> TeacherPlace:
-        """Returns that there are several teachers, each of which has a place of its own."""
-        return "several"
-
-    @property
-    def by_domain(self) -> dict[str, TeacherConfig]:
-        """Returns the teachers by the values of column `by`."""
-        return dict(self.__pydantic_extra__)
-
 
 def _how_many(teacher: object) -> str:
-    several = (
-        "by" in teacher if isinstance(teacher, Mapping) else isinstance(teacher, TeachersConfig)
-    )
-    return "(several)" if several else "(one)"
+    several = isinstance(teacher, Mapping) and "by" in teacher
+    return "(several)" if several or isinstance(teacher, TeachersConfig) else "(one)"
 
 
 AnyTeacher = Annotated[
@@ -179,7 +164,9 @@ class DataConfig(Section):
     """Column with the prompt's text."""
     teacher_column: str | None = None
     """Column with another prompt, for the teacher alone; null gives it the student's."""
-    chat: dict[str, Any] | None = Field(default_factory=lambda: {"enable_thinking": False})
+    chat: dict[str, object] | None = Field(
+        default_factory=lambda: dict[str, object](enable_thinking=False)
+    )
     """Arguments of the chat template; null takes the prompts as plain text, without a template."""
     system: str | None = None
     """System turn before each prompt, for student and teacher."""
@@ -196,7 +183,7 @@ class VllmConfig(Section):
     max_model_len: PositiveInt | None = None
     """Tokens of the longest sequence; null is what prompts and completions need."""
     enforce_eager: bool | None = None
-    """Whether vLLM runs without CUDA graphs; null is yes where there is no GPU."""
+    """Whether vLLM runs without CUDA graphs; null is true where there is no GPU."""
 
 
 class RolloutServerConfig(Section):
@@ -236,7 +223,7 @@ class RolloutConfig(Section):
     """How the student samples completions."""
 
     engine: Annotated[str, one_of(rollouts.ENGINES, custom=True)] = "transformers"
-    """What samples; a function of the user's own makes another engine."""
+    """What samples; a function of yours makes another engine."""
     max_new_tokens: PositiveInt = 1024
     """Tokens of the longest completion."""
     temperature: NonNegativeFloat = 1.0
@@ -250,7 +237,7 @@ class RolloutConfig(Section):
     batch_size: Annotated[PositiveInt, MayChange] = 128
     """Completions that the transformers engine samples at once."""
     correction: Literal["none", "truncated"] = "none"
-    """Importance weights min(p_student / p_sampler, 2) of tokens, for samplers that lag behind."""
+    """Importance weights of sampled tokens; truncated is min(p_student / p_sampler, 2)."""
     score: Literal["full", "truncated"] = "full"
     """Softmax that scores tokens: over all of them, or over those that top_k and top_p keep."""
     vllm: VllmConfig = Field(default_factory=VllmConfig)
@@ -275,7 +262,7 @@ class RewardConfig(Section):
 
     model_config = ConfigDict(extra="allow")
     name: Annotated[str, one_of(rewards.REWARDS, custom=True)] = "power"
-    """The reward; a function (teacher_log_probs, student_log_probs) is one of the user's own."""
+    """The reward; a function (teacher_log_probs, student_log_probs) of yours is one, too."""
 
     @model_validator(mode="after")
     def _valid(self) -> Self:

@@ -58,9 +58,7 @@ class RunInputs:
         for teacher in teachers.values():
             loading.check_vocabularies(tokenizer, teacher.tokenizer)
         tokenizers = {name: teacher.tokenizer for name, teacher in teachers.items()}
-        prompts = data_prompts.load_prompts(
-            config.data, tokenizer, tokenizers, config.domain_column
-        )
+        prompts = data_prompts.load_prompts(config.data, tokenizer, tokenizers, config.teacher.by)
         context = loading.context_length(loading.load_config(*student))
         stop_ids = stops.stop_ids(tokenizer, loading.load_generation_config(student[0]))
         for name, teacher in teachers.items():
@@ -151,7 +149,7 @@ def make_teacher(
             path = run.path / f"quantization{'-' if name else ''}{name.replace('/', '-')}.json"
             load = partial(factory.unquantized_teacher, section, loaded.student.vocab_size, device)
             scorers[name] = MeasuredTeacher(scorers[name], load, reward, path)
-    return RoutedTeacher(scorers) if config.domain_column else scorers[""]
+    return RoutedTeacher(scorers) if config.teacher.by else scorers[""]
 
 
 def make_updater(
