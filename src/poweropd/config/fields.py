@@ -19,7 +19,7 @@ LEARNING_RATE_SCHEDULES = {
     "cosine": "cosine",
 }
 #: Trackers that accelerate starts; `training/trackers.py` has what each is started with.
-TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab")
+TRACKER_NAMES = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab")
 #: How a recipe names the user's own code.
 CUSTOM = "package.module:function"
 

@@ -85,9 +85,8 @@ class Config(Section):
         except ValidationError as error:
             raise UsageError(where.describe(error.errors()[0])) from None
         run = sections.RunConfig(dir=config.run.dir.replace("{name}", name))
-        reward = sections.RewardConfig(
-            **{**config.reward.model_dump(), **_parameters(config.reward.create())}
-        )
+        resolved = config.reward.model_dump() | _parameters(config.reward.create())
+        reward = sections.RewardConfig.model_validate(resolved)
         return config.model_copy(update={"run": run, "reward": reward})
 
     def to_yaml(self) -> str:

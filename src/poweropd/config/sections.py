@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 from poweropd import net, objectives, rewards, rollouts, stops
 from poweropd.config.fields import (
     LEARNING_RATE_SCHEDULES,
-    TRACKERS,
+    TRACKER_NAMES,
     Dtype,
     MayChange,
     NonNegativeFloat,
@@ -364,5 +364,5 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     """Where metrics go beside metrics.jsonl of the run directory."""
 
-    trackers: list[Annotated[str, one_of(TRACKERS)]] = Field(default_factory=list)
+    trackers: list[Annotated[str, one_of(TRACKER_NAMES)]] = Field(default_factory=list)
     """Experiment trackers; each must be installed."""
