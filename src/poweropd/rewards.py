@@ -16,7 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -27,19 +27,27 @@ RewardFunction = Callable[..., Tensor]
 Number = Any  # a float, or a Schedule of floats until `Reward.at` resolves it
 
 
+#: Schedule -> the fraction of the way from start to end, as a function of that of its steps.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 0.0,
+    "linear": lambda progress: progress,
+    "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
+}
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A parameter that moves from `start` to `end` over the first `steps` optimizer steps."""
 
-    schedule: Literal["constant", "linear", "cosine"]
+    schedule: str  # a name of SCHEDULES
     start: float
     end: float | None = None  # None: stays at `start`
     steps: int = 1
 
     def __post_init__(self) -> None:
-        known = get_args(Schedule.__annotations__["schedule"])
-        if self.schedule not in known:
-            raise ValueError(f"schedule: expected one of {', '.join(known)}, got {self.schedule!r}")
+        if self.schedule not in SCHEDULES:
+            known = ", ".join(SCHEDULES)
+            raise ValueError(f"schedule: expected one of {known}, got {self.schedule!r}")
         if not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps of a schedule: expected an integer >= 1, got {self.steps!r}")
         if self.schedule != "constant" and self.end is None:
@@ -49,13 +57,10 @@ class Schedule:
         return (self.start,) if self.end is None else (self.start, self.end)
 
     def at(self, step: int) -> float:
-        """The value at optimizer step `step`, counted from 0."""
-        if self.end is None or self.schedule == "constant":
-            return self.start
-        progress = min(max(step / self.steps, 0.0), 1.0)
-        if self.schedule == "cosine":
-            progress = (1 - math.cos(math.pi * progress)) / 2
-        return self.start + (self.end - self.start) * progress
+        """Returns the value at optimizer step `step`, counted from 0."""
+        end = self.start if self.end is None else self.end
+        done = SCHEDULES[self.schedule](min(max(step / self.steps, 0.0), 1.0))
+        return self.start + (end - self.start) * done
 
 
 Condition = tuple[str, Callable[[float], bool]]
@@ -97,9 +102,7 @@ class Reward(ABC):
                 raise ValueError(f"{name} follows a schedule: call reward.at(step) first")
         with torch.no_grad():
             teacher, student = torch.broadcast_tensors(teacher_log_probs, student_log_probs)
-            dtype = torch.promote_types(
-                torch.promote_types(teacher.dtype, student.dtype), torch.float32
-            )
+            dtype = torch.promote_types(torch.result_type(teacher, student), torch.float32)
             return self.compute(teacher.detach().to(dtype), student.detach().to(dtype)).float()
 
     def at(self, step: int) -> Self:
@@ -319,8 +322,8 @@ def create(name: str, **parameters: Any) -> Reward:
     known = [f.name for f in dataclasses.fields(REWARDS[name])]
     for key in given:
         if key not in known:
-            names = ", ".join(known) or "it has none"
-            raise ValueError(f"{key}: unknown parameter of reward {name} (known: {names})")
+            listed = ", ".join(known) or "it has none"
+            raise ValueError(f"{key}: unknown parameter of reward {name} (known: {listed})")
     return REWARDS[name](**given)
 
 
@@ -386,10 +389,8 @@ def check(reward: RewardFunction) -> Check:
     wrong_sign |= r.isnan()
 
     def example(bad: Tensor) -> tuple[float, float, float] | None:
-        if not bad.any():
-            return None
         i = int(bad.int().argmax())
-        return (t[i].exp().item(), p[i].exp().item(), r[i].item())
+        return (t[i].exp().item(), p[i].exp().item(), r[i].item()) if bad.any() else None
 
     return Check(
         bounded=not unbounded.any(),

@@ -1,8 +1,8 @@
 """The recipe: one typed tree, read from YAML 1.2, with `key=value` overrides.
 
-Its sections, with every default but the rewards' own, are in `sections.py`. Errors are
-`UsageError`s of one line that name the file and line or the override, the key, what was expected
-and what was got.
+Its sections, with every default but those of the rewards' parameters, are in `sections.py`. Errors
+are `UsageError`s of one line that name the file and line or the override, the key, what was
+expected and what was got.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 
 from poweropd import rewards
-from poweropd.config import rules
+from poweropd.config import rules, sections
+from poweropd.config.fields import MayChange, Section
 from poweropd.config.recipe_file import (
     Where,
     apply_override,
@@ -24,56 +25,35 @@ from poweropd.config.recipe_file import (
     read_yaml,
     rename_keys,
 )
-from poweropd.config.sections import (
-    AnyTeacher,
-    CheckpointConfig,
-    DataConfig,
-    EvaluateConfig,
-    LogConfig,
-    ModelConfig,
-    ObjectiveConfig,
-    RewardConfig,
-    RolloutConfig,
-    RunConfig,
-    Section,
-    TeacherConfig,
-    TeachersConfig,
-    TrainConfig,
-)
 from poweropd.errors import UsageError
 
 
 class Config(Section):
-    """A whole recipe. `Config.load` reads one; a dict goes through `Config.from_dict`."""
+    """A recipe of poweropd; `Config.load` reads one, `Config.from_dict` takes a mapping."""
 
-    run: RunConfig = Field(default_factory=RunConfig)
-    model: ModelConfig
-    teacher: AnyTeacher
-    data: DataConfig
-    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
-    reward: RewardConfig = Field(default_factory=RewardConfig)
-    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
-    evaluate: EvaluateConfig | None = None
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    log: LogConfig = Field(default_factory=LogConfig)
+    run: sections.RunConfig = Field(default_factory=sections.RunConfig)
+    model: sections.ModelConfig
+    teacher: sections.AnyTeacher
+    data: sections.DataConfig
+    rollout: sections.RolloutConfig = Field(default_factory=sections.RolloutConfig)
+    reward: sections.RewardConfig = Field(default_factory=sections.RewardConfig)
+    objective: sections.ObjectiveConfig = Field(default_factory=sections.ObjectiveConfig)
+    train: sections.TrainConfig = Field(default_factory=sections.TrainConfig)
+    evaluate: sections.EvaluateConfig | None = None
+    checkpoint: sections.CheckpointConfig = Field(default_factory=sections.CheckpointConfig)
+    log: sections.LogConfig = Field(default_factory=sections.LogConfig)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for holds, message in rules.of(self):
-            if holds:
-                raise ValueError(message)
+        found = rules.conflicts(self.objective, self.rollout, self.reward, self.teacher)
+        if (conflict := next(found, None)) is not None:
+            raise ValueError(conflict)
         return self
 
     @property
-    def has_one_local_teacher(self) -> bool:
-        """Whether there is a single teacher, in this process."""
-        return isinstance(self.teacher, TeacherConfig) and not self.teacher.servers
-
-    @property
-    def only_teacher(self) -> TeacherConfig:
-        """Raises UsageError where there are several."""
-        if isinstance(self.teacher, TeachersConfig):
+    def only_teacher(self) -> sections.TeacherConfig:
+        """Returns the single teacher; raises UsageError if there are several."""
+        if isinstance(self.teacher, sections.TeachersConfig):
             raise UsageError(
                 f"teacher.by: expected a single teacher here, got several (by column "
                 f"{self.teacher.by!r}): make a recipe of each"
@@ -81,36 +61,16 @@ class Config(Section):
         return self.teacher
 
     @property
-    def teachers(self) -> dict[str, TeacherConfig]:
-        """By the values of column `teacher.by`; a single teacher has the name ""."""
-        if isinstance(self.teacher, TeacherConfig):
-            return {"": self.teacher}
-        return dict(self.teacher.__pydantic_extra__)
-
-    @property
-    def domain_column(self) -> str | None:
-        """The column of the data that says which of several teachers a prompt belongs to."""
-        return None if isinstance(self.teacher, TeacherConfig) else self.teacher.by
-
-    @property
-    def truncates_scores(self) -> bool:
-        """Whether `rollout.score` leaves any id out."""
-        truncates = self.rollout.top_k > 0 or self.rollout.top_p < 1
-        return self.rollout.score == "truncated" and truncates
+    def teachers(self) -> dict[str, sections.TeacherConfig]:
+        """Returns the teachers by the values of column `teacher.by`; a single one is under ""."""
+        if isinstance(self.teacher, sections.TeachersConfig):
+            return dict(self.teacher.__pydantic_extra__)
+        return {"": self.teacher}
 
     @property
     def needs_local_teacher(self) -> str | None:
-        """The setting that needs the teacher's hidden states, as "objective.kind=full_vocab".
-
-        None where its log-probs of the sampled tokens do, which a server can give as well.
-        """
-        needs = {
-            "objective.kind=full_vocab": self.objective.kind == "full_vocab",
-            "objective.baseline=value": self.objective.baseline == "value",
-            "objective.stop=semantic": self.objective.stop == "semantic",
-            "rollout.score=truncated": self.truncates_scores,
-        }
-        return next((setting for setting, holds in needs.items() if holds), None)
+        """Returns the setting that needs the teacher in this process, or None."""
+        return rules.needs_local_teacher(self.objective, self.rollout)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
@@ -121,26 +81,25 @@ class Config(Section):
         return cls._from_tree(tree, name=path.stem, where=Where(path, tree, overridden))
 
     @classmethod
-    def from_dict(cls, tree: Mapping[str, Any], name: str = "run") -> Self:
-        own = plain(tree)
+    def from_dict(cls, tree: Mapping[str, object], name: str = "run") -> Self:
+        """Makes a recipe from a mapping of sections; `name` stands for {name} in run.dir."""
+        own: dict[str, Any] = {key: plain(value) for key, value in tree.items()}
         rename_keys(own)
         return cls._from_tree(own, name, Where(None, own, []))
 
     @classmethod
-    def _from_tree(cls, tree: Mapping[str, Any], name: str, where: "Where") -> Self:
+    def _from_tree(cls, tree: Mapping[str, object], name: str, where: Where) -> Self:
         try:
             config = cls.model_validate(plain(tree))
         except ValidationError as error:
-            # A misspelt key is also a missing one: what the user wrote comes first.
-            first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-            raise UsageError(where.describe(cls, first)) from None
-        run = RunConfig(dir=config.run.dir.replace("{name}", name))
-        reward = RewardConfig(
-            **{**config.reward.model_dump(), **_parameters(config.reward.create())}
-        )
+            raise UsageError(where.describe(error.errors()[0])) from None
+        run = sections.RunConfig(dir=config.run.dir.replace("{name}", name))
+        resolved = config.reward.model_dump() | _parameters(config.reward.create())
+        reward = sections.RewardConfig.model_validate(resolved)
         return config.model_copy(update={"run": run, "reward": reward})
 
     def to_yaml(self) -> str:
+        """Returns the whole recipe, defaults included, as YAML that `load` reads as the same."""
         yaml = YAML()
         yaml.representer.add_representer(
             type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
@@ -149,30 +108,23 @@ class Config(Section):
         yaml.dump(self.model_dump(), text)
         return text.getvalue()
 
-    def flat(self) -> dict[str, Any]:
-        """Every value under its dotted key."""
+    def flat(self) -> dict[str, object]:
+        """Returns every value under its dotted key."""
         return flatten(self.model_dump())
 
-    def flat_text(self) -> dict[str, Any]:
-        """As `flat`, with text for whatever trackers cannot hold."""
+    def flat_text(self) -> dict[str, int | float | str]:
+        """Returns the values of `flat`, as text if trackers cannot hold them."""
         return {
-            key: value if isinstance(value, int | float | str | bool) else str(value)
+            key: value if isinstance(value, int | float | str) else str(value)
             for key, value in self.flat().items()
         }
 
     def differences(self, other: "Config") -> list[str]:
-        """The keys whose values differ, as "key: this != other".
+        """Returns the keys whose values differ, as "key: this != other".
 
-        run.dir is not compared, nor where servers are, nor HOW a step is computed.
+        Keys that may change between the parts of a run are not compared.
         """
-        mine, theirs = (
-            {
-                k: v
-                for k, v in flatten(c.model_dump(exclude={"run"})).items()
-                if not _is_access(k) and k not in HOW
-            }
-            for c in (self, other)
-        )
+        mine, theirs = flatten(_lasting(self)), flatten(_lasting(other))
         missing = "(absent)"
         return [
             f"{key}: {mine.get(key, missing)!r} != {theirs.get(key, missing)!r}"
@@ -181,27 +133,22 @@ class Config(Section):
         ]
 
 
-# They say how a step is computed, not what: only rounding depends on them, so a run may go on with
-# others, with less memory, say.
-HOW = (
-    *("train.max_tokens_per_batch", "train.packing", "train.sharding", "checkpoint.every"),
-    *("checkpoint.keep", "model.gradient_checkpointing", "model.attention", "model.compile"),
-    *("rollout.batch_size", "rollout.verify_every"),
-)
+def _lasting(section: Section) -> dict[str, object]:
+    """Returns the values that stay the same over all parts of a run, in nested dicts."""
+    fields = type(section).model_fields
+    return {
+        key: _lasting(value) if isinstance(value, Section) else value
+        for key, value in section
+        if key not in fields or MayChange not in fields[key].metadata
+    }
 
 
-def _is_access(key: str) -> bool:
-    access = {"servers", "api_key_env", "timeout", "concurrency", "patience"}
-    of_teacher = key.startswith("teacher.") and key.rpartition(".")[2] in access
-    return of_teacher or key.startswith("rollout.server.")
-
-
-def _parameters(reward: rewards.Reward) -> dict[str, Any]:
-    """Name and parameters of a reward, defaults included; {} for a user's own."""
+def _parameters(reward: rewards.Reward) -> dict[str, object]:
+    """Returns the name and parameters of a reward, defaults included; {} for a user's own."""
     names = {kind: name for name, kind in rewards.REWARDS.items()}
     if type(reward) not in names:
         return {}
-    values = {field.name: vars(reward)[field.name] for field in dataclasses.fields(reward)}
+    values = dict(vars(reward))
     for key, value in values.items():
         if isinstance(value, rewards.Reward):
             values[key] = _parameters(value)

@@ -1,14 +1,14 @@
-"""A recipe's YAML, its overrides, and where in them a mistake is.
+"""The YAML of a recipe, its overrides, and where in them a mistake is.
 
 Errors are `UsageError`s of one line that name the file and line, or the override.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
@@ -20,10 +20,11 @@ logger = logging.getLogger("poweropd")
 
 # Keys of an earlier release, which are still accepted, with a notice.
 RENAMED = {"teacher.give_up_after": "teacher.patience"}
+Key = tuple[str, ...]  # the parts of a dotted key
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a recipe file holds, with line numbers."""
+    """Returns the mapping that a recipe file holds, with line numbers."""
     try:
         tree = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -40,7 +41,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def renamed(parts: tuple[str, ...]) -> tuple[str, ...]:
+def renamed(parts: Key) -> Key:
     """Returns a key by its present name, with a notice if it had another one.
 
     A teacher among several has the keys of a single one, behind its name.
@@ -53,7 +54,7 @@ def renamed(parts: tuple[str, ...]) -> tuple[str, ...]:
     return key
 
 
-def rename_keys(tree: dict[str, Any], parts: tuple[str, ...] = ()) -> None:
+def rename_keys(tree: dict[str, Any], parts: Key = ()) -> None:
     """Renames the keys of `RENAMED` in a tree, in place; line numbers go with them."""
     for old, value in list(tree.items()):
         path = (*parts, str(old))
@@ -66,7 +67,7 @@ def rename_keys(tree: dict[str, Any], parts: tuple[str, ...] = ()) -> None:
             rename_keys(value, path)
 
 
-def apply_override(tree: dict[str, Any], override: str) -> tuple[str, ...]:
+def apply_override(tree: dict[str, Any], override: str) -> Key:
     """Sets "a.b=value" in the tree; the value is read as YAML. Returns the key's parts."""
     key, equals, text = override.partition("=")
     parts = tuple(key.strip().split("."))
@@ -88,42 +89,43 @@ def apply_override(tree: dict[str, Any], override: str) -> tuple[str, ...]:
     return parts
 
 
+@dataclass(frozen=True)
 class Where:
     """Says where in the user's input a key was set."""
 
-    def __init__(self, path: Path | None, tree: Any, overridden: list[tuple[str, ...]]) -> None:
-        self.path, self.tree, self.overridden = path, tree, overridden
+    path: Path | None
+    tree: Mapping[str, object]
+    overridden: list[Key]
 
-    def describe(self, config: type[BaseModel], error: ErrorDetails) -> str:
-        key, message = _explain(config, error)
+    def describe(self, error: ErrorDetails) -> str:
+        """Returns the error as one line: where it is, the key, what was expected and got."""
+        key, message = _explain(error)
         for parts in self.overridden:
             if parts == key[: len(parts)]:
                 return f"override {message}"
         return f"{self._file_and_line(key)}{message}"
 
-    def _file_and_line(self, key: tuple[str, ...]) -> str:
+    def _file_and_line(self, key: Key) -> str:
         if self.path is None:
             return ""
-        node, line = self.tree, None
+        node: object = self.tree
+        line = None
         for part in key:
             if not isinstance(node, CommentedMap) or part not in (node.lc.data or {}):
-                break  # set by an override, or missing
+                break  # the key was set by an override, or is missing
             line = node.lc.key(part)[0] + 1
             node = node[part]
         return f"{self.path}:{line}: " if line else f"{self.path}: "
 
 
-def _explain(config: type[BaseModel], error: ErrorDetails) -> tuple[tuple[str, ...], str]:
-    """The key an error is about and a sentence: "train.steps: expected ..., got ..."."""
-    # pydantic also names the member of a union, which sections.py puts in brackets.
+def _explain(error: ErrorDetails) -> tuple[Key, str]:
+    """Returns the key that an error is about and a sentence: "train.steps: expected ..."."""
+    # pydantic also names the member of a union, whose tags in sections.py are in brackets.
     key = tuple(str(part) for part in error["loc"] if not str(part).startswith("("))
     message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        known = ", ".join(_section(config, key[:-1]).model_fields)
-        return key, f"{'.'.join(key)}: unknown key (known: {known})"
     if error["type"] == "missing":
         return key, f"{'.'.join(key)}: this key is required"
-    if error["type"] == "value_error":  # ours, with its own key in front: "alpha: expected ..."
+    if error["type"] == "value_error":  # raised by a section, with the key in front
         inner = message.partition(":")[0]
         return (*key, *inner.split(".")), ".".join((*key, message))
     expected = message.replace("Input should be", "expected").replace("valid dictionary", "section")
@@ -131,23 +133,8 @@ def _explain(config: type[BaseModel], error: ErrorDetails) -> tuple[tuple[str, .
     return key, f"{'.'.join(key)}: {expected}, got {error['input']!r}"
 
 
-def _section(model: type[BaseModel], key: tuple[str, ...]) -> type[BaseModel]:
-    """The section at `key`; of a union, the first."""
-    for part in key:
-        if part in model.model_fields:  # else a name of the user's, for one more of the same
-            model = next(_sections(model.model_fields[part].annotation))
-    return model
-
-
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _sections(argument)
-
-
-def plain(node: Any) -> Any:
-    """ruamel's round-trip containers and numbers as plain Python ones."""
+def plain(node: object) -> object:
+    """Returns round-trip containers and numbers of ruamel as plain Python ones."""
     if isinstance(node, Mapping):
         return {str(key): plain(value) for key, value in node.items()}
     if isinstance(node, list):
@@ -158,9 +145,9 @@ def plain(node: Any) -> Any:
     return node
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Every value under its dotted key."""
-    flat: dict[str, Any] = {}
+def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Returns every value of nested mappings under its dotted key."""
+    flat: dict[str, object] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{key}.")

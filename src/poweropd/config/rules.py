@@ -1,72 +1,84 @@
-"""Settings of a recipe that are right each, and wrong together."""
+"""Combinations of settings that are valid alone but not together."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
+from poweropd.config import sections
 from poweropd.rollouts import staleness_problem
 
-if TYPE_CHECKING:
-    from poweropd.config import Config
+
+def needs_local_teacher(
+    objective: sections.ObjectiveConfig, rollout: sections.RolloutConfig
+) -> str | None:
+    """Returns the setting that needs the teacher's hidden states, as "objective.kind=full_vocab".
+
+    It is None if the teacher's log-probs of the sampled tokens are enough, which servers give too.
+    """
+    needs = {
+        "objective.kind=full_vocab": objective.kind == "full_vocab",
+        "objective.baseline=value": objective.baseline == "value",
+        "objective.stop=semantic": objective.stop == "semantic",
+        "rollout.score=truncated": rollout.truncates_scores,
+    }
+    return next((setting for setting, holds in needs.items() if holds), None)
 
 
-def of(config: "Config") -> list[tuple[bool, str]]:
-    """Settings that cannot go together: whether they are there, and what the user is told."""
-    objective, rollout, select = config.objective, config.rollout, config.objective.select
-    full_vocab, truncated = objective.kind == "full_vocab", rollout.score == "truncated"
-    stale = staleness_problem(rollout.staleness, rollout.engine)
-    return [
-        (
-            full_vocab and config.reward.create().needs_statistics,
-            "objective.kind: full_vocab needs a pointwise reward, got zscore",
-        ),
-        (
-            full_vocab and objective.baseline != "none",
-            "objective.baseline: value needs objective.kind=sampled; full_vocab has no "
-            "sampling noise that a baseline could take away",
-        ),
-        (
-            not full_vocab and objective.top_k is not None,
-            f"objective.top_k: {objective.top_k} needs objective.kind=full_vocab; to sample "
-            "from the most probable ids set rollout.top_k",
-        ),
-        (
-            select is not None and select.name == "random" and select.beta != 1.0,
-            "objective.select.beta: it belongs to dial, and random has none",
-        ),
-        (
-            full_vocab and rollout.correction != "none",
-            "rollout.correction: truncated needs objective.kind=sampled; full_vocab does not "
-            "depend on how a token was sampled",
-        ),
-        (
-            truncated and objective.stop == "cross",
-            "rollout.score: truncated cannot go with objective.stop=cross, which scores the "
-            "teacher on an id that may be outside the student's support",
-        ),
-        (
-            truncated and rollout.temperature == 0,
-            "rollout.score: truncated needs rollout.temperature > 0, for the support of "
-            "greedy sampling is a single id",
-        ),
-        (stale is not None, stale or ""),
-        *_of_teachers(config),
-    ]
-
-
-def _of_teachers(config: "Config") -> list[tuple[bool, str]]:
-    needs, alone = config.needs_local_teacher, config.has_one_local_teacher
-    return [
-        (
-            needs is not None and not alone,
-            f"teacher: {needs} needs the teacher's hidden states, so a single "
-            "teacher in this process (teacher.model without servers and by)",
-        ),
-        *(
-            (
-                needs is not None and alone and is_set,
-                f"teacher.{key}: it cannot go with {needs}, which reads the teacher "
-                "during the update",
+def conflicts(
+    objective: sections.ObjectiveConfig,
+    rollout: sections.RolloutConfig,
+    reward: sections.RewardConfig,
+    teacher: sections.AnyTeacher,
+) -> Iterator[str]:
+    """Yields what is wrong with a combination of settings, with the key in front."""
+    select, truncated = objective.select, rollout.score == "truncated"
+    if objective.kind == "full_vocab":
+        if reward.create().needs_statistics:
+            yield "objective.kind: full_vocab needs a pointwise reward, got zscore"
+        if objective.baseline != "none":
+            yield (
+                "objective.baseline: value needs objective.kind=sampled; full_vocab has no "
+                "sampling noise that a baseline could take away"
             )
-            for teacher in config.teachers.values()
-            for key, is_set in teacher.scoring_only.items()
-        ),
-    ]
+        if rollout.correction != "none":
+            yield (
+                "rollout.correction: truncated needs objective.kind=sampled; full_vocab does not "
+                "depend on how a token was sampled"
+            )
+    elif objective.top_k is not None:
+        yield (
+            f"objective.top_k: {objective.top_k} needs objective.kind=full_vocab; to sample "
+            "from the most probable ids set rollout.top_k"
+        )
+    if select is not None and select.name == "random" and select.beta != 1.0:
+        yield "objective.select.beta: it belongs to dial, and random has none"
+    if truncated and objective.stop == "cross":
+        yield (
+            "rollout.score: truncated cannot go with objective.stop=cross, which scores the "
+            "teacher on an id that may be outside the student's support"
+        )
+    if truncated and rollout.temperature == 0:
+        yield (
+            "rollout.score: truncated needs rollout.temperature > 0, for the support of "
+            "greedy sampling is a single id"
+        )
+    if stale := staleness_problem(rollout.staleness, rollout.engine):
+        yield stale
+    need = needs_local_teacher(objective, rollout)
+    if need is not None:
+        yield from _of_teacher(teacher, need)
+
+
+def _of_teacher(teacher: sections.AnyTeacher, need: str) -> Iterator[str]:
+    """Yields why a teacher cannot give its hidden states, which the setting `need` needs."""
+    if isinstance(teacher, sections.TeachersConfig) or teacher.place != "in process":
+        yield (
+            f"teacher: {need} needs the teacher's hidden states, so a single "
+            "teacher in this process (teacher.model without servers and by)"
+        )
+        return
+    scoring = {"offload": teacher.offload, "measure_quantization": teacher.measure_quantization}
+    for key, is_set in scoring.items():
+        if is_set:
+            yield (
+                f"teacher.{key}: it cannot go with {need}, which reads the teacher during the "
+                "update"
+            )

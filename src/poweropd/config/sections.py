@@ -1,68 +1,109 @@
-"""The sections of a recipe: every default but the rewards' own, and what each key may be."""
+"""The sections of a recipe: each key with its type, its default and what it means.
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+`docs/configuration.md` and `docs/recipe.schema.json` are made from these classes. The defaults of
+a reward's parameters are with the rewards.
+"""
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
 
-from poweropd import net, rewards
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
+
+from poweropd import net, objectives, rewards, rollouts, stops
+from poweropd.config.fields import (
+    LEARNING_RATE_SCHEDULES,
+    TRACKER_NAMES,
+    Dtype,
+    MayChange,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Section,
+    one_of,
+)
 from poweropd.evaluation.settings import EvaluationSettings
-from poweropd.rollouts import ENGINES
+from poweropd.rollouts import prefetch
 
-Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"]
 Attention = Literal[
     "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
 ]
-Dtype = Literal["bfloat16", "float16", "float32"]
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+TeacherPlace = Literal["in process", "served", "several"]
 
 
 class RunConfig(Section):
-    dir: str = "runs/{name}"  # {name}: the recipe's file name without its ending
+    """Where the run is kept."""
+
+    dir: Annotated[str, MayChange] = "runs/{name}"
+    """Run directory; {name} is the recipe's file name without its ending."""
 
 
 class LoraConfig(Section):
+    """A LoRA adapter, trained in place of the student's own weights."""
+
     r: PositiveInt = 16
+    """Rank of the adapter's matrices."""
     alpha: PositiveFloat = 32.0
+    """Scale of the adapter, whose product is multiplied by alpha / r."""
     target_modules: str | list[str] = "all-linear"
-    merge: bool = False  # merge the adapter into the weights of final/
+    """Names of the modules that get an adapter; all-linear is every linear layer but the head."""
+    merge: bool = False
+    """Whether the adapter is merged into the weights of final/."""
 
 
 class ModelConfig(Section):
+    """The student."""
+
     student: str
-    dtype: Dtype = "bfloat16"  # of the forward and backward
-    master_dtype: Dtype = "float32"  # of the trained weights and the optimizer
+    """Student: a directory, a Hub model or embedded:student."""
+    dtype: Dtype = "bfloat16"
+    """Number format of the student's forward and backward."""
+    master_dtype: Dtype = "float32"
+    """Number format of the trained weights and of the optimizer's state."""
     lora: LoraConfig | None = None
-    gradient_checkpointing: bool = False
-    attention: Attention = "auto"  # of transformers, for student and teacher
-    compile: bool = False  # the student's decoder layers, by torch.compile
+    """The LoRA adapter to train; null trains every weight."""
+    gradient_checkpointing: Annotated[bool, MayChange] = False
+    """Whether each layer is computed again in the backward, which takes less memory."""
+    attention: Annotated[Attention, MayChange] = "auto"
+    """Attention of transformers, for student and teacher; auto is flash attention where it runs."""
+    compile: Annotated[bool, MayChange] = False
+    """Whether torch.compile compiles the student's decoder layers."""
     trust_remote_code: bool = False
+    """Whether Python code that the student's repository ships may be run."""
 
 
 class TeacherConfig(Section):
-    """One teacher, in this process or, with `servers`, behind vLLM servers."""
+    """One teacher, in the training process or, with `servers`, behind vLLM servers."""
 
-    model: str  # a directory or Hub model; with servers, its name there
+    by: ClassVar[None] = None
+
+    model: str
+    """Teacher: a directory, a Hub model or embedded:teacher; with servers, its name there."""
     trust_remote_code: bool = False
-    # In this process.
+    """Whether Python code that the teacher's repository ships may be run."""
     dtype: Dtype = "bfloat16"
+    """In the training process: number format of the weights and of the forward."""
     max_tokens_per_batch: PositiveInt = 32768
-    quantization: dict[str, Any] | None = None  # as transformers takes it, with a quant_method
-    measure_quantization: bool = False  # its effect on the first step's rewards
-    offload: bool = False  # to the CPU between uses
-    # Behind servers; times in seconds.
-    servers: list[str] = Field(default_factory=list)  # such as http://127.0.0.1:8000
-    tokenizer: str | None = None  # a directory or Hub model; null: that of `model`
-    api_key_env: str | None = None  # the environment variable that holds the servers' key
-    timeout: PositiveFloat = 120.0  # of one request
-    concurrency: PositiveInt = 32  # requests at once, of each server and process
-    patience: PositiveFloat = 900.0  # for which the servers may be away
+    """In the training process: tokens of one forward with padding; halved if memory is short."""
+    quantization: dict[str, object] | None = None
+    """In the training process: a quantization config of transformers, with its quant_method."""
+    measure_quantization: bool = False
+    """Whether the first step is also scored without quantization, to write down the difference."""
+    offload: bool = False
+    """In the training process: whether the weights are on the CPU while they are not used."""
+    servers: Annotated[list[str], MayChange] = Field(default_factory=list)
+    """Base URLs of vLLM servers with this teacher, such as http://127.0.0.1:8000."""
+    tokenizer: str | None = None
+    """With servers: a directory or Hub model with the tokenizer; null is that of `model`."""
+    api_key_env: Annotated[str | None, MayChange] = None
+    """With servers: name of the environment variable that holds their key."""
+    timeout: Annotated[PositiveFloat, MayChange] = 120.0
+    """With servers: seconds that one request may take."""
+    concurrency: Annotated[PositiveInt, MayChange] = 32
+    """With servers: requests at once, for each server and training process."""
+    patience: Annotated[PositiveFloat, MayChange] = 900.0
+    """With servers: seconds for which all of them may be away before the run ends."""
 
     @model_validator(mode="after")
     def _valid(self) -> Self:
@@ -79,17 +120,20 @@ class TeacherConfig(Section):
         return self
 
     @property
-    def scoring_only(self) -> dict[str, bool]:
-        """Settings that need scoring to be a phase of its own, and whether they are there."""
-        return {"offload": self.offload, "measure_quantization": self.measure_quantization}
+    def place(self) -> TeacherPlace:
+        """Returns where this teacher is."""
+        return "served" if self.servers else "in process"
 
 
 class TeachersConfig(Section):
     """Several teachers, each under the value that column `by` has for its prompts."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+    model_config = ConfigDict(extra="allow")
+    place: ClassVar[TeacherPlace] = "several"
+
     __pydantic_extra__: dict[str, TeacherConfig] = Field(init=False)
     by: str
+    """Column of the prompts' data that says which teacher a prompt belongs to."""
 
     @model_validator(mode="after")
     def _valid(self) -> Self:
@@ -98,11 +142,9 @@ class TeachersConfig(Section):
         return self
 
 
-def _how_many(teacher: Any) -> str:
-    several = (
-        "by" in teacher if isinstance(teacher, Mapping) else isinstance(teacher, TeachersConfig)
-    )
-    return "(several)" if several else "(one)"
+def _how_many(teacher: object) -> str:
+    several = isinstance(teacher, Mapping) and "by" in teacher
+    return "(several)" if several or isinstance(teacher, TeachersConfig) else "(one)"
 
 
 AnyTeacher = Annotated[
@@ -112,31 +154,53 @@ AnyTeacher = Annotated[
 
 
 class DataConfig(Section):
-    prompts: str  # a .jsonl or .parquet file, a Hub dataset, or embedded:train
+    """The prompts."""
+
+    prompts: str
+    """Prompts: a .jsonl or .parquet file, a Hub dataset, or embedded:train."""
     split: str = "train"
+    """Split of a Hub dataset."""
     column: str = "problem"
-    teacher_column: str | None = None  # another prompt for the teacher
-    chat: dict[str, Any] | None = Field(default_factory=lambda: {"enable_thinking": False})
+    """Column with the prompt's text."""
+    teacher_column: str | None = None
+    """Column with another prompt, for the teacher alone; null gives it the student's."""
+    chat: dict[str, object] | None = Field(
+        default_factory=lambda: dict[str, object](enable_thinking=False)
+    )
+    """Arguments of the chat template; null takes the prompts as plain text, without a template."""
     system: str | None = None
+    """System turn before each prompt, for student and teacher."""
     shuffle: bool = True
+    """Whether the prompts are shuffled in every epoch."""
 
 
 class VllmConfig(Section):
-    """Keyword arguments of `vllm.LLM`; any other of its arguments may stand here, too."""
+    """Arguments of `vllm.LLM`; any other of its arguments may stand here, too."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.3  # training has the rest
-    max_model_len: PositiveInt | None = None  # null: what prompts and completions need
-    enforce_eager: bool | None = None  # null: where there is no GPU
+    model_config = ConfigDict(extra="allow")
+    gpu_memory_utilization: PositiveFraction = 0.3
+    """Fraction of the device's memory that vLLM takes; training has the rest."""
+    max_model_len: PositiveInt | None = None
+    """Tokens of the longest sequence; null is what prompts and completions need."""
+    enforce_eager: bool | None = None
+    """Whether vLLM runs without CUDA graphs; null is true where there is no GPU."""
 
 
 class RolloutServerConfig(Section):
+    """The vLLM server of `rollout.engine: vllm_server`."""
+
     url: str = "http://127.0.0.1:8000"
-    weights_dir: str | None = None  # a directory that the server sees, too; null: in run.dir
-    concurrency: PositiveInt = 64  # requests at once, of one process
-    timeout: PositiveFloat = 600.0  # seconds, of one request
-    patience: PositiveFloat = 300.0  # seconds for which the server may be away
-    api_key_env: str | None = None  # the environment variable that holds its key
+    """Base URL of the server."""
+    weights_dir: str | None = None
+    """Directory for the weights, which the server must see, too; null is one in run.dir."""
+    concurrency: PositiveInt = 64
+    """Requests at once, for each training process."""
+    timeout: PositiveFloat = 600.0
+    """Seconds that one request may take."""
+    patience: PositiveFloat = 300.0
+    """Seconds for which the server may be away before the run ends."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the server's key."""
 
     @model_validator(mode="after")
     def _valid(self) -> Self:
@@ -145,45 +209,60 @@ class RolloutServerConfig(Section):
 
 
 class TaskRewardConfig(Section):
-    """`name`: the grader, or package.module:function of (prompt's row, completion) -> number."""
+    """An outcome reward of each completion, added to the rewards of its tokens."""
 
-    name: str
+    name: Annotated[str, one_of(["grader"], custom=True)]
+    """The grader, or a function (the prompt's row, the completion's text) -> number."""
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-    answer_column: str = "answer"  # for the grader
-
-    @model_validator(mode="after")
-    def _valid(self) -> Self:
-        _check_choice("name", self.name, ("grader",))
-        return self
+    """Factor of the outcome reward."""
+    answer_column: str = "answer"
+    """Column with the right answer, for the grader."""
 
 
 class RolloutConfig(Section):
-    engine: str = "transformers"  # or vllm, vllm_server, package.module:factory
-    max_new_tokens: PositiveInt = 1024
-    temperature: NonNegativeFloat = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0  # 0: all
-    per_prompt: PositiveInt = 1
-    batch_size: PositiveInt = 128  # completions sampled at once by transformers
-    correction: Literal["none", "truncated"] = "none"  # importance weights, student over sampler
-    score: Literal["full", "truncated"] = "full"  # softmax over all, or over top_k's and top_p's
-    vllm: VllmConfig = Field(default_factory=VllmConfig)
-    server: RolloutServerConfig = Field(default_factory=RolloutServerConfig)
-    verify_every: PositiveInt = 10  # syncs, of a vLLM engine
-    staleness: Literal[0, 1] = 0  # optimizer steps by which the sampling weights lag behind
-    task_reward: TaskRewardConfig | None = None
+    """How the student samples completions."""
 
-    @model_validator(mode="after")
-    def _valid(self) -> Self:
-        _check_choice("engine", self.engine, tuple(ENGINES))
-        return self
+    engine: Annotated[str, one_of(rollouts.ENGINES, custom=True)] = "transformers"
+    """What samples; a function of yours makes another engine."""
+    max_new_tokens: PositiveInt = 1024
+    """Tokens of the longest completion."""
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: PositiveFraction = 1.0
+    """Probability mass of the most probable tokens that sampling keeps; 1 keeps all tokens."""
+    top_k: NonNegativeInt = 0
+    """Number of most probable tokens that sampling keeps; 0 keeps all tokens."""
+    per_prompt: PositiveInt = 1
+    """Completions of each prompt."""
+    batch_size: Annotated[PositiveInt, MayChange] = 128
+    """Completions that the transformers engine samples at once."""
+    correction: Literal["none", "truncated"] = "none"
+    """Importance weights of sampled tokens; truncated is min(p_student / p_sampler, 2)."""
+    score: Literal["full", "truncated"] = "full"
+    """Softmax that scores tokens: over all of them, or over those that top_k and top_p keep."""
+    vllm: VllmConfig = Field(default_factory=VllmConfig)
+    """Settings of the vllm engine."""
+    server: Annotated[RolloutServerConfig, MayChange] = Field(default_factory=RolloutServerConfig)
+    """Settings of the vllm_server engine."""
+    verify_every: Annotated[PositiveInt, MayChange] = 10
+    """Syncs between two comparisons of a vLLM engine's weights with the student's."""
+    staleness: Annotated[int, one_of(prefetch.SCHEDULES)] = 0
+    """Optimizer steps by which the weights that sample lag behind those that are trained."""
+    task_reward: TaskRewardConfig | None = None
+    """The outcome reward of completions; null is none."""
+
+    @property
+    def truncates_scores(self) -> bool:
+        """Returns whether `score` leaves any token out."""
+        return self.score == "truncated" and (self.top_k > 0 or self.top_p < 1)
 
 
 class RewardConfig(Section):
-    """`name` and the parameters of that reward; `rewards.py` holds their defaults."""
+    """The token reward: its `name`, and its parameters beside it."""
 
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
-    name: str = "power"
+    model_config = ConfigDict(extra="allow")
+    name: Annotated[str, one_of(rewards.REWARDS, custom=True)] = "power"
+    """The reward; a function (teacher_log_probs, student_log_probs) of yours is one, too."""
 
     @model_validator(mode="after")
     def _valid(self) -> Self:
@@ -191,60 +270,99 @@ class RewardConfig(Section):
         return self
 
     def create(self) -> rewards.Reward:
+        """Returns the reward; raises ValueError for parameters that it does not take."""
         return rewards.create(self.name, **(self.model_extra or {}))
 
 
 class SelectConfig(Section):
-    name: Literal["dial", "random"]
-    keep: Annotated[float, Field(gt=0, le=1)] = 0.4  # of each completion's trained tokens
-    beta: Annotated[float, Field(ge=0, le=1)] = 1.0  # of dial
+    """Which of a completion's tokens are trained on."""
+
+    name: Annotated[str, one_of(objectives.SELECTIONS)]
+    """Which tokens are kept: the most telling ones (dial), or any (random), its control."""
+    keep: PositiveFraction = 0.4
+    """Fraction of each completion's tokens that is kept."""
+    beta: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Exponent of |t - p| in the score of dial, where |ln t - ln p| has 1 - beta."""
 
 
 class ObjectiveConfig(Section):
-    kind: Literal["sampled", "full_vocab"] = "sampled"
-    stop: Literal["raw", "mask", "canonical", "cross", "semantic"] = "mask"
-    top_k: PositiveInt | None = None  # of full_vocab: the student's most probable ids only
-    baseline: Literal["none", "value"] = "none"  # of sampled
+    """What the student is trained to minimise."""
+
+    kind: Annotated[str, one_of(objectives.OBJECTIVES)] = "sampled"
+    """Whether the reward is that of the sampled token or its expectation over the vocabulary."""
+    stop: Annotated[str, one_of(stops.POLICIES)] = "mask"
+    """How the stop token that ends a completion is trained."""
+    top_k: PositiveInt | None = None
+    """Number of the student's most probable tokens in full_vocab's sums; null is all."""
+    baseline: Literal["none", "value"] = "none"
+    """What is taken from the reward of a sampled token; value is the context's expected reward."""
     select: SelectConfig | None = None
+    """Selection of the tokens to train on; null is all."""
 
 
 class TrainConfig(Section):
+    """The optimizer steps."""
+
     steps: PositiveInt = 1500
-    prompts_per_step: PositiveInt = 32  # over all processes
-    max_tokens_per_batch: PositiveInt = 16384
-    packing: Literal["auto", "padded", "flat"] = "auto"  # of sequences in a micro-batch
-    sharding: Literal["none", "fsdp2"] = "none"  # of the student, over the processes
+    """Number of optimizer steps."""
+    prompts_per_step: PositiveInt = 32
+    """Prompts of one optimizer step, over all processes."""
+    max_tokens_per_batch: Annotated[PositiveInt, MayChange] = 16384
+    """Tokens of one micro-batch with padding; halved if memory is short on a single process."""
+    packing: Annotated[Literal["auto", "padded", "flat"], MayChange] = "auto"
+    """Layout of a micro-batch: padded rows, or one flat row; auto is flat where attention gains."""
+    sharding: Annotated[Literal["none", "fsdp2"], MayChange] = "none"
+    """How the student is kept: whole in every process, or sharded over the processes."""
     learning_rate: PositiveFloat = 5e-7
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Peak learning rate of AdamW."""
+    schedule: Annotated[str, one_of(LEARNING_RATE_SCHEDULES)] = "constant"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps over which the learning rate rises from 0."""
     weight_decay: NonNegativeFloat = 0.0
+    """Weight decay of AdamW."""
     clip_grad_norm: PositiveFloat | None = 1.0
+    """Norm above which the gradient is scaled down to it; null never does."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Seed of all randomness: the prompts' order, the sampling, a new adapter's weights."""
 
 
 class EvaluateConfig(Section):
+    """Benchmarks during training."""
+
     every: PositiveInt
+    """Optimizer steps between two evaluations; the last step is always followed by one."""
     benchmarks: Annotated[list[str], Field(min_length=1)]
+    """Names of benchmarks, .jsonl files or Hub datasets."""
     n: PositiveInt = 1
+    """Completions of each problem."""
     limit: PositiveInt | None = None
-    data_dir: str | None = None  # a folder with NAME.jsonl, instead of the Hub
+    """Problems of each benchmark, the first ones; null is all."""
+    data_dir: str | None = None
+    """Directory that holds NAME.jsonl for each benchmark, read in place of the Hub."""
     max_new_tokens: PositiveInt = EvaluationSettings.max_new_tokens
+    """Tokens of the longest completion."""
     temperature: NonNegativeFloat = EvaluationSettings.temperature
-    top_p: Annotated[float, Field(gt=0, le=1)] = EvaluationSettings.top_p
-    top_k: Annotated[int, Field(ge=0)] = EvaluationSettings.top_k
-    best: str = "avg_at_k"  # the metric, averaged over the benchmarks, by which best/ is kept
+    """Sampling temperature; 0 is greedy."""
+    top_p: PositiveFraction = EvaluationSettings.top_p
+    """Probability mass of the most probable tokens that sampling keeps; 1 keeps all tokens."""
+    top_k: NonNegativeInt = EvaluationSettings.top_k
+    """Number of most probable tokens that sampling keeps; 0 keeps all tokens."""
+    best: str = "avg_at_k"
+    """Metric, averaged over the benchmarks, by which the student in best/ is chosen."""
 
 
 class CheckpointConfig(Section):
-    every: PositiveInt = 100
-    keep: PositiveInt = 2
+    """Checkpoints, from which a run goes on after it was stopped."""
+
+    every: Annotated[PositiveInt, MayChange] = 100
+    """Optimizer steps between two checkpoints."""
+    keep: Annotated[PositiveInt, MayChange] = 2
+    """Number of newest checkpoints that are kept."""
 
 
 class LogConfig(Section):
-    trackers: list[Tracker] = Field(default_factory=list)
+    """Where metrics go beside metrics.jsonl of the run directory."""
 
-
-def _check_choice(key: str, value: str, known: Sequence[str]) -> None:
-    if ":" not in value and value not in known:
-        expected = ", ".join([*known, "package.module:function"])
-        raise ValueError(f"{key}: expected one of {expected}, got {value!r}")
+    trackers: list[Annotated[str, one_of(TRACKER_NAMES)]] = Field(default_factory=list)
+    """Experiment trackers; each must be installed."""

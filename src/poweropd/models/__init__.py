@@ -1,1 +1,6 @@
 """Language models: loading, student and teacher, attention, sharding, sizes."""
+
+import torch
+
+#: Name of a dtype in a recipe -> the dtype.
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

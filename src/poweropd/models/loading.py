@@ -24,6 +24,7 @@ from poweropd import embedded
 from poweropd.data.batch import Sequences
 from poweropd.errors import UsageError
 from poweropd.kernels import linear_log_prob
+from poweropd.models import DTYPES
 from poweropd.models.language_model import LanguageModel, dropout_rates
 
 if TYPE_CHECKING:  # benchmarks of models need no pydantic
@@ -36,9 +37,6 @@ UNLIMITED = 10**9
 ADAPTER = "adapter_config.json"
 # Fields of configs that state the context; a config may map one to a name of its own.
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
-
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def resolve(name: str) -> str:

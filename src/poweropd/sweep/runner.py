@@ -51,7 +51,7 @@ class SweepOutcome:
 def check_snr(trainings: Sequence[Training]) -> None:
     """UsageError where a training's gradients could not be compared with the exact one."""
     for config in (training.config for training in trainings):
-        if not config.has_one_local_teacher or config.only_teacher.offload:
+        if config.teacher.place != "in process" or config.only_teacher.offload:
             raise UsageError(
                 "--snr: the exact gradient needs a single teacher in this process, not offloaded; "
                 "leave --snr out, or change the recipe's teacher"

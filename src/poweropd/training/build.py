@@ -62,9 +62,7 @@ class RunInputs:
         for teacher in teachers.values():
             loading.check_vocabularies(tokenizer, teacher.tokenizer)
         tokenizers = {name: teacher.tokenizer for name, teacher in teachers.items()}
-        prompts = data_prompts.load_prompts(
-            config.data, tokenizer, tokenizers, config.domain_column
-        )
+        prompts = data_prompts.load_prompts(config.data, tokenizer, tokenizers, config.teacher.by)
         model_config = loading.load_config(*student)
         context, vocab_size = loading.context_length(model_config), loading.vocab_rows(model_config)
         stop_ids = stops.stop_ids(tokenizer, loading.load_generation_config(student[0]))
@@ -189,7 +187,7 @@ def make_teacher(
             path = run.path / f"quantization{'-' if name else ''}{name.replace('/', '-')}.json"
             load = partial(factory.unquantized_teacher, section, loaded.student.vocab_size, device)
             scorers[name] = MeasuredTeacher(scorers[name], load, reward, path)
-    return RoutedTeacher(scorers) if config.domain_column else scorers[""]
+    return RoutedTeacher(scorers) if config.teacher.by else scorers[""]
 
 
 def make_updater(
@@ -216,7 +214,7 @@ def make_objective(
     merged_ids = support = choice = None
     if objective.stop == "semantic":
         merged_ids = torch.tensor(stop_ids, device=device)
-    if config.truncates_scores:
+    if rollout.truncates_scores:
         support = Support(rollout.top_k, rollout.top_p, rollout.temperature)
     if select is not None:
         choice = selection.SELECTIONS[select.name](select.keep, select.beta)
@@ -278,7 +276,7 @@ def make_task_rewards(config: Config, inputs: RunInputs) -> TaskRewards | None:
 
 def make_utilization(config: Config, loaded: RunModels) -> Utilization | None:
     """None, too, where other machines or several teachers score: their work is not known."""
-    if not config.has_one_local_teacher:
+    if config.teacher.place != "in process":
         return None
     needs_statistics = config.reward.create().needs_statistics
     return Utilization.of(loaded.student, loaded.teacher, needs_statistics)

@@ -16,6 +16,7 @@ from transformers import get_scheduler
 
 from poweropd import rewards
 from poweropd.config import sections
+from poweropd.config.fields import LEARNING_RATE_SCHEDULES
 from poweropd.data.batch import Batch, collate, halved, pack
 from poweropd.data.rollout import Example
 from poweropd.errors import RunError
@@ -25,9 +26,6 @@ from poweropd.objectives.base import TokenRecord
 from poweropd.objectives.factory import Maker
 from poweropd.objectives.sampled import Sampled
 from poweropd.rewards import Reward
-
-# transformers ignores warm-up for its plain "constant".
-SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
 @dataclass(frozen=True)
@@ -69,9 +67,8 @@ class Updater:
             fused=True,
         )
         # Only its factor is used, as a pure function of the step: a state would have to be resumed.
-        schedule = get_scheduler(
-            SCHEDULES[train.schedule], self.optimizer, train.warmup_steps, train.steps
-        )
+        name = LEARNING_RATE_SCHEDULES[train.schedule]
+        schedule = get_scheduler(name, self.optimizer, train.warmup_steps, train.steps)
         self._factor = schedule.lr_lambdas[0]
 
     def update(

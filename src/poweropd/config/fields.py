@@ -1,0 +1,75 @@
+"""What the sections of a recipe are made of: numbers with bounds, and choices from tables.
+
+A choice has one table, in the module that implements it, and a recipe takes that table's keys. Two
+tables stand here, since rooms that import this one implement them.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, model_validator
+from pydantic_core import core_schema
+
+from poweropd.models import DTYPES
+
+#: Learning-rate schedule -> its name in transformers, whose plain "constant" ignores the warm-up.
+LEARNING_RATE_SCHEDULES = {
+    "constant": "constant_with_warmup",
+    "linear": "linear",
+    "cosine": "cosine",
+}
+#: Trackers that accelerate starts; `training/trackers.py` has what each is started with.
+TRACKER_NAMES = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab")
+#: How a recipe names the user's own code.
+CUSTOM = "package.module:function"
+
+
+def one_of(table: Iterable[str | int], custom: bool = False) -> GetPydanticSchema:
+    """Returns the marker of a field whose values are the keys of `table`.
+
+    With `custom` the field also takes the name of the user's own code.
+    """
+    keys = list(table)
+    schema: core_schema.CoreSchema = core_schema.literal_schema(keys)
+    if custom:
+        schema = core_schema.custom_error_schema(
+            core_schema.union_schema([schema, core_schema.str_schema(pattern=":")]),
+            custom_error_type="choice",
+            custom_error_message=f"expected one of {', '.join(map(str, [*keys, CUSTOM]))}",
+        )
+    return GetPydanticSchema(lambda source, handler: schema)
+
+
+class MayChange:
+    """Marks a field that may change between the parts of a run.
+
+    It says where servers and files are, or how a step is computed and not what: only rounding
+    depends on it, so a run may go on with another value, in less memory, say.
+    """
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
+Dtype = Annotated[str, one_of(DTYPES)]
+
+
+class Section(BaseModel):
+    """A mapping of the recipe with known keys, each of one type."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, tree: object) -> object:
+        # Before all other checks, since a misspelt key is also a missing one.
+        if isinstance(tree, Mapping) and cls.model_config["extra"] == "forbid":
+            for key in tree:
+                if key not in cls.model_fields:
+                    known = ", ".join(cls.model_fields)
+                    raise ValueError(f"{key}: unknown key (known: {known})")
+        return tree
