@@ -19,6 +19,7 @@ from poweropd.evaluation.runner import Subject
 from poweropd.models.loading import context_length
 from poweropd.models.sharding import collected, load_optimizer_state, optimizer_state
 from poweropd.objectives.base import TokenRecord
+from poweropd.rewards import log_ratio
 from poweropd.rollouts.base import completion_seed
 from poweropd.runs import card
 from poweropd.runs.directory import (
@@ -356,14 +357,14 @@ def token_metrics(outcome: UpdateOutcome | None) -> dict[str, Any]:
     if outcome is None:
         return {"num_tokens": 0}
     record = outcome.record
-    log_ratio = distribution(record.teacher_log_probs - record.student_log_probs)
+    log_ratios = distribution(log_ratio(record.teacher_log_probs, record.student_log_probs))
     metrics = {
         "loss": outcome.loss,
         "grad_norm": outcome.grad_norm,
         **{f"reward/{key}": value for key, value in distribution(record.rewards).items()},
         "reward/zero_fraction": (record.rewards == 0).double().mean().item(),
-        **{f"log_ratio/{key}": log_ratio[key] for key in ("mean", "min", "max")},
-        "reverse_kl": -log_ratio["mean"],
+        **{f"log_ratio/{key}": log_ratios[key] for key in ("mean", "min", "max")},
+        "reverse_kl": -log_ratios["mean"],
         "entropy": record.entropy.double().mean().item(),
         "select/fraction": outcome.selected_fraction,
     }
