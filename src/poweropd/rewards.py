@@ -57,18 +57,13 @@ class Schedule:
         return self.start + (self.end - self.start) * progress
 
 
-def _is_number(value: Any) -> bool:
-    real = isinstance(value, int | float) and not isinstance(value, bool)
-    return real and math.isfinite(value)
-
-
-def _parameter(default: object, expected: str, holds: Callable[[Any], bool]) -> Any:
-    """Declares a parameter, possibly scheduled, for whose values `holds` is to be true."""
-    return field(default=default, metadata={"expected": expected, "holds": holds})
+def _number(default: float, expected: str, holds: Callable[[float], bool]) -> Any:
+    """Declares a numeric parameter, possibly scheduled, whose values all are as expected."""
+    return field(default=default, metadata={"expected": f"a number {expected}", "holds": holds})
 
 
 def _positive(default: float) -> Any:
-    return _parameter(default, "a number > 0", lambda x: _is_number(x) and x > 0)
+    return _number(default, "> 0", lambda x: x > 0)
 
 
 @dataclass(frozen=True)
@@ -81,10 +76,10 @@ class Reward(ABC):
     def __post_init__(self) -> None:
         for parameter in dataclasses.fields(self):
             value, rule = self.__dict__[parameter.name], parameter.metadata
-            for one in value.ends() if isinstance(value, Schedule) else (value,):
-                if rule and not rule["holds"](one):
-                    expected = rule["expected"]
-                    raise ValueError(f"{parameter.name}: expected {expected}, got {one!r}")
+            for x in value.ends() if isinstance(value, Schedule) else (value,):
+                number = isinstance(x, int | float) and not isinstance(x, bool)
+                if "holds" in rule and not (number and math.isfinite(x) and rule["holds"](x)):
+                    raise ValueError(f"{parameter.name}: expected {rule['expected']}, got {x!r}")
 
     @abstractmethod
     def compute(self, t: Tensor, p: Tensor) -> Tensor:
@@ -106,7 +101,8 @@ class Reward(ABC):
 
     def at(self, step: int) -> Self:
         """Returns this reward with every schedule resolved at optimizer step `step` (from 0)."""
-        return dataclasses.replace(self, **_resolved(self.__dict__, step))
+        resolved = {k: v.at(step) for k, v in self.__dict__.items() if isinstance(v, Schedule)}
+        return dataclasses.replace(self, **resolved) if resolved else self
 
     @property
     def unstandardized(self) -> "Reward":
@@ -125,11 +121,6 @@ class Reward(ABC):
         """
         probs, reward = student_log_probs.exp(), self(teacher_log_probs, student_log_probs)
         return -torch.where(probs > 0, probs * reward, 0.0).sum(-1)
-
-
-def _resolved(parameters: Mapping[str, Any], step: int) -> dict[str, Any]:
-    items = parameters.items()
-    return {k: v.at(step) if isinstance(v, Schedule | Reward) else v for k, v in items}
 
 
 def log_ratio(t: Tensor, p: Tensor) -> Tensor:
@@ -152,7 +143,7 @@ class LogRatio(Reward):
 class Clip(Reward):
     """clamp(ln t - ln p, low, high)."""
 
-    low: Number = _parameter(-1.0, "a number < 0", lambda x: _is_number(x) and x < 0)
+    low: Number = _number(-1.0, "< 0", lambda x: x < 0)
     high: Number = _positive(1.0)
 
     def compute(self, t: Tensor, p: Tensor) -> Tensor:
@@ -177,9 +168,12 @@ class Power(Reward):
     """
 
     alpha: Number = _positive(5.0)
-    scale: Literal["unit", "box_cox"] = _parameter(
-        "unit", "unit or box_cox", lambda x: x in ("unit", "box_cox")
-    )
+    scale: Literal["unit", "box_cox"] = "unit"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale not in ("unit", "box_cox"):
+            raise ValueError(f"scale: expected unit or box_cox, got {self.scale!r}")
 
     def compute(self, t: Tensor, p: Tensor) -> Tensor:
         # With d = ln t - ln p:  sign(d) * max(t, p)^alpha * (1 - exp(-alpha |d|)),
@@ -196,10 +190,9 @@ class Power(Reward):
         one-sample estimate of its descent (divergence: Basu et al. 1998, with a = alpha).
         """
         a, t, p = self.alpha, teacher_log_probs, student_log_probs
-        value = (
-            ((a + 1) * p).exp() / (a + 1) - (p + a * t).exp() + a * ((a + 1) * t).exp() / (a + 1)
-        )
-        return value.sum(-1) / (a if self.scale == "box_cox" else 1.0)
+        own, others = ((a + 1) * p).exp() / (a + 1), a * ((a + 1) * t).exp() / (a + 1)
+        value = (own - (p + a * t).exp() + others).sum(-1)
+        return value / a if self.scale == "box_cox" else value
 
 
 @dataclass(frozen=True)
@@ -219,9 +212,7 @@ class Hellinger(Reward):
 class Gate(Reward):
     """1 where t > threshold, else 0: a control that ignores the student's probability."""
 
-    threshold: Number = _parameter(
-        0.5, "a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1
-    )
+    threshold: Number = _number(0.5, "in [0, 1)", lambda x: 0 <= x < 1)
 
     def compute(self, t: Tensor, p: Tensor) -> Tensor:
         return (t.exp() > self.threshold).float()
@@ -245,6 +236,9 @@ class ZScore(Reward):
 
     def compute(self, t: Tensor, p: Tensor) -> Tensor:
         raise ValueError("zscore needs the step's statistics: call with_statistics(mean, std)")
+
+    def at(self, step: int) -> Self:
+        return dataclasses.replace(self, base=self.base.at(step))
 
     @property
     def unstandardized(self) -> Reward:
@@ -277,7 +271,9 @@ class Custom(Reward):
 
     def at(self, step: int) -> Self:
         """Returns this reward with the schedules of its parameters resolved."""
-        return dataclasses.replace(self, parameters=_resolved(self.parameters, step))
+        items = self.parameters.items()
+        resolved = {k: v.at(step) if isinstance(v, Schedule) else v for k, v in items}
+        return dataclasses.replace(self, parameters=resolved)
 
     def compute(self, t: Tensor, p: Tensor) -> Tensor:
         reward = self.function(t, p, **self.parameters)
