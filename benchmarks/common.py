@@ -25,7 +25,7 @@ from poweropd.data.prompts import Prompt
 from poweropd.data.rollout import Example, Request
 from poweropd.models.language_model import Student, Teacher
 from poweropd.models.loading import DTYPES
-from poweropd.objectives.factory import MakeObjective
+from poweropd.objectives.base import Objective
 from poweropd.objectives.full_vocab import FullVocab
 from poweropd.objectives.sampled import Sampled
 from poweropd.teachers import base as teachers
@@ -180,31 +180,30 @@ def score(pair: Pair) -> list[Example]:
 
 
 def train_on(
-    pair: Pair, examples: Sequence[Example], make_objective: MakeObjective, reward: rewards.Reward,
+    pair: Pair, examples: Sequence[Example], objective: Objective, reward: rewards.Reward,
     full: bool = False,
 ) -> None:  # fmt: skip
     """Does what `poweropd.training.update.Updater` does in one process, less checks and records."""
-    objective = make_objective(reward, 1 / sum(e.num_tokens for e in examples))
+    token_weight = 1 / sum(e.num_tokens for e in examples)
     for group in pack([e.student_length for e in examples], pair.geometry.max_tokens):
         batch = collate([examples[i] for i in group]).to(DEVICE)
         if full:
             with torch.no_grad():
                 hidden = pair.teacher.hidden_states(batch.teacher)
             batch = replace(batch, teacher_hidden=hidden)
-        loss, _ = pair.student(batch, objective)
+        loss, _ = pair.student(batch, objective, reward, token_weight)
         loss.backward()
     pair.finish()
 
 
 def update_sampled(pair: Pair, reward: rewards.Reward) -> None:
     """Our update from sampled tokens."""
-    train_on(pair, score(pair), Sampled, reward)
+    train_on(pair, score(pair), Sampled(), reward)
 
 
 def update_full_vocab(pair: Pair, reward: rewards.Reward) -> None:
     """Our update from both models' whole distributions."""
-    head = pair.teacher.head()
-    train_on(pair, pair.examples, lambda r, weight: FullVocab(r, weight, head), reward, full=True)
+    train_on(pair, pair.examples, FullVocab(pair.teacher.head()), reward, full=True)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,10 @@ from common import machine, print_table
 from poweropd import rewards
 from poweropd.data.batch import Batch
 from poweropd.models.language_model import Student, Teacher
-from poweropd.objectives.factory import SAMPLED, Maker, maker
-from poweropd.objectives.selection import Dial, Random
+from poweropd.objectives.base import Objective
+from poweropd.objectives.full_vocab import FullVocab
+from poweropd.objectives.sampled import Sampled
+from poweropd.objectives.selection import Dial, Random, Selected
 from poweropd.rewards import Reward
 from poweropd.sweep.demo import BASELINE, Job
 from poweropd.training.gradient_noise import fresh_batches, gradients, mean_cosine, signal_to_noise
@@ -35,14 +37,14 @@ REWARDS: dict[str, Reward] = {
 }
 
 
-def objectives(teacher: Teacher) -> dict[str, Maker]:
+def objectives(teacher: Teacher) -> dict[str, Objective]:
     head = teacher.head()
     return {
-        "plain": SAMPLED,
-        "value baseline": maker("sampled", head, baseline=True),
-        "DIAL": maker("sampled", selection=Dial(KEEP, beta=1.0)),
-        "random": maker("sampled", selection=Random(KEEP)),
-        "full_vocab": maker("full_vocab", head),
+        "plain": Sampled(),
+        "value baseline": Sampled(head, baseline=True),
+        "DIAL": Selected(Sampled(), Dial(KEEP, beta=1.0)),
+        "random": Selected(Sampled(), Random(KEEP)),
+        "full_vocab": FullVocab(head),
     }
 
 
@@ -50,8 +52,10 @@ def cells(
     student: Student, teacher: Teacher, batches: Sequence[Batch], reward: Reward
 ) -> list[str]:
     """Of one reward: "SNR (cosine)" of every objective."""
-    makers = objectives(teacher)
-    found = {name: gradients(student, batches, make, reward) for name, make in makers.items()}
+    found = {
+        name: gradients(student, batches, objective, reward)
+        for name, objective in objectives(teacher).items()
+    }
     exact = found["full_vocab"].mean(0)
     return [f"{signal_to_noise(g):.2f} ({mean_cosine(g, exact):.2f})" for g in found.values()]
 

@@ -32,7 +32,7 @@ from common import (
 
 from poweropd import rewards
 from poweropd.data.batch import pack, teacher_sequences
-from poweropd.kernels import linear_log_prob
+from poweropd.kernels import score_tokens
 from poweropd.objectives.base import TokenRecord
 from poweropd.runs.recorder import RewardRecorder
 
@@ -103,10 +103,9 @@ def score_plain(pair: Pair) -> None:
     with torch.inference_mode():
         for group in pack([e.teacher_length for e in examples], pair.geometry.max_tokens):
             sequences = teacher_sequences([examples[i] for i in group]).to(DEVICE)
-            head = teacher.head()
-            linear_log_prob(
-                teacher.hidden_states(sequences), head.weight, sequences.targets, **head.options
-            ).cpu()
+            hidden_states = teacher.hidden_states(sequences)
+            scored = score_tokens(hidden_states, teacher.head(), sequences.targets, entropy=False)
+            scored.log_probs.cpu()
 
 
 def size_of_a_run(folder: Path) -> tuple[int, float, float]:

@@ -298,10 +298,11 @@ class Phases:
                 lambda: linear_log_prob(hidden, teacher.head().weight, batch.teacher.targets),
             )
         scored = replace(batch, teacher_log_probs=scores.clone())
-        objective = Sampled(REWARD, 1 / self.pair.num_tokens)
+        objective, token_weight = Sampled(), 1 / self.pair.num_tokens
         hidden = self.timed("student body, forward", lambda: student.hidden_states(batch.student))
         loss, _ = self.timed(
-            "student head, both ways", lambda: objective(hidden, student.head(), scored)
+            "student head, both ways",
+            lambda: objective(hidden, student.head(), scored, REWARD, token_weight),
         )
         self.timed("student body, backward", loss.backward)
 

@@ -51,6 +51,11 @@ class Case:
         return self.teacher_hidden.to(dtype), Head(self.teacher_weight.to(dtype), scale=0.8)
 
 
+def options_of(head: Head) -> dict[str, Any]:
+    """Everything but the weight, as keyword arguments of the fronts."""
+    return {name: value for name, value in vars(head).items() if name != "weight"}
+
+
 def gradients(loss: Tensor, hidden: Tensor, head: Head) -> list[Tensor]:
     inputs = [hidden, head.weight] + ([] if head.bias is None else [head.bias])
     return [g.double() for g in torch.autograd.grad(loss, inputs)]
@@ -67,7 +72,7 @@ def policy_gradient(case: Case, dtype: torch.dtype, **options: Any) -> list[Tens
         head.weight,
         case.targets,
         lambda log_probs, tokens: case.coefficient[tokens],
-        **{"chunk_size": CHUNK, **head.options, **options},
+        **{"chunk_size": CHUNK, **options_of(head), **options},
     )
     assert loss.dtype == torch.float32
     return [loss.detach().double(), *gradients(loss, hidden, head)]

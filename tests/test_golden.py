@@ -81,7 +81,7 @@ class Window:
         return logits[rows, :width].flatten(0, 1)[self.batch.student.index]
 
     def run(self, reward: rewards.Reward, token_weight: float) -> tuple[Tensor, TokenRecord]:
-        return Sampled(reward, token_weight)(self.hidden, self.head, self.batch)
+        return Sampled()(self.hidden, self.head, self.batch, reward, token_weight)
 
 
 def reward_of(spec: str, alpha: float) -> rewards.Reward:

@@ -7,15 +7,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import CHUNK, HEADS, MERGED, Case, H, V, error, gradients, oracle, policy_gradient
+from kernel_cases import (
+    CHUNK,
+    HEADS,
+    MERGED,
+    Case,
+    H,
+    V,
+    error,
+    gradients,
+    options_of,
+    oracle,
+    policy_gradient,
+)
 from torch import Tensor
 
 from poweropd.kernels import (
     Head,
-    TokenStatistics,
+    PairStatistics,
     linear_log_prob,
     linear_policy_gradient,
     reference,
+    sampled_loss,
+    score_tokens,
 )
 
 
@@ -125,7 +139,7 @@ def policy_gradient_of_masters(case: Case, inside: bool) -> Tensor:
         master if inside else master.bfloat16(),
         case.targets,
         lambda _, t: case.coefficient[t],
-        **head.options,
+        **options_of(head),
     )
     loss.backward()
     assert master.grad is not None
@@ -144,22 +158,20 @@ def naive_low_precision(case: Case, dtype: torch.dtype) -> list[Tensor]:
 def test_log_prob_and_statistics(dtype: torch.dtype, merged_ids: Tensor | None) -> None:
     case = Case(40, dtype, "capped")
     hidden, head = case.leaves(torch.float64)
-    statistics = TokenStatistics.empty(40, "cpu")
-    got = linear_log_prob(
-        case.hidden,
-        case.weight,
-        case.targets,
-        merged_ids=merged_ids,
-        statistics=statistics,
-        chunk_size=CHUNK,
-        **case.options,
-    )
+    chunked = {"merged_ids": merged_ids, "chunk_size": CHUNK}
+    got = linear_log_prob(case.hidden, case.weight, case.targets, **chunked, **case.options)
+    its_head = Head(case.weight, **case.options)
+    statistics = score_tokens(case.hidden, its_head, case.targets, **chunked)
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0, "atol": 0.1}
     exact = reference.log_prob(hidden, head, case.targets, merged_ids)
     assert got.dtype == torch.float32
     assert not got.requires_grad
     torch.testing.assert_close(got.double(), exact.detach(), **tolerance)
-    torch.testing.assert_close(statistics.student_log_probs, got)
+    assert torch.equal(statistics.log_probs, got)
+    without = score_tokens(case.hidden, its_head, case.targets, **chunked, entropy=False)
+    assert without.entropy.isnan().all()
+    assert torch.equal(without.log_probs, got)
+    assert torch.equal(without.top1, statistics.top1)
     log_probs = reference.logits(hidden, head).log_softmax(-1).detach()
     entropy = reference.entropy(log_probs)
     torch.testing.assert_close(statistics.entropy.double(), entropy, **tolerance)
@@ -169,7 +181,30 @@ def test_log_prob_and_statistics(dtype: torch.dtype, merged_ids: Tensor | None) 
         hit |= torch.isin(best, merged_ids) & torch.isin(case.targets, merged_ids)
     if dtype == torch.float32:
         assert torch.equal(statistics.top1, hit)
-    assert statistics.teacher_log_probs.isnan().all()
+    assert not statistics.log_support.any()
+
+
+@pytest.mark.parametrize("merged_ids", [None, MERGED], ids=["single", "merged"])
+def test_a_loss_returns_the_statistics_of_scoring(merged_ids: Tensor | None) -> None:
+    case = Case(40, torch.float32, "capped")
+    hidden, head = case.leaves(torch.float32)
+    chunked = {"merged_ids": merged_ids, "chunk_size": CHUNK}
+    seen: list[Tensor] = []
+
+    def coefficient(chunk: PairStatistics, tokens: slice) -> Tensor:
+        seen.append(torch.stack([chunk.log_probs, chunk.entropy, chunk.top1, chunk.values]))
+        return case.coefficient[tokens]
+
+    loss, got = sampled_loss(hidden, head, case.targets, coefficient, **chunked)
+    expected = score_tokens(hidden, head, case.targets, **chunked)
+    for name, column in vars(expected).items():
+        assert torch.equal(vars(got)[name], column), name
+    assert got.teacher_log_probs.isnan().all()
+    assert not got.values.any()
+    whole = torch.stack([got.log_probs, got.entropy, got.top1, got.values])
+    assert torch.equal(torch.cat(seen, 1), whole)
+    front, *_ = policy_gradient(case, torch.float32, merged_ids=merged_ids)
+    assert torch.equal(loss.detach().double(), front)
 
 
 def test_coefficient_sees_float32_log_probs_in_order() -> None:
@@ -251,11 +286,10 @@ def test_all_coefficients_zero() -> None:
 def test_extreme_logits() -> None:
     hidden = torch.tensor([[1e4], [-1e4], [0.0]], requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0], [0.5]], requires_grad=True)
-    statistics = TokenStatistics.empty(3)
-    loss = linear_policy_gradient(
-        hidden, weight, torch.zeros(3, dtype=torch.long), lambda p, _: torch.ones_like(p),
-        statistics=statistics,
-    )  # fmt: skip
+    targets = torch.zeros(3, dtype=torch.long)
+    loss, statistics = sampled_loss(
+        hidden, Head(weight), targets, lambda chunk, _: torch.ones_like(chunk.log_probs)
+    )
     loss.backward()
     torch.testing.assert_close(loss.item(), 2e4 + torch.tensor(3.0).log().item())
     assert hidden.grad.isfinite().all()
@@ -270,8 +304,8 @@ def test_bias_of_minus_infinity_masks_an_id() -> None:
     case.bias[11] = -torch.inf
     case.targets[case.targets == 11] = 12
     case.options = {}
-    statistics = TokenStatistics.empty(12)
-    loss, *got = policy_gradient(case, torch.float32, statistics=statistics)
+    loss, *got = policy_gradient(case, torch.float32)
+    statistics = score_tokens(case.hidden, Head(case.weight, case.bias), case.targets)
     assert all(x.isfinite().all() for x in (loss, *got, statistics.entropy))
     assert got[2][11] == 0
     exact_loss, *exact = oracle(case, torch.float64)
@@ -303,7 +337,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "temperature": ({"temperature": 0.0}, "temperature: expected a number > 0, got 0.0"),
     "merged": ({"merged_ids": torch.zeros(2)}, r"merged_ids: expected \[M\] torch.int64"),
     "chunk": ({"chunk_size": 0}, "chunk_size: expected an integer >= 1, got 0"),
-    "statistics": ({"statistics": TokenStatistics.empty(3)}, r"expected \[4\] torch.float32"),
 }
 
 

@@ -12,11 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from poweropd import rewards
 from poweropd.kernels import (
     Head,
-    TokenStatistics,
-    ValueBaseline,
+    PairStatistics,
+    TeacherHead,
+    full_vocab_loss,
     linear_full_vocab,
     linear_log_prob,
     linear_policy_gradient,
+    sampled_loss,
+    score_tokens,
 )
 
 V, H, N, CHUNK = 127, 8, 64, 16
@@ -65,22 +68,25 @@ def passes(seen: Watch) -> float:
 
 
 def test_log_prob_takes_one_head_matmul() -> None:
-    statistics = TokenStatistics.empty(N)
-    seen = watch(lambda h, w, t: linear_log_prob(h, w, t, chunk_size=CHUNK, statistics=statistics))
+    seen = watch(lambda h, w, t: linear_log_prob(h, w, t, chunk_size=CHUNK))
+    assert passes(seen) == 1
+    seen = watch(lambda h, w, t: score_tokens(h, Head(w), t, chunk_size=CHUNK).entropy)
     assert passes(seen) == 1
 
 
-@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}, {"merged_ids": torch.tensor([1, 2])}])
-def test_policy_gradient_takes_three(options: dict[str, Any]) -> None:
+def ones(chunk: PairStatistics, tokens: slice) -> Tensor:
+    return torch.ones_like(chunk.log_probs)
+
+
+@pytest.mark.parametrize("merged_ids", [None, torch.tensor([1, 2])])
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}])
+def test_policy_gradient_takes_three(options: dict[str, Any], merged_ids: Tensor | None) -> None:
+    chunked = {"merged_ids": merged_ids, "chunk_size": CHUNK}
+    seen = watch(lambda h, w, t: sampled_loss(h, Head(w, **options), t, ones, **chunked)[0])
+    assert passes(seen) == 3
     seen = watch(
         lambda h, w, t: linear_policy_gradient(
-            h,
-            w,
-            t,
-            lambda p, _: torch.ones_like(p),
-            chunk_size=CHUNK,
-            statistics=TokenStatistics.empty(N),
-            **options,
+            h, w, t, lambda p, _: torch.ones_like(p), **chunked, **options
         )
     )
     assert passes(seen) == 3
@@ -109,15 +115,16 @@ def test_full_vocab_takes_four(top_k: int | None) -> None:
         )
     )
     assert passes(seen) == 4
+    teacher = TeacherHead(teacher_hidden, Head(teacher_weight), reward=reward)
+    options = {"top_k": top_k, "chunk_size": CHUNK}
+    seen = watch(lambda h, w, t: full_vocab_loss(h, Head(w), t, teacher, 1.0, **options)[0])
+    assert passes(seen) == 4
 
 
-def test_baseline_takes_four() -> None:
-    baseline = ValueBaseline(torch.randn(N, H), Head(torch.randn(V, H)), rewards.create("power"))
-    seen = watch(
-        lambda h, w, t: linear_policy_gradient(
-            h, w, t, lambda p, _: torch.ones_like(p), chunk_size=CHUNK, baseline=baseline
-        )
-    )
+def test_a_teachers_values_take_four() -> None:
+    head = Head(torch.randn(V, H))
+    teacher = TeacherHead(torch.randn(N, H), head, reward=rewards.create("power"))
+    seen = watch(lambda h, w, t: sampled_loss(h, Head(w), t, ones, teacher, chunk_size=CHUNK)[0])
     assert passes(seen) == 4
 
 

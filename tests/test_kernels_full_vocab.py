@@ -14,19 +14,23 @@ from kernel_cases import (
     V,
     error,
     gradients,
+    options_of,
     oracle,
-    policy_gradient,
 )
 from torch import Tensor
 
 from poweropd import rewards
 from poweropd.kernels import (
-    TokenStatistics,
-    ValueBaseline,
+    Head,
+    PairStatistics,
+    TeacherHead,
+    full_vocab_loss,
     linear_full_vocab,
     linear_log_prob,
     linear_policy_gradient,
     reference,
+    sampled_loss,
+    score_tokens,
 )
 
 
@@ -42,8 +46,8 @@ def full_vocab(
         teacher.weight,
         reward,
         case.coefficient,
-        teacher_options=teacher.options,
-        **{"chunk_size": CHUNK, **head.options, **options},
+        teacher_options=options_of(teacher),
+        **{"chunk_size": CHUNK, **options_of(head), **options},
     )
     return [loss.detach().double(), *gradients(loss, hidden, head)]
 
@@ -141,37 +145,38 @@ def test_full_vocab_is_the_expected_policy_gradient(use_baseline: bool) -> None:
     hidden, head = case.leaves(torch.float64)
     teacher_hidden, teacher = case.teacher(torch.float64)
     every = torch.arange(V).repeat(3)
-    baseline = ValueBaseline(teacher_hidden.repeat_interleave(V, 0), teacher, reward)
+    its_head = TeacherHead(teacher_hidden.repeat_interleave(V, 0), teacher, reward=reward)
     used = 1.0 if use_baseline else 0.0
 
-    def coefficient(log_probs: Tensor, tokens: slice) -> Tensor:
-        r = reward(baseline.teacher_log_probs[tokens], log_probs) - used * baseline.values[tokens]
-        return log_probs.exp() * r
+    def coefficient(chunk: PairStatistics, tokens: slice) -> Tensor:
+        r = reward(chunk.teacher_log_probs, chunk.log_probs) - used * chunk.values
+        return chunk.log_probs.exp() * r
 
-    loss = linear_policy_gradient(
-        hidden.repeat_interleave(V, 0),
-        head.weight,
-        every,
-        coefficient,
-        baseline=baseline,
-        chunk_size=CHUNK,
-    )
+    repeated = hidden.repeat_interleave(V, 0)
+    loss, _ = sampled_loss(repeated, head, every, coefficient, its_head, chunk_size=CHUNK)
     expected = full_vocab(case, torch.float64, reward)[1:]
     for g, e in zip(gradients(loss, hidden, head), expected, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("merged_ids", [None, MERGED], ids=["single", "merged"])
-def test_baseline_values_and_teacher_log_probs(merged_ids: Tensor | None) -> None:
+def test_values_and_teacher_log_probs(merged_ids: Tensor | None) -> None:
     case, reward = Case(20, torch.float32), REWARDS["power"]
-    teacher_hidden, teacher = case.teacher(torch.float32)
-    baseline = ValueBaseline(teacher_hidden, teacher, reward)
-    statistics = TokenStatistics.empty(20)
-    got = policy_gradient(
-        case, torch.float32, baseline=baseline, merged_ids=merged_ids, statistics=statistics
-    )
+    teacher = TeacherHead(*case.teacher(torch.float32), reward=reward)
+    seen: list[Tensor] = []
+
+    def coefficient(chunk: PairStatistics, tokens: slice) -> Tensor:
+        seen.append(torch.stack([chunk.values, chunk.teacher_log_probs]))
+        return case.coefficient[tokens]
+
+    hidden, head = case.leaves(torch.float32)
+    options = {"merged_ids": merged_ids, "chunk_size": CHUNK}
+    loss, statistics = sampled_loss(hidden, head, case.targets, coefficient, teacher, **options)
+    got = [loss.detach().double(), *gradients(loss, hidden, head)]
     for g, e in zip(got, oracle(case, torch.float64, merged_ids), strict=True):
         torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-5)
+    whole = torch.stack([statistics.values, statistics.teacher_log_probs])
+    assert torch.equal(torch.cat(seen, 1), whole)
     hidden, head = case.leaves(torch.float64)
     t64 = case.teacher(torch.float64)
     values = reference.values(
@@ -179,24 +184,26 @@ def test_baseline_values_and_teacher_log_probs(merged_ids: Tensor | None) -> Non
         reference.log_softmax(hidden, head, merged_ids),
         reward,
     )
-    torch.testing.assert_close(baseline.values.double(), values.detach(), rtol=1e-5, atol=1e-6)
-    log_probs = reference.log_prob(*t64, case.targets, merged_ids)
-    torch.testing.assert_close(baseline.teacher_log_probs, log_probs.float(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(statistics.teacher_log_probs, baseline.teacher_log_probs)
+    torch.testing.assert_close(statistics.values.double(), values.detach(), rtol=1e-5, atol=1e-6)
+    log_probs = reference.log_prob(*t64, case.targets, merged_ids).float()
+    torch.testing.assert_close(statistics.teacher_log_probs, log_probs, rtol=1e-5, atol=1e-5)
 
 
 def test_full_vocab_statistics_are_those_of_the_sampled_path() -> None:
     case = Case(20, torch.float32)
     teacher_hidden, teacher = case.teacher(torch.float32)
-    got, expected = TokenStatistics.empty(20), TokenStatistics.empty(20)
-    options = {"targets": case.targets, "statistics": got, "merged_ids": MERGED}
-    full_vocab(case, torch.float32, REWARDS["clip"], **options)
-    linear_log_prob(case.hidden, case.weight, case.targets, statistics=expected, merged_ids=MERGED)
+    inputs = (case.hidden, Head(case.weight), case.targets)
+    its_head = TeacherHead(teacher_hidden, teacher, reward=REWARDS["clip"])
+    options = {"merged_ids": MERGED, "chunk_size": CHUNK}
+    loss, got = full_vocab_loss(*inputs, its_head, case.coefficient, **options)
+    expected = score_tokens(*inputs, merged_ids=MERGED)
     of_teacher = linear_log_prob(
         teacher_hidden, teacher.weight, case.targets, scale=teacher.scale, merged_ids=MERGED
     )
+    front, *_ = full_vocab(case, torch.float32, REWARDS["clip"], merged_ids=MERGED)
+    assert torch.equal(loss.double(), front)
     torch.testing.assert_close(got.entropy, expected.entropy, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(got.student_log_probs, expected.student_log_probs)
+    torch.testing.assert_close(got.log_probs, expected.log_probs)
     torch.testing.assert_close(got.teacher_log_probs, of_teacher)
     assert torch.equal(got.top1, expected.top1)
 
@@ -237,9 +244,17 @@ def test_errors_of_callbacks_and_teachers() -> None:
     teacher = (case.teacher_hidden, case.teacher_weight)
     with pytest.raises(ValueError, match=r"reward: expected \[4, 61\], got \[4\]"):
         linear_full_vocab(case.hidden, case.weight, *teacher, lambda t, p: p[:, 0], 1.0)
-    with pytest.raises(ValueError, match="expected the student's 60 rows, got 61"):
+    with pytest.raises(ValueError, match="and the student's 60 ids, got 4 and 61"):
         linear_full_vocab(case.hidden, case.weight[:60], *teacher, REWARDS["clip"], 1.0)
     with pytest.raises(ValueError, match="top_k: expected 1 to 61, got 62"):
         linear_full_vocab(case.hidden, case.weight, *teacher, REWARDS["clip"], 1.0, top_k=62)
     with pytest.raises(ValueError, match=r"token_weight: expected \[4\]"):
         linear_full_vocab(case.hidden, case.weight, *teacher, REWARDS["clip"], torch.ones(3))
+    its_head = TeacherHead(case.teacher_hidden, Head(case.teacher_weight))
+    with pytest.raises(ValueError, match="teacher reward: expected the reward to train with"):
+        full_vocab_loss(case.hidden, Head(case.weight), case.targets, its_head, 1.0)
+    fewer = TeacherHead(case.teacher_hidden[:3], its_head.head)
+    wrong = TeacherHead(case.teacher_hidden, its_head.head, targets=case.targets[:3])
+    for bad, message in ((fewer, "expected 4 tokens"), (wrong, r"teacher targets: expected \[4\]")):
+        with pytest.raises(ValueError, match=message):
+            sampled_loss(case.hidden, Head(case.weight), case.targets, lambda c, _: c.values, bad)

@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from poweropd.kernels import (
+    Head,
     Support,
-    TokenStatistics,
-    ValueBaseline,
-    linear_full_vocab,
-    linear_policy_gradient,
+    TeacherHead,
+    full_vocab_loss,
     reference,
+    sampled_loss,
 )
 
 SETTINGS = [(5, 1.0, 1.0), (0, 0.7, 1.0), (20, 0.9, 0.6), (200, 0.5, 2.0), (1, 0.1, 1.0)]
@@ -80,28 +80,23 @@ def test_policy_gradient_over_a_support(
 
     hidden, its_head = case.leaves(torch.float64)
     teacher_hidden, teacher_head = case.teacher(torch.float64)
-    support = Support(*top)
-    baseline = ValueBaseline(teacher_hidden, teacher_head, support=support)
-    statistics = TokenStatistics.empty(len(case.targets))
-    loss = linear_policy_gradient(
+    loss, statistics = sampled_loss(
         hidden,
-        its_head.weight,
+        its_head,
         case.targets,
-        lambda p, tokens: case.coefficient[tokens] * power(baseline.teacher_log_probs[tokens], p),
-        baseline=baseline,
+        lambda c, tokens: case.coefficient[tokens] * power(c.teacher_log_probs, c.log_probs),
+        TeacherHead(teacher_hidden, teacher_head, support=Support(*top)),
         merged_ids=merged_ids,
-        statistics=statistics,
         chunk_size=CHUNK,
-        **its_head.options,
     )
     for g, e in zip(gradients(loss, hidden, its_head), exact, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(statistics.student_log_probs.double(), own, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(statistics.log_probs.double(), own, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(statistics.teacher_log_probs.double(), other, rtol=1e-5, atol=1e-6)
     everything = reference.log_softmax(hidden, its_head)
     mass = everything.masked_fill(~kept, -torch.inf).logsumexp(1)
     torch.testing.assert_close(statistics.log_support.double(), mass, rtol=1e-5, atol=1e-6)
-    assert not baseline.values.any()  # without a reward there are no values
+    assert not statistics.values.any()  # without a reward there are no values
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -117,20 +112,13 @@ def test_full_vocabulary_over_a_support(head: str, top: tuple[int, float, float]
 
     hidden, its_head = case.leaves(torch.float64)
     teacher_hidden, teacher_head = case.teacher(torch.float64)
-    loss = linear_full_vocab(
-        hidden,
-        its_head.weight,
-        teacher_hidden,
-        teacher_head.weight,
-        power,
-        case.coefficient,
-        teacher_options=teacher_head.options,
-        support=Support(*top),
-        targets=case.targets,
-        statistics=TokenStatistics.empty(len(case.targets)),
-        chunk_size=CHUNK,
-        **its_head.options,
+    reads = TeacherHead(teacher_hidden, teacher_head, reward=power, support=Support(*top))
+    loss, statistics = full_vocab_loss(
+        hidden, its_head, case.targets, reads, case.coefficient, chunk_size=CHUNK
     )
+    for got, whole in ((statistics.log_probs, student), (statistics.teacher_log_probs, teacher)):
+        own = whole.gather(1, case.targets[:, None])[:, 0]
+        torch.testing.assert_close(got.double(), own.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(loss, value, rtol=1e-5, atol=1e-5)
     for g, e in zip(gradients(loss, hidden, its_head), exact, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-10)
@@ -138,6 +126,7 @@ def test_full_vocabulary_over_a_support(head: str, top: tuple[int, float, float]
 
 def test_a_support_needs_targets() -> None:
     case = Case(4, torch.float32)
-    teacher = (case.teacher_hidden, case.teacher_weight)
-    with pytest.raises(ValueError, match="expected them, and targets, beside a support"):
-        linear_full_vocab(case.hidden, case.weight, *teacher, power, 1.0, support=Support(top_k=3))
+    head, support = Head(case.teacher_weight), Support(top_k=3)
+    teacher = TeacherHead(case.teacher_hidden, head, reward=power, support=support)
+    with pytest.raises(ValueError, match=r"targets: expected \[N\] torch.int64 beside a support"):
+        full_vocab_loss(case.hidden, Head(case.weight), None, teacher, 1.0)

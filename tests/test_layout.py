@@ -22,10 +22,10 @@ MAY_IMPORT = {
     "config": {"evaluation", "models", "net", "objectives", "rewards", "rollouts", "stops"},
     "data": {"config", "embedded", "stops"},
     "objectives": {"data", "kernels", "rewards"},
-    "models": {"config", "data", "embedded", "kernels", "objectives"},
+    "models": {"config", "data", "embedded", "kernels", "objectives", "rewards"},
     "rollouts": {"config", "data", "models", "net", "rewards"},
     "teachers": {"config", "data", "models", "net", "rewards", "runs", "stops"},
-    "runs": {"config"},
+    "runs": {"config", "rewards"},
     "evaluation": {"data", "embedded", "grading", "models", "rollouts", "runs", "stops"},
     "training": {
         *("config", "data", "evaluation", "grading", "kernels", "models", "objectives", "rewards"),

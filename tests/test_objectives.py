@@ -15,10 +15,10 @@ from poweropd.data.rollout import Example
 from poweropd.errors import UsageError
 from poweropd.kernels import Head, Support, reference
 from poweropd.objectives.base import Objective
-from poweropd.objectives.factory import Maker, maker
 from poweropd.objectives.full_vocab import FullVocab
 from poweropd.objectives.sampled import Sampled
-from poweropd.objectives.selection import Random
+from poweropd.objectives.selection import Random, Selected
+from poweropd.rewards import Reward
 
 V, H, H_TEACHER, N = 37, 6, 8, 9
 STOPS = torch.tensor([0, 2])
@@ -51,8 +51,15 @@ class Pair:
         example = Example(rollout, torch.arange(n), targets, targets, **options)
         self.batch: Batch = replace(collate([example]), teacher_hidden=teacher)
 
-    def gradient(self, objective: Objective, batch: Batch, hidden: Tensor) -> Tensor:
-        loss, _ = objective(hidden, Head(self.weight), batch)
+    def gradient(
+        self,
+        objective: Objective,
+        batch: Batch,
+        hidden: Tensor,
+        reward: Reward,
+        token_weight: float = 1.0,
+    ) -> Tensor:
+        loss, _ = objective(hidden, Head(self.weight), batch, reward, token_weight)
         return torch.autograd.grad(loss, self.weight)[0]
 
     def log_probs(self) -> tuple[Tensor, Tensor]:
@@ -70,12 +77,12 @@ def every_token(seed: int = 0) -> Pair:
     return Pair(torch.arange(V), seed, one_context=True)
 
 
-def expected_gradient(pair: Pair, objective: Objective, probs: Tensor) -> Tensor:
+def expected_gradient(pair: Pair, objective: Objective, probs: Tensor, reward: Reward) -> Tensor:
     """sum_v probs_v * (gradient where v was sampled): [V, H]."""
     total = torch.zeros_like(pair.weight)
     for v in probs.nonzero().flatten():
         one = v[None]
-        gradient = pair.gradient(objective, pair.batch.select(one), pair.hidden[one])
+        gradient = pair.gradient(objective, pair.batch.select(one), pair.hidden[one], reward)
         total += probs[v].float() * gradient
     return total
 
@@ -98,14 +105,14 @@ def test_full_vocab_is_the_expectation_of_sampled(
     """Under the distribution that is scored: so the baseline changes no expectation, and neither
     does truncated sampling, if scored under the truncated support."""
     pair = every_token()
-    exact = FullVocab(reward, 1.0, pair.teacher_head, **parts)
-    expected = pair.gradient(exact, pair.batch.select(torch.tensor([3])), pair.hidden[:1])
+    exact = FullVocab(pair.teacher_head, **parts)
+    expected = pair.gradient(exact, pair.batch.select(torch.tensor([3])), pair.hidden[:1], reward)
     probs = sampling(pair, parts.get("support"))
     if "support" in parts:  # the one token of the exact batch must not add an id to its support
         inside = probs.argmax()[None]
-        expected = pair.gradient(exact, pair.batch.select(inside), pair.hidden[:1])
-    sampled = Sampled(reward, 1.0, pair.teacher_head, baseline=baseline, **parts)
-    got = expected_gradient(pair, sampled, probs)
+        expected = pair.gradient(exact, pair.batch.select(inside), pair.hidden[:1], reward)
+    sampled = Sampled(pair.teacher_head, baseline=baseline, **parts)
+    got = expected_gradient(pair, sampled, probs, reward)
     assert (got - expected).norm() <= 1e-5 * expected.norm()
 
 
@@ -114,8 +121,8 @@ def test_a_constant_reward_cancels_only_if_scored_as_it_was_sampled() -> None:
     constant = rewards.Custom("one", lambda t, p: torch.ones_like(p))
     probs = sampling(pair, SUPPORT)
     head = pair.teacher_head
-    truncated = expected_gradient(pair, Sampled(constant, 1.0, head, support=SUPPORT), probs)
-    full = expected_gradient(pair, Sampled(constant, 1.0, head), probs)
+    truncated = expected_gradient(pair, Sampled(head, support=SUPPORT), probs, constant)
+    full = expected_gradient(pair, Sampled(head), probs, constant)
     assert truncated.norm() < 1e-5
     assert full.norm() > 0.1
 
@@ -150,8 +157,8 @@ def test_record_and_loss_are_those_of_the_equation(parts: dict[str, Any]) -> Non
     ratio = full.gather(1, targets[:, None])[:, 0] - torch.tensor(log_probs)
     weights = torch.where(merged, 1.0, ratio.exp().clamp(max=2.0))
     assert 0 < (weights == 2.0).sum() < N
-    objective = Sampled(reward, 0.5, pair.teacher_head, baseline=True, correction=True, **parts)
-    loss, record = objective(pair.hidden, Head(pair.weight), pair.batch)
+    objective = Sampled(pair.teacher_head, baseline=True, correction=True, **parts)
+    loss, record = objective(pair.hidden, Head(pair.weight), pair.batch, reward, 0.5)
     expected = -(0.5 * weights * (r + bonus - values) * p).sum()
     torch.testing.assert_close(loss, expected.float(), rtol=1e-4, atol=1e-5)
     for got, wanted in (
@@ -168,12 +175,16 @@ def test_record_and_loss_are_those_of_the_equation(parts: dict[str, Any]) -> Non
 def test_a_bonus_of_full_vocab_is_a_sampled_reward(parts: dict[str, Any]) -> None:
     targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(3))
     plain, with_bonus = Pair(targets), Pair(targets, task_reward=-0.7)
-    objective = FullVocab(rewards.create("power"), 0.5, plain.teacher_head, **parts)
+    objective, sampled = (kind(plain.teacher_head, **parts) for kind in (FullVocab, Sampled))
+    power = rewards.create("power")
     nothing = rewards.Custom("none", lambda t, p: torch.zeros_like(p))
-    sampled = Sampled(nothing, 0.5, plain.teacher_head, **parts)
     gradients = [
-        pair.gradient(its, pair.batch, pair.hidden)
-        for pair, its in ((with_bonus, objective), (plain, objective), (with_bonus, sampled))
+        pair.gradient(its, pair.batch, pair.hidden, reward, 0.5)
+        for pair, its, reward in (
+            (with_bonus, objective, power),
+            (plain, objective, power),
+            (with_bonus, sampled, nothing),
+        )
     ]
     torch.testing.assert_close(gradients[0], gradients[1] + gradients[2], rtol=1e-4, atol=1e-5)
     assert gradients[2].norm() > 0
@@ -184,8 +195,8 @@ def test_the_loss_of_full_vocab_is_its_divergence(name: str) -> None:
     """Reverse KL, and the density-power divergence at alpha 2."""
     pair = Pair(torch.arange(N))
     reward = rewards.create(name, **({"alpha": 2.0} if name == "power" else {}))
-    loss, _ = FullVocab(reward, 1 / N, pair.teacher_head)(
-        pair.hidden, Head(pair.weight), pair.batch
+    loss, _ = FullVocab(pair.teacher_head)(
+        pair.hidden, Head(pair.weight), pair.batch, reward, 1 / N
     )
     log_t, log_p = pair.log_probs()
     t, p = log_t.exp(), log_p.exp()
@@ -199,8 +210,8 @@ def test_the_loss_of_full_vocab_is_its_divergence(name: str) -> None:
 def test_top_k_looks_at_the_students_most_probable_ids() -> None:
     pair = Pair(torch.arange(N))
     reward = rewards.create("power")
-    make = maker("full_vocab", pair.teacher_head, top_k=4)
-    got = pair.gradient(make(reward, 1 / N), pair.batch, pair.hidden)
+    objective = FullVocab(pair.teacher_head, top_k=4)
+    got = pair.gradient(objective, pair.batch, pair.hidden, reward, 1 / N)
     weight = pair.weight.detach().double().requires_grad_()
     student = reference.log_softmax(pair.hidden.double(), Head(weight))
     loss = reference.full_vocab(
@@ -213,9 +224,9 @@ def test_top_k_looks_at_the_students_most_probable_ids() -> None:
 def test_a_correction_without_the_samplers_log_probs_is_refused() -> None:
     pair = Pair(torch.arange(N))
     assert pair.batch.sampling_log_probs is None
-    objective = Sampled(rewards.create("power"), 1.0, pair.teacher_head, correction=True)
+    objective = Sampled(pair.teacher_head, correction=True)
     with pytest.raises(UsageError, match=r"^rollout.correction: truncated needs the sampler's"):
-        objective(pair.hidden, Head(pair.weight), pair.batch)
+        objective(pair.hidden, Head(pair.weight), pair.batch, rewards.create("power"), 1.0)
 
 
 def test_a_token_scored_as_another_has_no_importance_weight() -> None:
@@ -228,21 +239,21 @@ def test_a_token_scored_as_another_has_no_importance_weight() -> None:
     assert log_probs[2].isnan()
 
 
-Make = Callable[[Head], Maker]
+Make = Callable[[Head], Objective]
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        lambda head: maker("sampled", head, baseline=True, selection=Random(0.5)),
-        lambda head: maker("full_vocab", head, top_k=3, merged_ids=STOPS, support=SUPPORT),
+        lambda head: Selected(Sampled(head, baseline=True), Random(0.5)),
+        lambda head: FullVocab(head, top_k=3, merged_ids=STOPS, support=SUPPORT),
     ],
 )
 def test_a_batch_of_nothing_has_a_loss_of_zero_and_a_gradient(make: Make) -> None:
     """A process with nothing to train on takes part in the collective backward."""
     pair = Pair(torch.arange(N))
     batch = replace(collate([]), teacher_hidden=torch.empty(0, H_TEACHER))
-    objective = make(pair.teacher_head)(rewards.create("power"), 1.0)
-    loss, record = objective(pair.hidden[:0], Head(pair.weight), batch)
+    objective, reward = make(pair.teacher_head), rewards.create("power")
+    loss, record = objective(pair.hidden[:0], Head(pair.weight), batch, reward, 1.0)
     assert loss.item() == len(record.rewards) == 0
     assert not torch.autograd.grad(loss, pair.weight)[0].any()

@@ -105,6 +105,12 @@ def test_equal_log_probs_give_zero_even_at_minus_infinity() -> None:
         assert rewards.create(name)(nothing, nothing).tolist() == [0.0, 0.0]
 
 
+def test_the_log_ratio_is_zero_where_both_log_probs_are_minus_infinity() -> None:
+    t = torch.tensor([-math.inf, -math.inf, -1.0, -1.0, -0.5])
+    p = torch.tensor([-math.inf, -2.0, -math.inf, -1.0, -2.0])
+    assert rewards.log_ratio(t, p).tolist() == [0.0, -math.inf, math.inf, 0.0, 1.5]
+
+
 def test_zscore_needs_statistics_and_then_standardizes() -> None:
     teacher, student = -torch.rand(100), -torch.rand(100)
     reward = rewards.create("zscore")

@@ -14,9 +14,8 @@ from poweropd import rewards
 from poweropd.config import Config
 from poweropd.data.batch import Batch, collate
 from poweropd.data.rollout import Example
-from poweropd.objectives.factory import Maker
 from poweropd.objectives.sampled import Sampled
-from poweropd.objectives.selection import SELECTIONS, Dial, Random
+from poweropd.objectives.selection import SELECTIONS, Dial, Random, Selected
 from poweropd.training.trainer import Trainer
 
 MAKES = Callable[..., Config]
@@ -58,7 +57,8 @@ def test_the_highest_scores_of_each_completion_are_kept(
         kept = scores[tokens[batch.completion_index[tokens] == row]]
         expected = math.ceil(round(keep * n, 6))
         assert sorted(kept.tolist()) == sorted(own.tolist())[-expected:]
-    assert Maker(Sampled, selection).num_tokens(lengths) == len(tokens)
+    assert Selected(Sampled(), selection).num_tokens(lengths) == len(tokens)
+    assert Sampled().num_tokens(lengths) == sum(lengths)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
@@ -89,8 +89,14 @@ def test_a_random_choice_belongs_to_the_completion() -> None:
         found = kept_by_completion(batch, selection.choose(batch, no_log_probs))
         assert found == {row: chosen[i] for row, i in enumerate(order)}
     assert len({tuple(positions[:4]) for positions in chosen.values()}) > 1
-    assert SELECTIONS["random"](0.4, 1.0) == selection
-    assert SELECTIONS["dial"](0.4, 1.0) == Dial(0.4, 1.0)
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_a_recipe_names_its_selection_and_the_parameters_of_that(recipe: MAKES, name: str) -> None:
+    config = recipe(**{"objective.select": {"name": name, "keep": 0.3}})
+    objective = Trainer(config, progress=False).updater.objective
+    assert isinstance(objective, Selected)
+    assert objective.selection == {"dial": Dial(0.3, 1.0), "random": Random(0.3)}[name]
 
 
 def test_an_empty_batch_keeps_nothing() -> None:
@@ -138,11 +144,10 @@ def test_selecting_is_training_on_the_kept_tokens_alone(recipe: MAKES) -> None:
     trainer = Trainer(config, progress=False)
     examples = trainer.scored(trainer.sample(0))
     batch = collate(examples)
-    loss, record = trainer.student(batch, trainer.updater.make_objective(trainer.reward, 1.0))
+    loss, record = trainer.student(batch, trainer.updater.objective, trainer.reward, 1.0)
     with torch.no_grad():
-        student = Sampled(rewards.create("log_ratio"), 1.0)(
-            trainer.student.hidden_states(batch.student), trainer.student.head(), batch
-        )[1].student_log_probs
+        log_ratio = rewards.create("log_ratio")
+        student = trainer.student(batch, Sampled(), log_ratio, 1.0)[1].student_log_probs
     teacher = batch.teacher_log_probs
     assert teacher is not None
     scores = ((teacher - student).abs() * (teacher.exp() - student.exp()).abs()).sqrt()
@@ -151,6 +156,6 @@ def test_selecting_is_training_on_the_kept_tokens_alone(recipe: MAKES) -> None:
         own = (batch.completion_index == row).nonzero().flatten()
         kept += own[scores[own].topk(math.ceil(0.3 * e.num_tokens)).indices].tolist()
     tokens = torch.tensor(sorted(kept))
-    expected, _ = trainer.student(batch.select(tokens), Sampled(trainer.reward, 1.0))
+    expected, _ = trainer.student(batch.select(tokens), Sampled(), trainer.reward, 1.0)
     torch.testing.assert_close(loss, expected)
     assert torch.equal(record.positions, batch.positions[tokens].to(record.positions.dtype))

@@ -16,7 +16,7 @@ from poweropd.objectives.sampled import Sampled
 from poweropd.rewards import Reward, create
 from poweropd.teachers.base import score
 from poweropd.teachers.local import LocalTeacher
-from poweropd.training.trainer import Trainer
+from poweropd.training.trainer import Trainer, token_metrics
 
 MAKES = Callable[..., Config]
 
@@ -113,6 +113,19 @@ def test_no_tensor_of_batch_times_length_times_vocabulary(
     assert seen.numel >= vocabulary * 16  # the head's weight: the update was seen
 
 
+def test_log_probs_of_minus_infinity_that_agree_leave_the_metrics_finite(
+    trainer: Trainer, examples: list[Example]
+) -> None:
+    outcome = trainer.updater.update(examples, create("power"), 0)
+    assert outcome is not None
+    record = outcome.record
+    record.student_log_probs[0] = record.teacher_log_probs[0] = -torch.inf
+    known = (record.teacher_log_probs - record.student_log_probs)[1:].double()
+    metrics = token_metrics(outcome)
+    assert metrics["log_ratio/mean"] == pytest.approx(known.sum().item() / outcome.num_tokens)
+    assert metrics["reverse_kl"] == -metrics["log_ratio/mean"]
+
+
 def test_the_teachers_minus_infinity_stops_an_unbounded_reward_only(
     trainer: Trainer, examples: list[Example]
 ) -> None:
@@ -141,10 +154,10 @@ def test_out_of_memory_restarts_the_update_at_half_the_budget(
     expected = gradient(trainer, examples, trainer.reward)
     whole = trainer.student.forward
 
-    def small_memory(batch: Any, objective: Any) -> Any:
+    def small_memory(batch: Any, *given: Any) -> Any:
         if batch.student.input_ids.numel() > 150:
             raise torch.OutOfMemoryError("out of memory")
-        return whole(batch, objective)
+        return whole(batch, *given)
 
     monkeypatch.setattr(trainer.student, "forward", small_memory)
     steps = []
@@ -165,7 +178,7 @@ def flat_gradient(trainer: Trainer) -> torch.Tensor:
 def test_memory_that_never_suffices_is_said_with_advice(
     trainer: Trainer, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_memory(batch: Any, objective: Any) -> Any:
+    def no_memory(batch: Any, *given: Any) -> Any:
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(trainer.student, "forward", no_memory)
@@ -195,7 +208,7 @@ def test_full_vocabulary_is_the_expectation_of_sampling(recipe: MAKES) -> None:
         target = torch.tensor([token])
         there = replace(one, student_targets=target, teacher_targets=target)
         (scored,) = score(teacher, [there])
-        loss, _ = student(collate([scored]), Sampled(trainer.reward, prob.item()))
+        loss, _ = student(collate([scored]), Sampled(), trainer.reward, prob.item())
         loss.backward()
         expected += flat_gradient(trainer)
         trainer.updater.optimizer.zero_grad()

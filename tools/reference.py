@@ -144,7 +144,7 @@ def parameter(field: dataclasses.Field[Any]) -> str:
     if field.default is dataclasses.MISSING:
         return f"`{field.name}`: a reward, default `{{name: log_ratio}}`"
     values = " or ".join(f"`{value}`" for value in get_args(field.type))
-    expected = field.metadata["condition"][0] if "condition" in field.metadata else values
+    expected = field.metadata.get("expected", values)
     return f"`{field.name}`: {expected}, default `{field.default}`"
 
 

@@ -7,7 +7,7 @@ take ln t and ln p, of any shape and float dtype, and return float32 without a g
     reward = create("power", alpha=5.0)
     r = reward(teacher_log_probs, student_log_probs)
 
-This module needs torch alone. Equations are those of PowerOPD (arXiv:2606.17199).
+This module needs torch alone. The equations are those of PowerOPD (arXiv:2606.17199).
 """
 
 import dataclasses
@@ -53,7 +53,8 @@ class Schedule:
         if self.schedule != "constant" and self.end is None:
             raise ValueError(f"a {self.schedule} schedule needs `end`")
 
-    def ends(self) -> tuple[Any, ...]:
+    def ends(self) -> tuple[float, ...]:
+        """Returns the values between which it moves."""
         return (self.start,) if self.end is None else (self.start, self.end)
 
     def at(self, step: int) -> float:
@@ -63,14 +64,13 @@ class Schedule:
         return self.start + (end - self.start) * done
 
 
-Condition = tuple[str, Callable[[float], bool]]
-POSITIVE: Condition = ("a number > 0", lambda x: x > 0)
-NEGATIVE: Condition = ("a number < 0", lambda x: x < 0)
+def _number(default: float, expected: str, holds: Callable[[float], bool]) -> Any:
+    """Declares a numeric parameter, possibly scheduled, whose values all are as expected."""
+    return field(default=default, metadata={"expected": f"a number {expected}", "holds": holds})
 
 
-def _parameter(default: float, condition: Condition) -> Any:
-    """A numeric parameter, possibly scheduled, every value of which meets the condition."""
-    return field(default=default, metadata={"condition": condition})
+def _positive(default: float) -> Any:
+    return _number(default, "> 0", lambda x: x > 0)
 
 
 @dataclass(frozen=True)
@@ -82,20 +82,21 @@ class Reward(ABC):
 
     def __post_init__(self) -> None:
         for parameter in dataclasses.fields(self):
-            value = self.__dict__[parameter.name]
-            for number in value.ends() if isinstance(value, Schedule) else (value,):
-                if "condition" in parameter.metadata:
-                    _check_number(parameter.name, number, *parameter.metadata["condition"])
+            value, rule = self.__dict__[parameter.name], parameter.metadata
+            for x in value.ends() if isinstance(value, Schedule) else (value,):
+                number = isinstance(x, int | float) and not isinstance(x, bool)
+                if "holds" in rule and not (number and math.isfinite(x) and rule["holds"](x)):
+                    raise ValueError(f"{parameter.name}: expected {rule['expected']}, got {x!r}")
 
     @abstractmethod
     def compute(self, t: Tensor, p: Tensor) -> Tensor:
-        """The reward of log-probabilities `t` (teacher) and `p` (student), same shape."""
+        """Returns the reward of log-probs `t` (teacher) and `p` (student), of their shape."""
 
     def __call__(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
-        """Reward per token: float32, no gradient, the inputs' (broadcast) shape.
+        """Returns the reward per token: float32, no gradient, the inputs' (broadcast) shape.
 
         float64 inputs are computed in float64, all others in float32: a bf16 probability is
-        never raised to a power. Of a teacher log-prob of -inf a bounded reward is finite.
+        never raised to a power. A bounded reward is finite even if the teacher's log-prob is -inf.
         """
         for name, value in self.__dict__.items():
             if isinstance(value, Schedule):
@@ -106,37 +107,34 @@ class Reward(ABC):
             return self.compute(teacher.detach().to(dtype), student.detach().to(dtype)).float()
 
     def at(self, step: int) -> Self:
-        """This reward with every schedule resolved at optimizer step `step` (from 0)."""
+        """Returns this reward with every schedule resolved at optimizer step `step` (from 0)."""
         resolved = {k: v.at(step) for k, v in self.__dict__.items() if isinstance(v, Schedule)}
         return dataclasses.replace(self, **resolved) if resolved else self
 
     @property
     def unstandardized(self) -> "Reward":
-        """The reward whose statistics `with_statistics` expects: itself, but for z-scores."""
+        """Returns the reward whose statistics `with_statistics` expects: of a z-score, its base."""
         return self
 
     def with_statistics(self, mean: float, std: float) -> "Reward":
-        """This reward given the step's mean and population standard deviation."""
+        """Returns this reward given the step's mean and population standard deviation."""
         return self
 
     def divergence(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
-        """What full-vocabulary training with this reward descends on, per position.
+        """Returns what full-vocabulary training with this reward descends on, per position.
 
-        [..., V] full log-distributions -> [...]. The default, -sum_v p r(t, p), is the reverse
+        Log-distributions [..., V] become [...]. The default, -sum_v p r(t, p), is the reverse
         KL for the log ratio; for other rewards it is the expected penalty under the student.
         """
         probs, reward = student_log_probs.exp(), self(teacher_log_probs, student_log_probs)
         return -torch.where(probs > 0, probs * reward, 0.0).sum(-1)
 
 
-def _check_number(name: str, value: Any, text: str, holds: Callable[[float], bool]) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not holds(value):
-        raise ValueError(f"{name}: expected {text}, got {value!r}")
+def log_ratio(t: Tensor, p: Tensor) -> Tensor:
+    """Returns ln t - ln p from log-probabilities, 0 if they are equal.
 
-
-def _log_ratio(t: Tensor, p: Tensor) -> Tensor:
-    # Equal log-probabilities have ratio 0, also where both are -inf and t - p would be NaN.
+    Two log-probabilities of -inf are equal, too; their difference would be NaN.
+    """
     return torch.where(t == p, 0.0, t - p)
 
 
@@ -145,28 +143,28 @@ class LogRatio(Reward):
     """ln t - ln p: vanilla on-policy distillation. Unbounded."""
 
     def compute(self, t: Tensor, p: Tensor) -> Tensor:
-        return _log_ratio(t, p)
+        return log_ratio(t, p)
 
 
 @dataclass(frozen=True)
 class Clip(Reward):
     """clamp(ln t - ln p, low, high)."""
 
-    low: Number = _parameter(-1.0, NEGATIVE)
-    high: Number = _parameter(1.0, POSITIVE)
+    low: Number = _number(-1.0, "< 0", lambda x: x < 0)
+    high: Number = _positive(1.0)
 
     def compute(self, t: Tensor, p: Tensor) -> Tensor:
-        return _log_ratio(t, p).clamp(self.low, self.high)
+        return log_ratio(t, p).clamp(self.low, self.high)
 
 
 @dataclass(frozen=True)
 class Tanh(Reward):
     """tanh((ln t - ln p) / temperature)."""
 
-    temperature: Number = _parameter(5.0, POSITIVE)
+    temperature: Number = _positive(5.0)
 
     def compute(self, t: Tensor, p: Tensor) -> Tensor:
-        return torch.tanh(_log_ratio(t, p) / self.temperature)
+        return torch.tanh(log_ratio(t, p) / self.temperature)
 
 
 @dataclass(frozen=True)
@@ -176,7 +174,7 @@ class Power(Reward):
     `scale="box_cox"` divides by alpha; its limit for alpha -> 0 is the log ratio.
     """
 
-    alpha: Number = _parameter(5.0, POSITIVE)
+    alpha: Number = _positive(5.0)
     scale: Literal["unit", "box_cox"] = "unit"
 
     def __post_init__(self) -> None:
@@ -187,42 +185,41 @@ class Power(Reward):
     def compute(self, t: Tensor, p: Tensor) -> Tensor:
         # With d = ln t - ln p:  sign(d) * max(t, p)^alpha * (1 - exp(-alpha |d|)),
         # which neither cancels where t is close to p nor overflows anywhere.
-        d = _log_ratio(t, p)
+        d = log_ratio(t, p)
         largest = torch.exp(self.alpha * torch.maximum(t, p))
         reward = d.sign() * largest * -torch.expm1(-self.alpha * d.abs())
         return reward / self.alpha if self.scale == "box_cox" else reward
 
     def divergence(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
-        """Density-power divergence sum_v [p^(a+1)/(a+1) - p t^a + a t^(a+1)/(a+1)].
+        """Returns the density-power divergence sum_v [p^(a+1)/(a+1) - p t^a + a t^(a+1)/(a+1)].
 
         Minus its gradient in ln p is sum_v sg[p (t^a - p^a)] grad ln p, so PowerOPD is the
         one-sample estimate of its descent (divergence: Basu et al. 1998, with a = alpha).
         """
         a, t, p = self.alpha, teacher_log_probs, student_log_probs
-        value = (
-            ((a + 1) * p).exp() / (a + 1) - (p + a * t).exp() + a * ((a + 1) * t).exp() / (a + 1)
-        )
-        return value.sum(-1) / (a if self.scale == "box_cox" else 1.0)
+        own, others = ((a + 1) * p).exp() / (a + 1), a * ((a + 1) * t).exp() / (a + 1)
+        value = (own - (p + a * t).exp() + others).sum(-1)
+        return value / a if self.scale == "box_cox" else value
 
 
 @dataclass(frozen=True)
 class Hellinger(Reward):
-    """2 (sqrt(t / p) - 1) = 2 expm1(d / 2), at most `cap`; without it, unbounded above.
+    """2 (sqrt(t / p) - 1) = 2 expm1(d / 2), at most `cap`; without the cap, unbounded above.
 
-    Uncapped, its expectation under p descends on the squared Hellinger distance.
+    Without the cap, its expectation under p descends on the squared Hellinger distance.
     """
 
-    cap: Number = _parameter(10.0, POSITIVE)
+    cap: Number = _positive(10.0)
 
     def compute(self, t: Tensor, p: Tensor) -> Tensor:
-        return (2 * torch.expm1(_log_ratio(t, p) / 2)).clamp(max=self.cap)
+        return (2 * torch.expm1(log_ratio(t, p) / 2)).clamp(max=self.cap)
 
 
 @dataclass(frozen=True)
 class Gate(Reward):
     """1 where t > threshold, else 0: a control that ignores the student's probability."""
 
-    threshold: Number = _parameter(0.5, ("a number in [0, 1)", lambda x: 0 <= x < 1))
+    threshold: Number = _number(0.5, "in [0, 1)", lambda x: 0 <= x < 1)
 
     def compute(self, t: Tensor, p: Tensor) -> Tensor:
         return (t.exp() > self.threshold).float()
@@ -232,7 +229,7 @@ class Gate(Reward):
 class ZScore(Reward):
     """(r - mean) / std of a base reward over the step's trained tokens, on all processes.
 
-    `with_statistics` gives the mean and the population std. May flip signs.
+    `with_statistics` gives the mean and the population std. Signs may flip.
     """
 
     needs_statistics: ClassVar[bool] = True
@@ -280,6 +277,7 @@ class Custom(Reward):
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def at(self, step: int) -> Self:
+        """Returns this reward with the schedules of its parameters resolved."""
         items = self.parameters.items()
         resolved = {k: v.at(step) if isinstance(v, Schedule) else v for k, v in items}
         return dataclasses.replace(self, parameters=resolved)
@@ -288,9 +286,8 @@ class Custom(Reward):
         reward = self.function(t, p, **self.parameters)
         if not isinstance(reward, Tensor) or reward.shape != t.shape:
             got = tuple(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
-            raise ValueError(
-                f"reward {self.name}: expected a tensor of {tuple(t.shape)}, got {got}"
-            )
+            expected = f"expected a tensor of {tuple(t.shape)}"
+            raise ValueError(f"reward {self.name}: {expected}, got {got}")
         return reward
 
 
@@ -306,7 +303,7 @@ REWARDS: dict[str, type[Reward]] = {
 
 
 def create(name: str, **parameters: Any) -> Reward:
-    """The reward `name` of `REWARDS`, or a user's own by "package.module:function".
+    """Returns the reward `name` of `REWARDS`, or a user's own by "package.module:function".
 
     Numeric parameters may be a `Schedule` or a mapping of its fields, such as
     {"schedule": "linear", "start": 1.0, "end": 5.0, "steps": 1000}.
@@ -330,12 +327,11 @@ def create(name: str, **parameters: Any) -> Reward:
 def _schedule_or_value(key: str, value: Any) -> Any:
     if not isinstance(value, Mapping) or "schedule" not in value:
         return value
-    unknown = value.keys() - {f.name for f in dataclasses.fields(Schedule)}
-    if unknown or "start" not in value:
-        got = ", ".join(value)
-        raise ValueError(f"{key}: a schedule has the keys schedule, start, end, steps, got {got}")
     try:
         return Schedule(**value)
+    except TypeError:
+        keys, got = "schedule, start, end, steps", ", ".join(value)
+        raise ValueError(f"{key}: a schedule has the keys {keys}, got {got}") from None
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
 
@@ -365,7 +361,7 @@ def import_object(key: str, name: str) -> Any:
 
 @dataclass(frozen=True)
 class Check:
-    """What `check` found. A counter-example is (t, p, r): two probabilities and the reward."""
+    """What `check` found. A counter-example is (t, p, r), two probabilities and the reward."""
 
     bounded: bool
     sign_consistent: bool
@@ -376,7 +372,8 @@ class Check:
 
 def check(reward: RewardFunction) -> Check:
     """Tests a reward for P1, |r| <= M on [0, 1]^2, and P2, sign r = sign(t - p).
-    Evaluated on a grid of log-probabilities from 0 to -1e4 and -inf, which can refute but not
+
+    It is evaluated on a grid of log-probabilities from 0 to -1e4 and -inf, which can refute but not
     prove. A zero counts against P2 only where t or p is 1: elsewhere it may be an underflow.
     """
     depths = torch.cat([torch.zeros(1), torch.logspace(-6, 4, 201, dtype=torch.float64)])
@@ -392,10 +389,11 @@ def check(reward: RewardFunction) -> Check:
         i = int(bad.int().argmax())
         return (t[i].exp().item(), p[i].exp().item(), r[i].item()) if bad.any() else None
 
+    bounded = not unbounded.any()
     return Check(
-        bounded=not unbounded.any(),
+        bounded=bounded,
         sign_consistent=not wrong_sign.any(),
-        bound=math.inf if unbounded.any() else r.abs().max().item(),
+        bound=r.abs().max().item() if bounded else math.inf,
         bounded_counterexample=example(unbounded),
         sign_counterexample=example(wrong_sign),
     )

@@ -1,17 +1,21 @@
 """Stop tokens: which ids end a completion, and how the terminal one is trained.
 
 A base student and a chat teacher often end a turn with different tokens, so what happens at a
-completion's last token is part of the method. A *terminal* token is the last valid token of a
-completion where that token is a stop id of either model.
+completion's last token is part of the method. The last valid token of a completion is called
+*terminal* if it is a stop id of either model.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from poweropd.errors import UsageError
+
+if TYPE_CHECKING:  # so that targets need torch alone
+    from transformers import GenerationConfig
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 # A chat turn rendered around this text shows which special token the template ends it with.
 _MARKER = "the turn"
@@ -25,30 +29,20 @@ class Targets(NamedTuple):
     loss_mask: Tensor
 
 
-def _raw(ids: Tensor, mask: Tensor, terminal: Tensor, teacher_stop: int) -> Targets:
-    return Targets(ids, ids, mask)
+class Policy(NamedTuple):
+    """Whether the terminal token is trained, and who is scored on the teacher's stop there."""
+
+    trained: bool = True
+    student_replaced: bool = False
+    teacher_replaced: bool = False
 
 
-def _mask(ids: Tensor, mask: Tensor, terminal: Tensor, teacher_stop: int) -> Targets:
-    return Targets(ids, ids, mask & ~terminal)
-
-
-def _canonical(ids: Tensor, mask: Tensor, terminal: Tensor, teacher_stop: int) -> Targets:
-    replaced = ids.masked_fill(terminal, teacher_stop)
-    return Targets(replaced, replaced, mask)
-
-
-def _cross(ids: Tensor, mask: Tensor, terminal: Tensor, teacher_stop: int) -> Targets:
-    return Targets(ids, ids.masked_fill(terminal, teacher_stop), mask)
-
-
-# Policy -> (completion_ids, completion_mask, terminal, the teacher's stop) -> targets.
-POLICIES: dict[str, Callable[[Tensor, Tensor, Tensor, int], Targets]] = {
-    "raw": _raw,
-    "mask": _mask,
-    "canonical": _canonical,
-    "cross": _cross,
-    "semantic": _raw,
+POLICIES = {
+    "raw": Policy(),
+    "mask": Policy(trained=False),
+    "canonical": Policy(student_replaced=True, teacher_replaced=True),
+    "cross": Policy(teacher_replaced=True),
+    "semantic": Policy(),
 }
 
 
@@ -59,7 +53,7 @@ def targets(
     teacher_stop_ids: Sequence[int],
     policy: str = "mask",
 ) -> Targets:
-    """Targets of both models and the loss mask, for [B, T] right-padded completions.
+    """Returns the targets of both models and the loss mask of right-padded completions [B, T].
 
     - `raw`: every token, the terminal one included, is scored as sampled.
     - `mask`: the terminal stop is left out of the loss (the paper's choice).
@@ -75,22 +69,26 @@ def targets(
         raise ValueError(f"stop policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
     if not teacher_stop_ids:
         raise ValueError("teacher_stop_ids: expected at least one stop id, got none")
-    mask = completion_mask.bool()
+    chosen, mask = POLICIES[policy], completion_mask.bool()
     stops = completion_ids.new_tensor(sorted({*student_stop_ids, *teacher_stop_ids}))
-    return POLICIES[policy](
-        completion_ids, mask, _terminal(completion_ids, mask, stops), teacher_stop_ids[0]
+    terminal = _terminal(completion_ids, mask, stops)
+    replaced = completion_ids.masked_fill(terminal, teacher_stop_ids[0])
+    return Targets(
+        replaced if chosen.student_replaced else completion_ids,
+        replaced if chosen.teacher_replaced else completion_ids,
+        mask if chosen.trained else mask & ~terminal,
     )
 
 
 def _terminal(ids: Tensor, mask: Tensor, stops: Tensor) -> Tensor:
-    """[B, T] bool: the last valid position of each row, where it holds a stop id."""
+    """Returns [B, T] bool: the last valid position of each completion, if it holds a stop id."""
     positions = torch.arange(ids.shape[1], device=ids.device)
     last = torch.where(mask, positions, -1).amax(1, keepdim=True) if ids.shape[1] else mask.long()
     return (positions == last) & torch.isin(ids, stops)
 
 
-def stop_ids(tokenizer: Any, generation_config: Any) -> list[int]:
-    """The ids that end a turn of a model, the one it was trained to end with first.
+def stop_ids(tokenizer: "Tokenizer", generation_config: "GenerationConfig") -> list[int]:
+    """Returns the ids that end a turn of a model, the one it was trained to end with first.
 
     They come, in this order, from the generation config, the tokenizer's end-of-sequence token
     and the chat template (the special token right after an assistant's turn).
@@ -107,7 +105,7 @@ def stop_ids(tokenizer: Any, generation_config: Any) -> list[int]:
     return ids
 
 
-def _template_stops(tokenizer: Any) -> list[int]:
+def _template_stops(tokenizer: "Tokenizer") -> list[int]:
     if not tokenizer.chat_template:
         return []
     turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARKER}]
@@ -117,9 +115,9 @@ def _template_stops(tokenizer: Any) -> list[int]:
 
 
 def difference(
-    student: Sequence[int], teacher: Sequence[int], policy: str, tokenizer: Any
+    student: Sequence[int], teacher: Sequence[int], policy: str, tokenizer: "Tokenizer"
 ) -> str | None:
-    """What to tell a user whose models end their turns with different tokens, else None."""
+    """Returns a notice for a user whose models end their turns differently, else None."""
     if student[0] == teacher[0] and set(student) == set(teacher):
         return None
     own, other = (

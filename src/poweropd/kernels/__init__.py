@@ -1,41 +1,28 @@
-"""LM heads that never hold the logits of all tokens.
+"""LM heads that never hold the logits of all tokens; torch is all they need.
 
-`reference.py` is the oracle: the same functions in a few lines of plain torch. Modules load on
-first use.
+`linear.py` has the functions for plain tensors, each with its naive equivalent. Each is the front
+of a core function that takes a `Head` and also returns statistics of the tokens. `reference.py` is
+the oracle: the same functions in a few lines of plain torch.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from poweropd.kernels.full_vocab import full_vocab_loss
+from poweropd.kernels.head import Head
+from poweropd.kernels.linear import linear_full_vocab, linear_log_prob, linear_policy_gradient
+from poweropd.kernels.pair import TeacherHead
+from poweropd.kernels.sampled import sampled_loss, score_tokens
+from poweropd.kernels.statistics import PairStatistics, TokenStatistics
+from poweropd.kernels.support import Support
 
-if TYPE_CHECKING:
-    from poweropd.kernels.baseline import ValueBaseline
-    from poweropd.kernels.chunked import linear_log_prob, linear_policy_gradient
-    from poweropd.kernels.full_vocab import linear_full_vocab
-    from poweropd.kernels.head import Head
-    from poweropd.kernels.softmax import TokenStatistics
-    from poweropd.kernels.support import Support
-
-_HOMES = {
-    "Head": "head",
-    "Support": "support",
-    "TokenStatistics": "softmax",
-    "ValueBaseline": "baseline",
-    "linear_full_vocab": "full_vocab",
-    "linear_log_prob": "chunked",
-    "linear_policy_gradient": "chunked",
-}
 __all__ = [
     "Head",
+    "PairStatistics",
     "Support",
+    "TeacherHead",
     "TokenStatistics",
-    "ValueBaseline",
+    "full_vocab_loss",
     "linear_full_vocab",
     "linear_log_prob",
     "linear_policy_gradient",
+    "sampled_loss",
+    "score_tokens",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return vars(importlib.import_module(f"{__name__}.{_HOMES[name]}"))[name]

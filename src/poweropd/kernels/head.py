@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from poweropd.kernels.matmul import multiply
 
-# Bytes of all [n, V] buffers of a call together, which set the default chunk. The gradient of
+# Bytes of all [n, V] buffers of a call together, which decide the default chunk. The gradient of
 # the weight is read and written once per chunk, so a GPU, with more operations per byte, wants
 # longer chunks than a CPU.
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**30}
@@ -19,12 +19,21 @@ _OPERAND_DTYPES = {torch.float16: torch.float32}
 LOWEST = -1e30
 
 
+class HeadOptions(TypedDict, total=False):
+    """What a `Head` has beside its weight, as keyword arguments."""
+
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+    temperature: float
+
+
 @dataclass(frozen=True)
 class Head:
     """An LM head: logits = softcap(scale * (hidden @ weight.T + bias)) / temperature.
 
-    softcap(x) = softcap * tanh(x / softcap), or x where `softcap` is None. A bias of -inf masks
-    an id; its log-probability is then about -1e30. The weight may have another dtype than the
+    softcap(x) = softcap * tanh(x / softcap), or x if `softcap` is None. A bias of -inf masks an id,
+    whose log-probability is then about -1e30. The weight may have another dtype than the
     hidden states: it is cast for the matmuls, and the gradient of float32 weights is not rounded.
     """
 
@@ -35,21 +44,12 @@ class Head:
     temperature: float = 1.0
 
     @property
-    def options(self) -> dict[str, Any]:
-        """Everything but the weight, as keyword arguments of the kernels."""
-        return {
-            "bias": self.bias,
-            "scale": self.scale,
-            "softcap": self.softcap,
-            "temperature": self.temperature,
-        }
-
-    @property
     def vocab_size(self) -> int:
+        """Returns V, the number of ids."""
         return self.weight.shape[0]
 
     def check(self, hidden: Tensor, name: str = "") -> None:
-        """ValueError unless `hidden` [N, H] fits; `name` ("teacher ") starts the message."""
+        """Raises ValueError unless `hidden` [N, H] fits; `name` ("teacher ") starts the message."""
         weight, bias = self.weight, self.bias
         if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
             raise ValueError(
@@ -68,14 +68,17 @@ class Head:
                 raise ValueError(f"{name}{option}: expected a number > 0, got {value}")
 
     def prepared(self, hidden: Tensor) -> "Head":
-        """The head as its matmuls with `hidden` take it: no gradient, their dtype, finite bias."""
+        """Returns the head as its matmuls with `hidden` take it.
+
+        It has no gradient, the dtype of the matmuls, and a finite bias.
+        """
         bias = self.bias
         if bias is not None:
             bias = bias.detach().to(accumulation_dtype(bias)).clamp(min=LOWEST)
         return replace(self, weight=self.weight.detach().to(_operand_dtype(hidden)), bias=bias)
 
     def logits(self, hidden: Tensor, out: Tensor, slope: Tensor | None = None) -> Tensor:
-        """[n, V] logits into `out`; with `slope`, d softcap(x) / dx into it."""
+        """Writes the logits [n, V] into `out`, and d softcap(x) / dx into `slope` if given."""
         cap = self.softcap
         before = self.scale / (self.temperature if cap is None else cap)
         multiply(operand(hidden.detach()), self.weight.T, out, before)
@@ -90,11 +93,12 @@ class Head:
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """float32, or float64 for float64."""
+    """Returns float32, or float64 for a float64 tensor."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def operand(tensor: Tensor) -> Tensor:
+    """Returns the tensor in the dtype of its matmuls."""
     return tensor.to(_operand_dtype(tensor))
 
 
@@ -103,27 +107,20 @@ def _operand_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def chunk_rows(hidden: Tensor, vocab_size: int, buffers: int, chunk_size: int | None) -> int:
-    """Tokens per chunk: `chunk_size`, or what fits `buffers` [n, V] buffers in CHUNK_BYTES."""
+    """Returns the tokens per chunk: `chunk_size`, or so many that `buffers` fit in CHUNK_BYTES.
+
+    A buffer is [tokens, V] in the accumulation dtype.
+    """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size: expected an integer >= 1, got {chunk_size}")
     budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
     fitting = budget // (vocab_size * buffers * accumulation_dtype(hidden).itemsize)
-    # Matmuls like multiples of 64; with less than 128 rows the weight would be read too often.
+    # Matmuls like multiples of 64; with fewer than 128 tokens the weight would be read too often.
     rows = chunk_size or max(128, fitting // 64 * 64)
     return min(rows, max(1, hidden.shape[0]))
 
 
 def chunks(num_tokens: int, rows: int) -> Iterator[slice]:
+    """Yields slices of `rows` tokens each, the last of the rest."""
     for start in range(0, num_tokens, rows):
         yield slice(start, min(start + rows, num_tokens))
-
-
-class Buffer:
-    """An uninitialised [rows, V] buffer that every chunk uses again."""
-
-    def __init__(self, hidden: Tensor, rows: int, vocab_size: int) -> None:
-        self.whole = hidden.new_empty(rows, vocab_size, dtype=accumulation_dtype(hidden))
-
-    def of(self, tokens: slice) -> Tensor:
-        """[n, V] for the n tokens of a chunk."""
-        return self.whole[: tokens.stop - tokens.start]

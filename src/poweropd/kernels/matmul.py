@@ -8,7 +8,7 @@ _CUDA_ACCUMULATES = tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, factor: float = 1.0) -> Tensor:
-    """out = factor * a @ b, where `out` may be float32 for bf16 operands."""
+    """Writes factor * a @ b into `out`, which may be float32 for bf16 operands."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif out.is_cuda:
@@ -20,7 +20,7 @@ def multiply(a: Tensor, b: Tensor, out: Tensor, factor: float = 1.0) -> Tensor:
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total += a @ b, without a temporary of total's size where torch can do it."""
+    """Adds a @ b to `total`, without a temporary of its size if torch can do that."""
     if a.dtype == b.dtype == total.dtype:
         return total.addmm_(a, b)
     if not total.is_cuda:

@@ -1,6 +1,6 @@
 """The oracle: what the kernels compute, in plain differentiable torch over whole tensors.
 
-Everything is in the dtype given (tests use float64); gradients come from autograd.
+Everything is computed in the dtype given (tests use float64); gradients come from autograd.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from poweropd.kernels.head import LOWEST, Head
 
 
 def logits(hidden: Tensor, head: Head) -> Tensor:
-    """[N, V]."""
+    """Returns the logits [N, V]."""
     x = hidden @ head.weight.T
     if head.bias is not None:
         x = x + head.bias
@@ -23,7 +23,10 @@ def logits(hidden: Tensor, head: Head) -> Tensor:
 
 
 def log_softmax(hidden: Tensor, head: Head, merged_ids: Tensor | None = None) -> Tensor:
-    """[N, A] log-probs of actions: the V ids, or, with `merged_ids`, the others and then these."""
+    """Returns the log-probs [N, A] of actions.
+
+    These are the V ids or, with `merged_ids`, all other ids and then "any merged id".
+    """
     log_probs = logits(hidden, head).log_softmax(-1)
     if merged_ids is None:
         return log_probs
@@ -36,7 +39,7 @@ def log_softmax(hidden: Tensor, head: Head, merged_ids: Tensor | None = None) ->
 def log_prob(
     hidden: Tensor, head: Head, targets: Tensor, merged_ids: Tensor | None = None
 ) -> Tensor:
-    """[N] ln p of the targets; of any of the merged ids, where the target is one of them."""
+    """Returns ln p [N] of the targets, or of "any merged id" if the target is one of them."""
     log_probs = logits(hidden, head).log_softmax(-1)
     own = log_probs.gather(1, targets[:, None]).squeeze(1)
     if merged_ids is None:
@@ -52,13 +55,13 @@ def policy_gradient(
     coefficient: Callable[[Tensor], Tensor],
     merged_ids: Tensor | None = None,
 ) -> Tensor:
-    """-sum_i sg[c_i] ln p_i (PowerOPD, arXiv:2606.17199)."""
+    """Returns -sum_i sg[c_i] ln p_i (PowerOPD, arXiv:2606.17199)."""
     student_log_probs = log_prob(hidden, head, targets, merged_ids)
     return -(coefficient(student_log_probs.detach()).detach() * student_log_probs).sum()
 
 
 def values(teacher: Tensor, student: Tensor, reward: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """[N] V(c) = sum_v p_v r(t_v, p_v), from log-probs [N, V]."""
+    """Returns V(c) = sum_v p_v r(t_v, p_v) [N], from log-probs [N, V]."""
     return (student.exp() * reward(teacher, student)).sum(-1)
 
 
@@ -69,7 +72,7 @@ def full_vocab(
     token_weight: Tensor,
     top_k: int | None = None,
 ) -> Tensor:
-    """-sum_i w_i sum_{v in S_i} sg[p_v r(t_v, p_v)] ln p_v, from log-probs [N, V].
+    """Returns -sum_i w_i sum_{v in S_i} sg[p_v r(t_v, p_v)] ln p_v, from log-probs [N, V].
 
     S_i is the vocabulary, or the student's `top_k` most probable ids. Only the gradient is that
     of `linear_full_vocab`; the value reported there is another.
@@ -82,21 +85,21 @@ def full_vocab(
 
 
 def entropy(log_probs: Tensor) -> Tensor:
-    """[N] -sum_v p_v ln p_v."""
+    """Returns -sum_v p_v ln p_v [N]."""
     return -torch.xlogy(log_probs.exp(), log_probs.exp()).sum(-1)
 
 
 def support(log_probs: Tensor, top_k: int, top_p: float, temperature: float) -> Tensor:
-    """[N, V] bool: what top-k, then top-p keep of log-probs [N, V], one row at a time."""
+    """Returns [N, V] bool: what top-k, then top-p keep of log-probs [N, V], token by token."""
     kept = torch.zeros_like(log_probs, dtype=torch.bool)
-    for row, logits in enumerate(log_probs / temperature):
+    for token, logits in enumerate(log_probs / temperature):
         order = logits.argsort(descending=True)[: top_k or None]
         before = logits[order].softmax(0).cumsum(0).roll(1)  # probability of those more probable
         before[0] = 0.0
-        kept[row, order[before < top_p]] = True
+        kept[token, order[before < top_p]] = True
     return kept
 
 
 def truncated(log_probs: Tensor, kept: Tensor) -> Tensor:
-    """[N, V] log-probs over the kept ids; of the others, about -1e30."""
+    """Returns the log-probs [N, V] over the kept ids; those of the others are about -1e30."""
     return log_probs.masked_fill(~kept, LOWEST).log_softmax(-1)

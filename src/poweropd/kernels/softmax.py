@@ -1,4 +1,4 @@
-"""Softmax of [n, V] buffers in place, the target's share of it, and statistics per token."""
+"""Softmax of [n, V] buffers in place, and the target's share of it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,52 +9,23 @@ from torch import Tensor
 
 from poweropd.kernels.head import LOWEST, chunks
 
-# In-place softmax goes by tiles of rows, so that its temporary is small, and, on a CPU, in cache.
+# In-place softmax goes by tiles of a few tokens, so that its temporary is small, and, on a CPU, in
+# cache.
 TILE_BYTES = {"cpu": 2**21, "cuda": 2**28}
 
 
-@dataclass(frozen=True)
-class TokenStatistics:
-    """What a kernel fills in, per token, beside its result: [N] each, no gradient.
-
-    `teacher_log_probs` is filled where the call has a teacher head, and is NaN elsewhere.
-    """
-
-    entropy: Tensor  # float32, nats: -sum_v p_v ln p_v
-    top1: Tensor  # bool: no id has a larger logit than the target
-    student_log_probs: Tensor  # float32, ln p of the target; for linear_log_prob its result
-    teacher_log_probs: Tensor  # float32, ln t of the teacher's target
-    log_support: Tensor  # float32, ln of the student's probability of the support; 0 without one
-
-    @classmethod
-    def empty(cls, n: int, device: torch.device | str = "cpu") -> "TokenStatistics":
-        """NaN and False until a kernel fills it."""
-        nan = [torch.full((n,), torch.nan, device=device) for _ in range(3)]
-        no = torch.zeros(n, dtype=torch.bool, device=device)
-        return cls(nan[0], no, nan[1], nan[2], torch.zeros(n, device=device))
-
-    def record(
-        self, tokens: slice, log_probs: Tensor, actions: "Actions", summary: "SoftmaxSummary"
-    ) -> None:
-        self.entropy[tokens] = summary.entropy.float()
-        self.top1[tokens] = actions.largest >= summary.largest
-        self.student_log_probs[tokens] = log_probs
-
-
 def check_tokens(name: str, values: Tensor, num_tokens: int, dtype: torch.dtype | None) -> None:
-    """ValueError unless `values` is [N], of `dtype` if that is given."""
+    """Raises ValueError unless `values` is [N], and of `dtype` if that is given."""
     if values.shape != (num_tokens,) or dtype not in (None, values.dtype):
         expected = f"[{num_tokens}]" + ("" if dtype is None else f" {dtype}")
         raise ValueError(f"{name}: expected {expected}, got {list(values.shape)} {values.dtype}")
 
 
-def check_statistics(statistics: TokenStatistics | None, num_tokens: int) -> None:
-    if statistics is not None:
-        check_tokens("statistics.entropy", statistics.entropy, num_tokens, torch.float32)
-
-
 def unique_ids(merged_ids: Tensor | None) -> Tensor | None:
-    """[M] distinct ids, None where there is nothing to merge."""
+    """Returns the distinct ids [M], or None if there is nothing to merge.
+
+    Raises ValueError for a wrong shape or dtype.
+    """
     if merged_ids is None or merged_ids.numel() == 0:
         return None
     if merged_ids.ndim != 1 or merged_ids.dtype != torch.int64:
@@ -66,7 +37,7 @@ def unique_ids(merged_ids: Tensor | None) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Actions:
-    """What each of n tokens did: took its target, or one of the merged ids, whichever of them."""
+    """What each of n tokens did: it took its target, or any of the merged ids."""
 
     targets: Tensor  # [n]
     log_weights: Tensor  # [n] log-sum-exp of the action's logits
@@ -76,7 +47,7 @@ class Actions:
 
     @classmethod
     def of(cls, logits: Tensor, targets: Tensor, merged_ids: Tensor | None) -> "Actions":
-        """From logits, or log-probabilities, [n, V]; keeps no reference to them."""
+        """Returns the actions of logits, or log-probs, [n, V]; keeps no reference to them."""
         own = logits.gather(1, targets[:, None]).squeeze(1)
         if merged_ids is None:
             return cls(targets, own, own)
@@ -90,7 +61,10 @@ class Actions:
         )
 
     def subtract_from(self, probs: Tensor) -> None:
-        """p becomes p - q, q being the distribution within the action: minus d ln p / d logits."""
+        """Turns p [n, V] into p - q, which is minus d ln p / d logits of the action.
+
+        q is the distribution within the action.
+        """
         if self.merged_ids is None or self.shares is None:
             minus = self.log_weights.new_full((len(self.targets), 1), -1.0)
         else:
@@ -100,44 +74,41 @@ class Actions:
         probs.scatter_add_(1, self.targets[:, None], minus)
 
 
-def tiles(buffer: Tensor) -> Iterator[slice]:
-    """Rows of an [n, V] buffer, so many at a time that they fill a tile."""
-    return chunks(buffer.shape[0], _tile_rows(buffer))
+def tiles(buffer: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yields slices of the tokens of an [n, V] buffer that fill a tile, and room for one tile.
 
-
-def spare_tile(buffer: Tensor) -> Tensor:
-    """Uninitialised room for one tile of an [n, V] buffer.
-
-    Temporaries are made once and results written where they stay: small results allocated between
-    large temporaries would leave holes in the C heap, a chunk's worth of them.
+    The room is uninitialised, and is the same for every tile. Temporaries are made once and results
+    written where they stay: small results allocated between large temporaries would leave holes in
+    the C heap, a chunk's worth of them.
     """
-    return buffer.new_empty(min(_tile_rows(buffer), buffer.shape[0]), buffer.shape[1])
-
-
-def _tile_rows(buffer: Tensor) -> int:
     budget = TILE_BYTES.get(buffer.device.type, TILE_BYTES["cuda"])
-    return max(1, budget // (buffer.shape[1] * buffer.itemsize))
+    rows = max(1, budget // (buffer.shape[1] * buffer.itemsize))
+    spare = buffer.new_empty(min(rows, buffer.shape[0]), buffer.shape[1])
+    for tokens in chunks(buffer.shape[0], rows):
+        yield tokens, spare[: tokens.stop - tokens.start]
 
 
 class SoftmaxSummary(NamedTuple):
-    """Of each row of logits, [n] each."""
+    """What is known of each token's softmax, [n] each."""
 
     largest: Tensor
     log_top: Tensor  # log-probability of the largest
-    entropy: Tensor  # 0 where it was not asked for
+    entropy: Tensor  # nats; NaN if it was not asked for
 
     def log_probs(self, log_weights: Tensor) -> Tensor:
-        """Of logits. Taken from the largest, a certain token's is exactly 0: log-sum-exp of large
-        logits is rounded by more than ln p, and a power of 500 would show it."""
+        """Returns the log-probabilities [n] of logits [n].
+
+        They are taken from the largest, so that a certain token's is exactly 0: the log-sum-exp of
+        large logits is rounded by more than ln p, and a power of 500 would show it.
+        """
         return (log_weights - self.largest) + self.log_top
 
 
 def softmax_(logits: Tensor, entropy: bool) -> SoftmaxSummary:
-    """Logits [n, V] become probabilities, with one exp each."""
+    """Turns logits [n, V] into probabilities, with one exp each."""
     largest, log_top, mean = (logits.new_empty(logits.shape[0]) for _ in range(3))
-    spare = spare_tile(logits)
-    for rows in tiles(logits):
-        tile, probs = logits[rows], spare[: rows.stop - rows.start]
+    for rows, probs in tiles(logits):
+        tile = logits[rows]
         torch.amax(tile, 1, out=largest[rows])
         torch.softmax(tile, 1, out=probs)
         torch.amax(probs, 1, out=log_top[rows])
@@ -146,32 +117,31 @@ def softmax_(logits: Tensor, entropy: bool) -> SoftmaxSummary:
         tile.copy_(probs)
     # The largest probability is exp(0) / sum, at least 1 / V: its logarithm loses nothing.
     log_top.log_()
-    return SoftmaxSummary(largest, log_top, largest - mean - log_top if entropy else mean.zero_())
+    nats = largest - mean - log_top if entropy else mean.fill_(torch.nan)
+    return SoftmaxSummary(largest, log_top, nats)
 
 
 def log_softmax_(logits: Tensor) -> None:
-    """Logits [n, V] become log-probabilities."""
-    spare = spare_tile(logits)
-    for rows in tiles(logits):
-        logits[rows] = torch.log_softmax(logits[rows], 1, out=spare[: rows.stop - rows.start])
+    """Turns logits [n, V] into log-probabilities."""
+    for rows, spare in tiles(logits):
+        logits[rows] = torch.log_softmax(logits[rows], 1, out=spare)
 
 
 def summary_of(log_probs: Tensor) -> SoftmaxSummary:
-    """Of log-probabilities [n, V]."""
+    """Returns the summary of log-probabilities [n, V]."""
     entropy = log_probs.new_empty(log_probs.shape[0])
-    spare = spare_tile(log_probs)
-    for rows in tiles(log_probs):
-        weighted = torch.exp(log_probs[rows], out=spare[: rows.stop - rows.start])
-        torch.sum(weighted.mul_(log_probs[rows]), 1, out=entropy[rows])
+    for rows, spare in tiles(log_probs):
+        weighted = torch.exp(log_probs[rows], out=spare).mul_(log_probs[rows])
+        torch.sum(weighted, 1, out=entropy[rows])
     largest = log_probs.amax(1)
     return SoftmaxSummary(largest, largest, entropy.neg_())
 
 
 def expectation(probs: Tensor, values: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_v p_v x_v of [n, V] tiles, [n], and x less it, in `spare` [n, V].
+    """Returns sum_v p_v x_v [n] of [n, V] tiles, and x less that sum, in `spare` [n, V].
 
-    By two passes: a mean's own rounding, and that of the sum of p, are as large as what is left
-    of x around a near-certain token. The second pass sees only what is left.
+    Two passes are needed: a mean's own rounding, and that of the sum of p, are as large as what is
+    left of x around a near-certain token. The second pass sees only what is left.
     """
     mean = torch.mul(probs, values, out=spare).sum(1)
     rest = torch.mul(torch.sub(values, mean[:, None], out=spare), probs).sum(1)

@@ -23,7 +23,7 @@ class Support:
     temperature: float = 1.0
 
     def contains(self, log_probs: Tensor) -> Tensor:
-        """[n, V] log-probs, or logits -> [n, V] bool."""
+        """Returns [n, V] bool, whether an id can be drawn, from log-probs or logits [n, V]."""
         scores, candidates = log_probs / self.temperature, log_probs.shape[1]
         lowest = scores.new_full((1,), -torch.inf)
         if 0 < self.top_k < candidates:
@@ -38,14 +38,14 @@ class Support:
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, ids, kept)
 
     def outside(self, log_probs: Tensor, targets: Tensor) -> Tensor:
-        """[n, V] bool: ids that cannot be drawn; the target [n], which was, always can."""
+        """Returns [n, V] bool: ids that cannot be drawn. The target [n], which was, always can."""
         rows = max(1, TILE_BYTES["cuda"] // (log_probs.shape[1] * log_probs.itemsize))
         outside = torch.cat([~self.contains(part) for part in log_probs.split(rows)])
         return outside.scatter_(1, targets[:, None], False)
 
 
 def restrict_(log_probs: Tensor, outside: Tensor) -> Tensor:
-    """Makes ids outside impossible and the others sum to one; [n] ln of what they summed to."""
+    """Makes ids outside impossible and the others sum to one; returns ln of their old sum [n]."""
     log_probs.masked_fill_(outside, LOWEST)
     log_mass = log_probs.logsumexp(1)
     log_probs.sub_(log_mass[:, None])

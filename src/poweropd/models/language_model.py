@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from poweropd.data.batch import Batch, Sequences
-from poweropd.kernels import Head, TokenStatistics, linear_log_prob
+from poweropd.kernels import Head, TokenStatistics, score_tokens
 from poweropd.models.sharding import like, whole
 from poweropd.objectives.base import Objective, TokenRecord
+from poweropd.rewards import Reward
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -131,8 +132,12 @@ class Student(LanguageModel):
         super().__init__(model, vocab_size, compute_dtype, lora)
         self.dropout = dropout or {}
 
-    def forward(self, batch: Batch, objective: Objective) -> tuple[Tensor, TokenRecord]:
-        return objective(self.hidden_states(batch.student), self.head(), batch)
+    def forward(
+        self, batch: Batch, objective: Objective, reward: Reward, token_weight: float
+    ) -> tuple[Tensor, TokenRecord]:
+        """Returns the loss of a micro-batch, and the record of its trained tokens."""
+        hidden_states = self.hidden_states(batch.student)
+        return objective(hidden_states, self.head(), batch, reward, token_weight)
 
     def trained_weights(self) -> dict[str, Tensor]:
         """Returns the trained parameters by name, tied ones once."""
@@ -231,9 +236,5 @@ class Teacher(LanguageModel):
 
     @torch.inference_mode()
     def score(self, sequences: Sequences) -> TokenStatistics:
-        """Of the N targets: their log-probabilities are its `student_log_probs`."""
-        head, targets = self.head(), sequences.targets
-        statistics = TokenStatistics.empty(len(targets), targets.device)
-        hidden_states = self.hidden_states(sequences)
-        linear_log_prob(hidden_states, head.weight, targets, statistics=statistics, **head.options)
-        return statistics
+        """Returns the teacher's statistics of the N targets, in one forward."""
+        return score_tokens(self.hidden_states(sequences), self.head(), sequences.targets)

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from poweropd import embedded
 from poweropd.data.batch import Sequences
 from poweropd.errors import UsageError
-from poweropd.kernels import linear_log_prob
+from poweropd.kernels import score_tokens
 from poweropd.models import DTYPES
 from poweropd.models.language_model import LanguageModel, dropout_rates
 
@@ -251,10 +251,9 @@ def _check_head(model: PreTrainedModel, name: str) -> None:
     language_model = LanguageModel(
         model, model.get_output_embeddings().weight.shape[0], model.dtype
     )
-    head = language_model.head()
     expected = model(input_ids=ids).logits[0].float().log_softmax(-1).gather(1, ids[0][:, None])
     hidden_states = language_model.hidden_states(sequences)
-    got = linear_log_prob(hidden_states, head.weight, sequences.targets, **head.options)
+    got = score_tokens(hidden_states, language_model.head(), sequences.targets).log_probs
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     if not torch.allclose(got, expected.squeeze(1), atol=tolerance, rtol=tolerance):
         raise UsageError(

@@ -1,14 +1,15 @@
 """What every objective is and reports."""
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from poweropd.data.batch import Batch
-from poweropd.kernels import Head, TokenStatistics
+from poweropd.kernels import Head, PairStatistics, Support, TeacherHead, TokenStatistics
+from poweropd.rewards import Reward
 
 
 @dataclass(frozen=True)
@@ -22,54 +23,77 @@ class TokenRecord:
     entropy: Tensor  # of the student, nats
     sampler_log_ratios: Tensor  # ln p_student - ln p_sampler, full softmax, temperature 1; or NaN
     weights: Tensor  # importance weights; 1 without the correction
-    top1: Tensor  # 1 where no token is more probable to the student, else 0
-    teacher_entropy: Tensor  # NaN where the teacher gave log-probs alone
-    teacher_top1: Tensor  # as `top1`; NaN where it is not known
+    top1: Tensor  # 1 if no token is more probable to the student, else 0
+    teacher_entropy: Tensor  # NaN if the teacher gave log-probs alone
+    teacher_top1: Tensor  # as `top1`; NaN if it is not known
     prompt_indices: Tensor  # with the next: which completion of the step
     sample_indices: Tensor
 
     @classmethod
     def cat(cls, records: Sequence["TokenRecord"]) -> "TokenRecord":
-        """One record, on the CPU."""
+        """Returns one record of all tokens, on the CPU."""
         columns = zip(*(vars(r).values() for r in records), strict=True)
         return cls(*(torch.cat([part.cpu() for part in column]) for column in columns))
 
 
-class Objective(Protocol):
-    """(hidden_states [N, H], head, batch) -> loss of the micro-batch and its token record."""
+class Objective(ABC):
+    """What a student is trained to minimise; holds what stays the same over a run."""
 
+    @abstractmethod
     def __call__(
-        self, hidden_states: Tensor, head: Head, batch: Batch
-    ) -> tuple[Tensor, TokenRecord]: ...
+        self, hidden_states: Tensor, head: Head, batch: Batch, reward: Reward, token_weight: float
+    ) -> tuple[Tensor, TokenRecord]:
+        """Returns the loss of a micro-batch, and the record of its trained tokens.
+
+        `hidden_states` [N, H] and `head` are the student's. `token_weight` is a factor of every
+        token's loss, in which 1 / N of the whole step is.
+        """
+
+    def num_tokens(self, lengths: Iterable[int]) -> int:
+        """Returns how many tokens are trained on, of completions with so many in their masks."""
+        return sum(lengths)
+
+
+def teacher_of(
+    batch: Batch, head: Head, reward: Reward | None = None, support: Support | None = None
+) -> TeacherHead:
+    """Returns what the kernels need of a teacher that has read the batch."""
+    assert batch.teacher_hidden is not None, "the teacher has not read this batch"
+    return TeacherHead(batch.teacher_hidden, head, batch.teacher.targets, reward, support)
 
 
 def sampler_log_ratios(
-    batch: Batch, statistics: TokenStatistics, merged_ids: Tensor | None
+    batch: Batch,
+    statistics: TokenStatistics,
+    merged_ids: Tensor | None,
+    tokens: slice = slice(None),
 ) -> Tensor:
-    """[N] ln p_student - ln p_sampler of the sampled token, NaN where one of them is not known.
+    """Returns ln p_student - ln p_sampler [n] of sampled tokens, NaN if one of them is not known.
 
-    The student's is undone of a support. Of merged ids it has the sum, the sampler a single one.
+    `statistics` are the student's of `tokens`. The student's log-prob is converted back to the full
+    softmax. A merged id has the sum of all of them there, and the log-prob of one to the sampler.
     """
     if batch.sampling_log_probs is None:
-        return torch.full_like(statistics.student_log_probs, torch.nan)
-    own = statistics.student_log_probs + statistics.log_support
-    ratios = own - batch.sampling_log_probs
+        return torch.full_like(statistics.log_probs, torch.nan)
+    own = statistics.log_probs + statistics.log_support
+    ratios = own - batch.sampling_log_probs[tokens]
     if merged_ids is None:
         return ratios
-    return ratios.masked_fill(torch.isin(batch.student.targets, merged_ids), torch.nan)
+    return ratios.masked_fill(torch.isin(batch.student.targets[tokens], merged_ids), torch.nan)
 
 
 def token_record(
     batch: Batch,
     rewards: Tensor,
-    statistics: TokenStatistics,
+    statistics: PairStatistics,
     merged_ids: Tensor | None,
     weights: Tensor | None = None,
 ) -> TokenRecord:
+    """Returns the record of a micro-batch; the weights are 1 if there are none."""
     return TokenRecord(
         positions=batch.positions,
         rewards=rewards,
-        student_log_probs=statistics.student_log_probs,
+        student_log_probs=statistics.log_probs,
         teacher_log_probs=statistics.teacher_log_probs,
         entropy=statistics.entropy,
         sampler_log_ratios=sampler_log_ratios(batch, statistics, merged_ids),

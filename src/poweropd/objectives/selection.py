@@ -1,21 +1,24 @@
 """Token selection: which of a completion's trained tokens an update keeps.
 
-How many is known from their number alone, so the global number of trained tokens is known before
-any forward.
+How many tokens are kept is known from their number alone, so the global number of trained tokens is
+known before any forward.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from poweropd.data.batch import Batch
-from poweropd.kernels import Head, linear_log_prob
-from poweropd.objectives.base import Objective, TokenRecord
+from poweropd.kernels import Head, score_tokens
+from poweropd.objectives.base import Objective, TokenRecord, teacher_of
+from poweropd.objectives.full_vocab import FullVocab
+from poweropd.objectives.sampled import Sampled
+from poweropd.rewards import Reward, log_ratio
 
-# () -> the teacher's and the student's log-probs of the targets, [N] each: a head matmul.
+# () -> the teacher's and the student's log-probs of the targets, [N] each. It costs a head matmul.
 LogProbs = Callable[[], tuple[Tensor, Tensor]]
 
 
@@ -27,15 +30,18 @@ class Selection(ABC):
 
     @abstractmethod
     def scores(self, batch: Batch, log_probs: LogProbs) -> Tensor:
-        """[N]; which are the highest must not depend on the other completions of the batch."""
+        """Returns a score [N] of each token.
+
+        Which scores are the highest must not depend on the other completions of the batch.
+        """
 
     def counts(self, lengths: Tensor) -> Tensor:
-        """How many tokens are kept of completions with so many, both int64."""
+        """Returns how many tokens are kept, of completions with so many; both are int64."""
         # 0.07 * 100 is 7.000000000000001 in floating point, which is not meant to be 8.
         return torch.ceil(self.keep * lengths.double() - 1e-9).long()
 
     def choose(self, batch: Batch, log_probs: LogProbs) -> Tensor:
-        """Indices of the kept tokens, increasing; of equal scores the earlier token stays."""
+        """Returns the indices of the kept tokens, increasing; of equal scores the earlier stays."""
         scores = self.scores(batch, log_probs)
         order = scores.argsort(descending=True, stable=True)
         owner, lengths = batch.completion_index, batch.completion_index.bincount()
@@ -52,9 +58,10 @@ class Dial(Selection):
     beta: float
 
     def scores(self, batch: Batch, log_probs: LogProbs) -> Tensor:
+        """Returns the scores [N]; an infinite log ratio counts as the largest number."""
         teacher, student = log_probs()
-        # Two log-probs of -inf agree; an infinite ratio is the largest number.
-        ratio = (teacher - student).abs().nan_to_num(nan=0.0)
+        ratio = log_ratio(teacher, student).abs()
+        ratio = ratio.clamp(max=torch.finfo(ratio.dtype).max)
         return ratio ** (1 - self.beta) * (teacher.exp() - student.exp()).abs() ** self.beta
 
 
@@ -63,6 +70,7 @@ class Random(Selection):
     """Uniformly at random, the control of `Dial`; each completion's own seed decides."""
 
     def scores(self, batch: Batch, log_probs: LogProbs) -> Tensor:
+        """Returns uniform random scores [N], for which no log-probs are needed."""
         lengths = batch.completion_index.bincount(minlength=len(batch.seeds)).tolist()
         drawn = [
             torch.rand(n, generator=torch.Generator().manual_seed(seed))
@@ -71,42 +79,41 @@ class Random(Selection):
         return torch.cat([torch.empty(0), *drawn]).to(batch.completion_index.device)
 
 
-# Name -> (keep, beta) -> selection.
-SELECTIONS: dict[str, Callable[[float, float], Selection]] = {
-    "dial": Dial,
-    "random": lambda keep, beta: Random(keep),
-}
+SELECTIONS: dict[str, type[Dial] | type[Random]] = {"dial": Dial, "random": Random}
 
 
 @dataclass(frozen=True)
-class Selected:
+class Selected(Objective):
     """`objective` on the tokens that a selection keeps of each completion.
 
-    Scores are log-probs under the full softmax, for one more head matmul over all tokens; the
-    objective's own matmuls are over the kept tokens only.
+    Scores are made of log-probs under the full softmax, for one more head matmul over all tokens;
+    the objective's own matmuls are over the kept tokens only.
     """
 
-    objective: Objective
+    objective: Sampled | FullVocab
     selection: Selection
-    teacher_head: Head | None = None
-    merged_ids: Tensor | None = None
 
     def __call__(
-        self, hidden_states: Tensor, head: Head, batch: Batch
+        self, hidden_states: Tensor, head: Head, batch: Batch, reward: Reward, token_weight: float
     ) -> tuple[Tensor, TokenRecord]:
+        """Returns the loss of the kept tokens of a micro-batch, and their record."""
+
         def log_probs() -> tuple[Tensor, Tensor]:
             student = self._log_probs(hidden_states, head, batch.student.targets)
             if batch.teacher_log_probs is not None:
                 return batch.teacher_log_probs, student
-            assert batch.teacher_hidden is not None, "the examples have not been scored"
-            assert self.teacher_head is not None
-            targets = batch.teacher.targets
-            return self._log_probs(batch.teacher_hidden, self.teacher_head, targets), student
+            assert self.objective.teacher_head is not None, "the examples have not been scored"
+            teacher = teacher_of(batch, self.objective.teacher_head)
+            return self._log_probs(teacher.hidden, teacher.head, batch.teacher.targets), student
 
         tokens = self.selection.choose(batch, log_probs)
-        return self.objective(hidden_states.index_select(0, tokens), head, batch.select(tokens))
+        kept = hidden_states.index_select(0, tokens)
+        return self.objective(kept, head, batch.select(tokens), reward, token_weight)
+
+    def num_tokens(self, lengths: Iterable[int]) -> int:
+        """Returns how many tokens are kept, of completions with so many in their masks."""
+        return int(self.selection.counts(torch.tensor(list(lengths), dtype=torch.long)).sum())
 
     def _log_probs(self, hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-        return linear_log_prob(
-            hidden, head.weight, targets, merged_ids=self.merged_ids, **head.options
-        )
+        merged_ids = self.objective.merged_ids
+        return score_tokens(hidden, head, targets, merged_ids=merged_ids, entropy=False).log_probs

@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from poweropd.rewards import log_ratio
 from poweropd.runs.bins import NUM_POSITIONS, NUM_VALUES, POSITION_STARTS, position_bins, value_bins
 
 UNIT = 2.0**-30  # of all sums
@@ -71,30 +72,24 @@ HISTOGRAM = pa.schema(
 _KEYS = {"step", "position", "quantity", "value_bin"}
 
 
-def log_ratios(tokens: TrainedTokens) -> Tensor:
-    """[N] ln t - ln p, 0 where they are equal, be it minus infinity."""
-    t, p = tokens.teacher_log_probs, tokens.student_log_probs
-    return torch.where(t == p, 0.0, t - p)
-
-
 def position_table(step: int, tokens: TrainedTokens) -> pa.Table:
     """Statistics of one step's tokens by completion position; schema POSITIONS."""
     sums = _Sums(position_bins(tokens.positions))
     known = ~tokens.teacher_entropy.isnan()
     top1, teacher_top1 = tokens.top1 > 0, known & (tokens.teacher_top1 > 0)
-    log_ratio = log_ratios(tokens)
+    log_ratios = log_ratio(tokens.teacher_log_probs, tokens.student_log_probs)
     count, teacher_count = sums.of(torch.ones_like(known)), sums.of(known)
     columns = {
         "step": torch.full_like(count, step),
         "position": torch.from_numpy(POSITION_STARTS),
         "count": count,
         "reward_sum": sums.of(_fixed(tokens.rewards)),
-        "log_ratio_sum": sums.of(_fixed(log_ratio)),
+        "log_ratio_sum": sums.of(_fixed(log_ratios)),
         "entropy_sum": sums.of(_fixed(tokens.entropy)),
         "reward_min": sums.extreme(tokens.rewards, "amin"),
         "reward_max": sums.extreme(tokens.rewards, "amax"),
-        "log_ratio_min": sums.extreme(log_ratio, "amin"),
-        "log_ratio_max": sums.extreme(log_ratio, "amax"),
+        "log_ratio_min": sums.extreme(log_ratios, "amin"),
+        "log_ratio_max": sums.extreme(log_ratios, "amax"),
         "top1": sums.of(top1),
         "teacher_count": teacher_count,
         "teacher_entropy_sum": sums.of(_fixed(tokens.teacher_entropy)),
@@ -138,7 +133,8 @@ def histogram_table(step: int, tokens: TrainedTokens) -> pa.Table:
     positions = position_bins(tokens.positions)
     block = (step - 1) // STEPS_PER_BLOCK * STEPS_PER_BLOCK + 1
     parts = []
-    for quantity, values in (("log_ratio", log_ratios(tokens)), ("reward", tokens.rewards)):
+    log_ratios = log_ratio(tokens.teacher_log_probs, tokens.student_log_probs)
+    for quantity, values in (("log_ratio", log_ratios), ("reward", tokens.rewards)):
         cells = torch.bincount(
             positions * NUM_VALUES + value_bins(values), minlength=NUM_POSITIONS * NUM_VALUES
         )

@@ -54,7 +54,7 @@ class LocalTeacher:
             # A clone made here is an ordinary tensor, not one of inference mode.
             columns = (
                 tensor.cpu().clone().split(counts)
-                for tensor in (found.student_log_probs, found.entropy, found.top1)
+                for tensor in (found.log_probs, found.entropy, found.top1)
             )
             for i, log_probs, entropy, top1 in zip(group, *columns, strict=True):
                 scored[i] = waiting[i].scored(log_probs, entropy, top1)

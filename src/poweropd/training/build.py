@@ -3,8 +3,9 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,8 +20,9 @@ from poweropd.errors import UsageError, shown
 from poweropd.kernels import Support
 from poweropd.models import attention, loading
 from poweropd.models import language_model as models_language_model
-from poweropd.objectives import factory as objectives_factory
-from poweropd.objectives import selection
+from poweropd.objectives import OBJECTIVES, SELECTIONS
+from poweropd.objectives.base import Objective
+from poweropd.objectives.selection import Selected
 from poweropd.rollouts import factory as rollouts_factory
 from poweropd.rollouts import prefetch, staleness_problem
 from poweropd.rollouts.base import RolloutEngine, Sampling
@@ -209,25 +211,27 @@ def make_updater(
 
 def make_objective(
     config: Config, loaded: RunModels, stop_ids: Sequence[int], device: torch.device
-) -> objectives_factory.Maker:
-    objective, rollout, select = config.objective, config.rollout, config.objective.select
-    merged_ids = support = choice = None
-    if objective.stop == "semantic":
-        merged_ids = torch.tensor(stop_ids, device=device)
-    if rollout.truncates_scores:
-        support = Support(rollout.top_k, rollout.top_p, rollout.temperature)
-    if select is not None:
-        choice = selection.SELECTIONS[select.name](select.keep, select.beta)
-    return objectives_factory.maker(
-        objective.kind,
-        loaded.teacher.head() if config.needs_local_teacher else None,
-        baseline=objective.baseline == "value",
-        correction=rollout.correction == "truncated",
-        top_k=objective.top_k,
-        merged_ids=merged_ids,
-        support=support,
-        selection=choice,
-    )
+) -> Objective:
+    """Returns the objective of a recipe, with everything that stays the same over the run."""
+    section, rollout, select = config.objective, config.rollout, config.objective.select
+    support = Support(rollout.top_k, rollout.top_p, rollout.temperature)
+    parts: dict[str, Any] = {
+        "teacher_head": loaded.teacher.head() if config.needs_local_teacher else None,
+        "baseline": section.baseline == "value",
+        "correction": rollout.correction == "truncated",
+        "top_k": section.top_k,
+        "merged_ids": (
+            torch.tensor(stop_ids, device=device) if section.stop == "semantic" else None
+        ),
+        "support": support if rollout.truncates_scores else None,
+    }
+    kind = OBJECTIVES[section.kind]
+    objective = kind(**{field.name: parts[field.name] for field in fields(kind)})
+    if select is None:
+        return objective
+    selection = SELECTIONS[select.name]
+    own = select.model_dump(include={field.name for field in fields(selection)})
+    return Selected(objective, selection(**own))
 
 
 def make_engine(

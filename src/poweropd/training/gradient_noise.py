@@ -15,7 +15,7 @@ from poweropd.data.rollout import Request
 from poweropd.kernels import Head
 from poweropd.models.language_model import Student
 from poweropd.objectives.base import Objective, TokenRecord
-from poweropd.objectives.factory import Maker, maker
+from poweropd.objectives.full_vocab import FullVocab
 from poweropd.rewards import Reward
 from poweropd.rollouts.base import completion_seed
 from poweropd.training.trainer import Trainer
@@ -32,7 +32,7 @@ def measure_gradient(trainer: Trainer, count: int, cosine: bool = True) -> dict[
     if cosine or trainer.config.needs_local_teacher:
         batches = [with_teacher(batch, teacher) for batch in batches]
     reward = _with_statistics(trainer, batches, trainer.reward.at(trainer.steps_done))
-    own = gradients(student, batches, trainer.updater.make_objective, reward)
+    own = gradients(student, batches, trainer.updater.objective, reward)
     found = {"gradient_snr": signal_to_noise(own)}
     if cosine:
         exact = exact_gradient(student, teacher.head(), batches, reward)
@@ -45,8 +45,8 @@ def _with_statistics(trainer: Trainer, batches: Sequence[Batch], reward: Reward)
     """The reward given, where it needs them, its base's mean and population std over batches."""
     if not reward.needs_statistics:
         return reward
-    objective = trainer.updater.make_objective(reward.unstandardized, 0.0)
-    records = [trainer.student(batch, objective)[1] for batch in batches]
+    objective, base = trainer.updater.objective, reward.unstandardized
+    records = [trainer.student(batch, objective, base, 0.0)[1] for batch in batches]
     rewards = TokenRecord.cat(records).rewards.double()
     return reward.with_statistics(rewards.mean().item(), rewards.std(correction=0).item())
 
@@ -69,23 +69,27 @@ def fresh_batches(trainer: Trainer, batches: int) -> list[Batch]:
 
 
 def gradients(
-    student: Student, batches: Sequence[Batch], make_objective: Maker, reward: Reward
+    student: Student, batches: Sequence[Batch], objective: Objective, reward: Reward
 ) -> Tensor:
-    """[K, P] gradient of each of K batches, which hold what the objective reads: the teacher's
-    log-probs or hidden states. For small models, since all are kept."""
+    """Returns the gradients [K, P] of K batches; for small models, since all are kept.
+
+    The batches hold what the objective reads: the teacher's log-probs or hidden states.
+    """
     found = []
     for batch in batches:
-        num_tokens = make_objective.num_tokens(batch.completion_index.bincount().tolist())
-        found.append(flat_gradient(student, batch, make_objective(reward, 1 / num_tokens)))
+        num_tokens = objective.num_tokens(batch.completion_index.bincount().tolist())
+        found.append(flat_gradient(student, batch, objective, reward, 1 / num_tokens))
     return torch.stack(found)
 
 
 def exact_gradient(
     student: Student, teacher_head: Head, batches: Sequence[Batch], reward: Reward
 ) -> Tensor:
-    """[P] mean gradient over batches that hold the teacher's hidden states, exact in the next
-    token: what is left of the noise is that of contexts."""
-    return gradients(student, batches, maker("full_vocab", teacher_head), reward).mean(0)
+    """Returns the mean gradient [P] over batches, exact in the next token.
+
+    The batches hold the teacher's hidden states. The noise that is left is that of the contexts.
+    """
+    return gradients(student, batches, FullVocab(teacher_head), reward).mean(0)
 
 
 def mean_cosine(gradients: Tensor, direction: Tensor) -> float:
@@ -105,10 +109,12 @@ def signal_to_noise(gradients: Tensor) -> float:
     return ((mean.square().sum() - variance / count) / variance).item()
 
 
-def flat_gradient(student: Student, batch: Batch, objective: Objective) -> Tensor:
-    """[P] gradient of one micro-batch's loss in all trained parameters."""
+def flat_gradient(
+    student: Student, batch: Batch, objective: Objective, reward: Reward, token_weight: float
+) -> Tensor:
+    """Returns the gradient [P] of one micro-batch's loss in all trained parameters."""
     student.zero_grad()
-    loss, _ = student(batch, objective)
+    loss, _ = student(batch, objective, reward, token_weight)
     loss.backward()
     gradients = [p.grad.flatten() for p in student.trained_weights().values() if p.grad is not None]
     student.zero_grad()

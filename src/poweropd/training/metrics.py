@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from poweropd.objectives.base import TokenRecord
+from poweropd.rewards import log_ratio
 from poweropd.training.update import UpdateOutcome
 
 Metrics = dict[str, float | int | None]  # a step's line of metrics.jsonl, by key
@@ -17,14 +18,14 @@ def token_metrics(outcome: UpdateOutcome | None) -> Metrics:
     if outcome is None:
         return {"num_tokens": 0}
     record = outcome.record
-    log_ratio = distribution(record.teacher_log_probs - record.student_log_probs)
+    log_ratios = distribution(log_ratio(record.teacher_log_probs, record.student_log_probs))
     metrics = {
         "loss": outcome.loss,
         "grad_norm": outcome.grad_norm,
         **{f"reward/{key}": value for key, value in distribution(record.rewards).items()},
         "reward/zero_fraction": (record.rewards == 0).double().mean().item(),
-        **{f"log_ratio/{key}": log_ratio[key] for key in ("mean", "min", "max")},
-        "reverse_kl": -log_ratio["mean"],
+        **{f"log_ratio/{key}": log_ratios[key] for key in ("mean", "min", "max")},
+        "reverse_kl": -log_ratios["mean"],
         "entropy": record.entropy.double().mean().item(),
         "select/fraction": outcome.selected_fraction,
     }

@@ -22,8 +22,7 @@ from poweropd.data.rollout import Example
 from poweropd.errors import RunError
 from poweropd.models.language_model import Student, Teacher
 from poweropd.models.sharding import shard, whole
-from poweropd.objectives.base import TokenRecord
-from poweropd.objectives.factory import Maker
+from poweropd.objectives.base import Objective, TokenRecord
 from poweropd.objectives.sampled import Sampled
 from poweropd.rewards import Reward
 
@@ -47,11 +46,11 @@ class Updater:
         accelerator: Accelerator,
         student: Student,
         train: sections.TrainConfig,
-        make_objective: Maker,
+        objective: Objective,
         teacher: Teacher | None = None,
     ) -> None:
-        """`make_objective(reward, token_weight)`; `teacher` where it needs hidden states."""
-        self.accelerator, self.train, self.make_objective = accelerator, train, make_objective
+        """Takes over the student; `teacher` is given if the objective needs its hidden states."""
+        self.accelerator, self.train, self.objective = accelerator, train, objective
         self.teacher = teacher
         self.max_tokens = train.max_tokens_per_batch
         self.flat = student.flat, teacher is not None and teacher.flat
@@ -79,7 +78,7 @@ class Updater:
         Returns None, with nothing changed, where no process has a trained token.
         """
         lengths = gather_object([e.num_tokens for e in examples])
-        num_tokens = self.make_objective.num_tokens(lengths)
+        num_tokens = self.objective.num_tokens(lengths)
         if num_tokens == 0:
             return None
         while True:
@@ -108,20 +107,23 @@ class Updater:
     def accumulate(
         self, examples: Sequence[Example], reward: Reward, num_tokens: int
     ) -> tuple[float, TokenRecord]:
-        """Leaves the gradient of the global loss in the student; returns loss and own tokens."""
+        """Accumulates this rank's gradient of the global loss.
+
+        Returns the global loss and the record of this rank's tokens.
+        """
         self.optimizer.zero_grad()
         batches = self._micro_batches(examples)
         if reward.needs_statistics:
             reward = self._with_statistics(batches, reward)
         # Gradients are averaged over processes, so each process's share of sum / N is scaled up.
         world = self.accelerator.num_processes
-        objective = self.make_objective(reward, world / num_tokens)
+        token_weight = world / num_tokens
         losses, records = [], []
-        for number, batch in enumerate(batches):
-            last = number == len(batches) - 1
+        for number, collated in enumerate(batches):
+            last, batch = number == len(batches) - 1, self._prepared(collated)
             # A sharded student has no such context: see `shard`.
             with nullcontext() if last else self.accelerator.no_sync(self.student):
-                loss, record = self.student(self._prepared(batch), objective)
+                loss, record = self.student(batch, self.objective, reward, token_weight)
                 self.accelerator.backward(loss)
             losses.append(loss.detach())
             records.append(record)
@@ -142,8 +144,10 @@ class Updater:
     @torch.no_grad()
     def _with_statistics(self, batches: Sequence[Batch], reward: Reward) -> Reward:
         """The reward given the mean and population std of its base over all N tokens."""
-        objective = self.make_objective(reward.unstandardized, 0.0)
-        records = [self.student(self._prepared(batch), objective)[1] for batch in batches]
+        base = reward.unstandardized
+        records = [
+            self.student(self._prepared(batch), self.objective, base, 0.0)[1] for batch in batches
+        ]
         rewards = TokenRecord.cat(gather_object([TokenRecord.cat(records)])).rewards.double()
         return reward.with_statistics(rewards.mean().item(), rewards.std(correction=0).item())
 
@@ -169,7 +173,7 @@ class Updater:
         """
         scored = [e.scored(torch.zeros(e.num_tokens)) for e in examples]
         batch = collate(scored).to(self.accelerator.device)
-        _, record = self.student(batch, Sampled(rewards.create("log_ratio"), 0.0))
+        _, record = self.student(batch, Sampled(), rewards.create("log_ratio"), 0.0)
         parts = record.student_log_probs.split([e.num_tokens for e in examples])
         return [part.tolist() for part in parts]
 
