@@ -1,4 +1,4 @@
-"""What a comparison may forgive, and what can come of it. Imports nothing, so that workers can."""
+"""The rules of a comparison and its possible outcomes; importing them loads nothing else."""
 
 from dataclasses import dataclass
 
