@@ -27,10 +27,10 @@ AnswerColumn = Annotated[str | None, typer.Option(help="The answer column of you
 Split = Annotated[str | None, typer.Option(help="The split of your own Hub dataset.")]
 Temperature = Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")]
 TopP = Annotated[
-    float, typer.Option(min=0, max=1, help="Sample from the smallest set with this probability.")
+    float, typer.Option(min=0, max=1, help="Sample from the fewest tokens with this probability.")
 ]
 TopK = Annotated[
-    int, typer.Option(min=0, help="Sample from so many tokens; 0 means the whole vocabulary.")
+    int, typer.Option(min=0, help="Sample from this many tokens; 0 means all of them.")
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest completion in tokens.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]

@@ -14,9 +14,9 @@ from typing import Any
 import jinja2
 import torch
 
+from poweropd.embedded import EMBEDDED_PREFIX
 from poweropd.errors import UsageError
 
-EMBEDDED_PREFIX = "embedded:"
 EMBEDDED_PROBLEMS = 8192
 FILE_ENDINGS = (".jsonl", ".json", ".parquet")
 

@@ -19,7 +19,7 @@ from poweropd.grading.exact import (
     verdict_of,
 )
 from poweropd.grading.notation import key, normalise, words
-from poweropd.grading.quantities import Quantity, quantity, without_unit
+from poweropd.grading.quantities import quantity, without_unit
 from poweropd.grading.rules import Rule, Verdict
 from poweropd.grading.shapes import Shape, assignment, grouped, shape
 
@@ -174,27 +174,21 @@ def _same_value(gold: str, answer: str, rule: Rule) -> bool:
     if words(gold) is not None:
         return False
     gold_number = number(gold)
-    if gold_number is not None:
-        if not symbolic.has_letters(gold):
-            answer = without_unit(answer)
-        return _same_as_number(gold_number, symbolic.value(symbolic.parse(answer)), rule)
-    given, wanted = symbolic.parse(answer), symbolic.parse(gold)
-    if symbolic.equal(wanted, given):
-        return True
-    answer_number, exact = quantity(answer), symbolic.value(wanted)
-    return answer_number is not None and exact is not None and _rounded(exact, answer_number)
-
-
-def _same_as_number(gold: Quantity, given: sympy.Expr | None, rule: Rule) -> bool:
-    if given is None:
+    if gold_number is not None and not symbolic.has_letters(gold):
+        answer = without_unit(answer)
+    given = symbolic.parse(answer)
+    if gold_number is None:
+        wanted = symbolic.parse(gold)
+        if symbolic.equal(wanted, given):
+            return True
+        exact, decimal = symbolic.value(wanted), quantity(answer)
+    else:
+        wanted = sympy.Rational(gold_number.value)
+        exact, decimal = symbolic.value(given), gold_number
+        if exact is not None and symbolic.same_number(wanted, exact):
+            return True
+        if exact is not None and abs(wanted - exact) <= tolerance(gold_number, rule):
+            return True
+    if exact is None or decimal is None or exact.is_real is False:
         return False
-    wanted = sympy.Rational(gold.value)
-    return (
-        symbolic.same_number(wanted, given)
-        or bool(abs(wanted - given) <= tolerance(gold, rule))
-        or _rounded(given, gold)
-    )
-
-
-def _rounded(exact: sympy.Expr, decimal: Quantity) -> bool:
-    return exact.is_real is not False and rounds_to(Fraction(sympy.Rational(exact)), decimal)
+    return rounds_to(Fraction(sympy.Rational(exact)), decimal)

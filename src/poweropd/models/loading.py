@@ -12,12 +12,10 @@ from transformers.utils import logging as transformers_logging
 from poweropd import embedded
 from poweropd.config import sections
 from poweropd.data.batch import Sequences
+from poweropd.embedded import EMBEDDED_PREFIX
 from poweropd.errors import UsageError
 from poweropd.kernels import linear_log_prob
 from poweropd.models.language_model import LanguageModel
-
-EMBEDDED_PREFIX = "embedded:"
-
 
 UNLIMITED = 10**9
 
