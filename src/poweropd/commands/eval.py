@@ -87,22 +87,23 @@ def eval_command(
 
     names = [name.strip() for name in benchmark.split(",") if name.strip()]
     columns = {"problem_column": problem, "answer_column": answer, "split": split}
-    if grade is not None and model is not None:
-        raise UsageError(f"expected a MODEL or --grade FILE, got both: {model} and {grade}")
-    if grade is None and model is not None and k is not None and k > n:
-        raise UsageError(f"--k: expected at most --n={n} completions, got {k}")
-    problems = command.chosen_problems(names, data, limit, columns)
+    chosen = (names, data, limit, columns)
     if grade is not None:
-        report = command.grade_file(grade, problems, k)
-    elif model is not None:
+        if model is not None:
+            raise UsageError(f"expected a MODEL or --grade FILE, got both: {model} and {grade}")
+        report = command.grade_file(grade, command.chosen_problems(*chosen), k)
+    elif model is None:
+        raise UsageError("expected a MODEL to evaluate, or --grade FILE")
+    elif k is not None and k > n:
+        raise UsageError(f"--k: expected at most --n={n} completions, got {k}")
+    else:
         chat = {"enable_thinking": thinking} if chat_template else None
         settings = EvaluationSettings(
             n, max_new_tokens, temperature, top_p, top_k, seed, chat, system, instruction
         )
         folder = out or Path("runs/eval") / model.strip("/").replace("/", "--").replace(":", "-")
+        problems = command.chosen_problems(*chosen)
         report = command.evaluate_model(
             model, problems, settings, folder, dtype, trust_remote_code, k, batch_size
         )
-    else:
-        raise UsageError("expected a MODEL to evaluate, or --grade FILE")
     command.show_report(report, json_file, compare)

@@ -85,7 +85,7 @@ def evaluate_model(
         ) from None
     for evaluation in done.values():
         evaluation.check_not_empty()
-    figures = {name: _figures(one.rows, settings.n, k) for name, one in done.items()}
+    figures = {name: _summary(one.rows, settings.n, k) for name, one in done.items()}
     facts = {"model": model, "identity": subject.identity, "settings": asdict(settings)}
     return Report(model, figures, {**facts, "completions": str(folder)})
 
@@ -124,10 +124,10 @@ def grade_file(
                     "detail": grade.detail,
                 }
             )
-    return Report(str(path), {path.stem: _figures(rows, None, k)}, {"graded": str(path)}, rows)
+    return Report(str(path), {path.stem: _summary(rows, None, k)}, {"graded": str(path)}, rows)
 
 
-def _figures(rows: Sequence[GradedRow], n: int | None, k: int | None) -> Summary:
+def _summary(rows: Sequence[GradedRow], n: int | None, k: int | None) -> Summary:
     try:
         return summarize(rows, n=n, k=k)
     except ValueError as error:

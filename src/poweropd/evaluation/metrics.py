@@ -50,7 +50,7 @@ class Estimate:
 # Figures of each problem: [problems, n] -> [problems]
 
 
-def _checked(correct: ArrayLike, k: int | None) -> tuple[NDArray[np.bool_], int]:
+def _checked_grades(correct: ArrayLike, k: int | None) -> tuple[NDArray[np.bool_], int]:
     """Returns the grades as booleans, and k. Raises ValueError unless 1 <= k <= n."""
     array = np.asarray(correct, dtype=bool)
     if array.ndim != 2 or 0 in array.shape:
@@ -64,7 +64,7 @@ def _checked(correct: ArrayLike, k: int | None) -> tuple[NDArray[np.bool_], int]
 
 def avg_values(correct: ArrayLike, k: int | None = None) -> _Values:
     """Returns the correct fraction of a problem's first k samples. [problems, n] -> [problems]"""
-    array, k = _checked(correct, k)
+    array, k = _checked_grades(correct, k)
     return array[:, :k].mean(axis=1)
 
 
@@ -74,7 +74,7 @@ def pass_values(correct: ArrayLike, k: int | None = None) -> _Values:
     It is 1 - C(n - c, k) / C(n, k) with c of n correct (Chen et al., 2021, arXiv:2107.03374),
     computed as a product of k factors, so that no binomial overflows. [problems, n] -> [problems]
     """
-    array, k = _checked(correct, k)
+    array, k = _checked_grades(correct, k)
     n = array.shape[1]
     wrong = n - array.sum(axis=1)  # [problems]
     drawn = np.arange(k)  # samples drawn before
@@ -90,7 +90,7 @@ def maj_values(
     All correct answers are one answer, however they are written; wrong ones are told apart by their
     text; None (no answer) has no vote. Answers that tie share the win. [problems, n] -> [problems]
     """
-    array, k = _checked(correct, k)
+    array, k = _checked_grades(correct, k)
     if [len(row) for row in answers] != [array.shape[1]] * array.shape[0]:
         raise ValueError(f"expected answers of shape {array.shape}, as the grades have")
     pairs = zip(answers, array.tolist(), strict=True)
