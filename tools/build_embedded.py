@@ -195,7 +195,7 @@ def schedule(step: int, recipe: Recipe) -> float:
 
 
 def supervised_loss(model: Qwen3ForCausalLM, examples: list[Example]) -> torch.Tensor:
-    """Returns the mean cross-entropy of completion tokens; right padding needs no attention mask."""
+    """Returns the mean cross-entropy of completion tokens; right padding needs no mask."""
     width = max(len(prompt) + len(completion) for prompt, completion in examples)
     ids = torch.zeros(len(examples), width, dtype=torch.long)  # B, T
     taught = torch.zeros(len(examples), width, dtype=torch.bool)
