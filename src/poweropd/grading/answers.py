@@ -43,8 +43,8 @@ _AFTERTHOUGHT = re.compile(
 )
 _CLAUSE = re.compile(r".*(?:\b(?:is|are|be|equals|was|were)\b|:)\s*", re.IGNORECASE | re.DOTALL)
 
-# A dollar opens mathematics only where no space follows it, and closes it only where no space
-# stands before it and no digit after: so prices in running text are not taken for formulas.
+# A dollar opens mathematics only if no space follows it, and closes it only if no space stands
+# before it and no digit after it, so that prices in running text are not taken for formulas.
 _SPAN = (
     r"\$\$.{1,1500}?\$\$|\\\[.{1,1500}?\\\]|\\\(.{1,1500}?\\\)"
     r"|(?<![\\\d])\$(?![\s$])(?:\\\$|[^$\n]){1,1500}?(?<![\s\\])\$(?!\d)"

@@ -32,7 +32,7 @@ class Setup:
     master: int  # bytes of a number of the student's weights
     teacher: int  # bytes of a number of the teacher
     rollout_batch: int = 128
-    reads_along: bool = False  # the update needs the teacher's hidden states
+    reads_along: bool = False  # the teacher; the update needs its hidden states
     checkpointing: bool = False
     lora_rank: int | None = None
     lora_parameters: int = 0
