@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from rich.console import Console
@@ -43,20 +44,17 @@ class Report:
 
 
 def chosen_problems(
-    names: Sequence[str],
-    data_dir: Path | None,
-    limit: int | None,
-    columns: Mapping[str, str | None],
+    names: Sequence[str], data: Path | None, limit: int | None, columns: Mapping[str, str | None]
 ) -> dict[str, list[Problem]]:
     """Loads benchmarks, files or Hub datasets; returns short name -> problems.
 
-    data_dir: a folder with NAME.jsonl, read instead of the Hub; columns: see `load_benchmark`.
+    data: a folder with NAME.jsonl, read instead of the Hub; columns: see `load_benchmark`.
     """
     shown = {benchmarks.short_name(name): name for name in names}
     if len(shown) < len(names):
         raise UsageError(f"--benchmark: {', '.join(names)} do not have different names")
     return {
-        short: benchmarks.load_benchmark(name, data_dir, limit, **columns)
+        short: benchmarks.load_benchmark(name, data, limit, **columns)
         for short, name in shown.items()
     }
 
@@ -111,19 +109,13 @@ def grade_file(
         samples: dict[str, int] = {}
         for id, row, future in track(pending, "grading", console=Console(stderr=True)):
             samples[id] = samples.get(id, -1) + 1
-            grade = future.result()
-            rows.append(
-                {
-                    "id": id,
-                    "sample": row.get("sample", samples[id]),
-                    "tokens": row.get("tokens", 0),
-                    "stop": row.get("stop", UNKNOWN_STOP),
-                    "correct": grade.correct,
-                    "answer": grade.answer,
-                    "reason": grade.reason,
-                    "detail": grade.detail,
-                }
-            )
+            given = {
+                "id": id,
+                "sample": row.get("sample", samples[id]),
+                "tokens": row.get("tokens", 0),
+                "stop": row.get("stop", UNKNOWN_STOP),
+            }
+            rows.append(cast(GradedRow, given | asdict(future.result())))
     return Report(str(path), {path.stem: _summary(rows, None, k)}, {"graded": str(path)}, rows)
 
 

@@ -40,7 +40,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of one comparison: a key of REASONS, and the text of an error if there was one."""
+    """The outcome of one comparison: a key of REASONS, and an error's text if there was one."""
 
     reason: str
     detail: str = ""
