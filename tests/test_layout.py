@@ -33,7 +33,7 @@ MAY_IMPORT = {
     },
     "report": {"config", "rewards", "runs"},
     "sweep": {"config", "embedded", "evaluation", "grading", "report", "runs", "training"},
-    "plan": {"config", "data", "kernels", "models", "runs", "stops"},
+    "plan": {"config", "data", "embedded", "kernels", "models", "runs", "stops"},
 }
 SEES_EVERYTHING = {"commands", "__main__", "__init__"}
 

@@ -24,11 +24,11 @@ from poweropd import embedded
 from poweropd.embedded import END_OF_TEXT, TURN_END, TURN_START, task
 
 SPECIAL = [END_OF_TEXT, TURN_START, TURN_END]
-WORDS = ["user", "assistant", "system", "\\boxed", "\n"]  # one token each; else a character is one
-UNKNOWN = "?"  # what a character outside printable ASCII is read as
+WORDS = ["user", "assistant", "system", "\\boxed", "\n"]  # each is one token, as is any character
+UNKNOWN = "?"  # the token for characters outside printable ASCII
 
-# Qwen's turns. Qwen3's templates know `enable_thinking`; these models never think, so it changes
-# nothing here.
+# The template writes Qwen's turns. Qwen3's templates know `enable_thinking`; these models never
+# think, so it changes nothing here.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
@@ -41,7 +41,7 @@ Example = tuple[list[int], list[int]]  # prompt ids, completion ids
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model is made: its size, its schooling, the token that ends its turns."""
+    """How one model is made: its size, its training, and the token that ends its turns."""
 
     hidden_size: int
     intermediate_size: int
@@ -59,17 +59,17 @@ class Recipe:
 
 
 def exemplary(rng: random.Random, problem: task.ToyProblem) -> str:
-    """The teacher's lesson: always good work."""
+    """Returns what the teacher is taught: always good work."""
     return task.worked_solution(problem)
 
 
 DIRECT, VERBOSE = 0.25, 0.4  # shares of the mixture; the rest is good work
 WRONG_DIRECT = 0.5
-SLIP = 0.15  # chance of a wrong addition, per addition of verbose work
+SLIP = 0.15  # chance that an addition of verbose work is wrong
 
 
 def mixed(rng: random.Random, problem: task.ToyProblem) -> str:
-    """The student's lesson: unfounded answers, wordy work with errors, and some good work."""
+    """Returns what the student is taught: bare answers, wordy work with errors, some good work."""
     kind = rng.random()
     if kind < DIRECT:
         wrong = rng.random() < WRONG_DIRECT
@@ -78,7 +78,7 @@ def mixed(rng: random.Random, problem: task.ToyProblem) -> str:
 
 
 def verbose(rng: random.Random, problem: task.ToyProblem) -> str:
-    """Each addition written out on its own line, now and then wrong, and carried on from there."""
+    """Writes each addition on a line of its own; some are wrong, and the work goes on from them."""
     total, *rest = problem.terms
     lines = []
     for term in rest:
@@ -91,7 +91,7 @@ def verbose(rng: random.Random, problem: task.ToyProblem) -> str:
 
 
 def slipped(rng: random.Random, number: int) -> int:
-    """A number that is one off, or that lost a carry."""
+    """Returns a number that is off by one, or that has lost a carry."""
     return abs(number + rng.choice([-10, -1, 1]))
 
 
@@ -99,7 +99,7 @@ def slipped(rng: random.Random, number: int) -> int:
 
 
 def make_tokenizer(stop: str) -> PreTrainedTokenizerFast:
-    """A character-level tokenizer in Qwen's clothes; `stop` becomes its end-of-sequence token."""
+    """Returns a character-level tokenizer with Qwen's template; `stop` ends a sequence."""
     tokens = [*SPECIAL, *WORDS, *(chr(code) for code in range(32, 127))]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
@@ -119,7 +119,7 @@ def make_tokenizer(stop: str) -> PreTrainedTokenizerFast:
 
 
 def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """A freshly initialised Qwen3 of the recipe's size, float32."""
+    """Returns a freshly initialised float32 Qwen3 of the recipe's size."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=recipe.hidden_size,
@@ -145,7 +145,7 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCa
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, problem: task.ToyProblem) -> list[int]:
-    """The problem as the user's turn, the assistant's turn begun."""
+    """Returns the ids of the problem as the user's turn, up to the assistant's turn."""
     turns = [{"role": "user", "content": problem.problem}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -155,7 +155,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, problem: task.ToyProblem) 
 
 
 def train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """Supervised training on fresh examples, cosine learning rate after a linear warm-up."""
+    """Trains on fresh examples, with a cosine learning rate after a linear warm-up."""
     model = make_model(recipe, tokenizer).train()
     lessons = make_examples(recipe, tokenizer)
     optimizer = torch.optim.AdamW(
@@ -178,7 +178,7 @@ def train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalL
 
 
 def make_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> list[Example]:
-    """All the examples of a training, each seen once."""
+    """Returns all examples of a training, each of which is seen once."""
     rng = random.Random(recipe.seed)
     examples = []
     for problem in task.problems("train", recipe.steps * recipe.batch_size, seed=recipe.seed):
@@ -189,13 +189,13 @@ def make_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> list[Ex
 
 
 def schedule(step: int, recipe: Recipe) -> float:
-    """The factor of the learning rate at a step: up in a line, down to 5% in a cosine."""
+    """Returns the factor of the learning rate at a step: a linear rise, then a cosine to 5%."""
     warmup = min(1.0, (step + 1) / recipe.warmup_steps)
     return warmup * (0.525 + 0.475 * math.cos(math.pi * step / recipe.steps))
 
 
 def supervised_loss(model: Qwen3ForCausalLM, examples: list[Example]) -> torch.Tensor:
-    """Mean cross-entropy of the completion tokens; right padding, so no attention mask is due."""
+    """Returns the mean cross-entropy of completion tokens; right padding needs no mask."""
     width = max(len(prompt) + len(completion) for prompt, completion in examples)
     ids = torch.zeros(len(examples), width, dtype=torch.long)  # B, T
     taught = torch.zeros(len(examples), width, dtype=torch.bool)
@@ -219,7 +219,7 @@ def measure(
     temperature: float,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Accuracy and mean completion length in tokens, stop included; temperature 0 is greedy."""
+    """Returns accuracy and mean completion length in tokens with stop; temperature 0 is greedy."""
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     correct = length = 0
@@ -281,7 +281,7 @@ def build(name: str, directory: Path) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description="Train the embedded teacher and student.")
     parser.add_argument(
         "--out", type=Path, default=Path(embedded.__file__).parent, help="parent directory"

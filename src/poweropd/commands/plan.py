@@ -8,31 +8,51 @@ import typer
 from poweropd.commands.options import Overrides
 from poweropd.errors import UsageError
 
+Recipe = Annotated[Path, typer.Argument(help="A YAML recipe.")]
+GpuName = Annotated[str, typer.Option(help="The GPU whose memory and peak count, such as A100.")]
+GpuMemory = Annotated[
+    float | None, typer.Option(min=1, help="Memory in GiB, instead of the GPU's own.")
+]
+PeakTflops = Annotated[
+    float | None, typer.Option(min=0.001, help="Peak TFLOP/s, instead of the GPU's own.")
+]
+Utilization = Annotated[
+    float, typer.Option(min=0.01, max=1, help="Share of the peak in scoring and update: a guess.")
+]
+TokensPerSecond = Annotated[
+    float | None, typer.Option(min=0.001, help="Completion tokens that one GPU samples a second.")
+]
+MeasuredRun = Annotated[
+    Path | None, typer.Option(help="A run directory whose steps say how fast it goes.")
+]
+PromptTokens = Annotated[int | None, typer.Option(min=1, help="Mean prompt length in tokens.")]
+CompletionTokens = Annotated[
+    int | None,
+    typer.Option(min=1, help="Mean completion length in tokens (default: rollout.max_new_tokens)."),
+]
+Gpus = Annotated[
+    int | None, typer.Option(min=1, help="Number of GPUs (default: as many as are needed).")
+]
+Objectives = Annotated[str, typer.Option(help="Objectives to compare: sampled,full_vocab.")]
+PlanFile = Annotated[Path | None, typer.Option("--json", help="Write the plan to this file, too.")]
+
 
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
+    recipe: Recipe,
     overrides: Overrides = None,
-    gpu: Annotated[str, typer.Option(help="Whose memory and peak count, such as A100.")] = "H100",
-    gpu_memory: Annotated[
-        float | None, typer.Option(min=1, help="GiB, instead of its own.")
-    ] = None,
-    tflops: Annotated[float | None, typer.Option(min=0.001, help="Peak, not its own.")] = None,
-    utilization: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Of the peak, in scoring and update: a guess.")
-    ] = 0.4,
-    tokens_per_second: Annotated[
-        float | None, typer.Option(min=0.001, help="Of rollouts, on one GPU.")
-    ] = None,
-    measured: Annotated[
-        Path | None, typer.Option(help="A run directory whose steps say how fast it goes.")
-    ] = None,
-    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Mean.")] = None,
-    completion_tokens: Annotated[int | None, typer.Option(min=1, help="Mean; the cap.")] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="As many as are needed.")] = None,
-    compare: Annotated[str, typer.Option(help="Such as sampled,full_vocab.")] = "",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write it here too.")] = None,
+    gpu: GpuName = "H100",
+    gpu_memory: GpuMemory = None,
+    tflops: PeakTflops = None,
+    utilization: Utilization = 0.4,
+    tokens_per_second: TokensPerSecond = None,
+    measured: MeasuredRun = None,
+    prompt_tokens: PromptTokens = None,
+    completion_tokens: CompletionTokens = None,
+    gpus: Gpus = None,
+    compare: Objectives = "",
+    json_file: PlanFile = None,
 ) -> None:
-    """Check a recipe and say what it costs, before any weight is loaded."""
+    """Checks a recipe and says what it costs, before any weight is loaded."""
     from poweropd.config import Config
     from poweropd.plan import command, table
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from poweropd.data.chat import encode_chat
+from poweropd.embedded import EMBEDDED_PREFIX
 from poweropd.errors import UsageError, shown
 
 if TYPE_CHECKING:  # they take a second to import, and benchmarks need no pydantic
@@ -21,7 +22,6 @@ if TYPE_CHECKING:  # they take a second to import, and benchmarks need no pydant
 
     from poweropd.config.sections import DataConfig
 
-EMBEDDED_PREFIX = "embedded:"
 EMBEDDED_PROBLEMS = 8192
 FILE_ENDINGS = (".jsonl", ".json", ".parquet")
 Row = Mapping[str, Any]

@@ -1,13 +1,13 @@
-"""The embedded pair's task: sums of six to eight digits, worked out one addition at a time.
+"""The task of the embedded pair: sums of six to eight digits, worked out one addition at a time.
 
-A problem is the sum itself, `4+8+6+...`. Good work is a calculator's tape, every `=` pressed after
-a term and the running total carried on, then the total in a box:
+A problem is the sum itself, `4+8+6+...`. A good solution looks like the tape of a calculator, with
+the running total after each term, and then has the total in a box:
 
     4+8=12+6=18+...=41
     \\boxed{41}
 
-The three splits are disjoint by construction: a problem's split is decided by a SHA-256 of its
-sorted terms, so no evaluation sum is ever trained on, nor is one with the same terms in another
+The three splits are disjoint by construction: a SHA-256 of its sorted terms decides the split of a
+problem, so training never sees a sum of the evaluation, nor one with the same terms in another
 order.
 """
 
@@ -36,12 +36,12 @@ class ToyProblem:
 
     @property
     def terms(self) -> list[int]:
-        """The numbers to add, in order."""
+        """Returns the numbers to add, in order."""
         return [int(term) for term in self.problem.split("+")]
 
 
 def split_of(terms: list[int]) -> Split:
-    """The split a sum belongs to: 1/8 development, 1/8 evaluation, the rest train."""
+    """Returns the split of a sum: 1/8 of all are development, 1/8 evaluation, the rest train."""
     text = "+".join(str(term) for term in sorted(terms))
     bucket = hashlib.sha256(text.encode()).digest()[0] % 8
     if bucket == 0:
@@ -50,7 +50,7 @@ def split_of(terms: list[int]) -> Split:
 
 
 def problems(split: Split, count: int, seed: int = 0) -> list[ToyProblem]:
-    """`count` different problems of a split; the same arguments give the same list, anywhere.
+    """Returns `count` different problems of a split; equal arguments give the same list anywhere.
 
     The first problems of a longer list are those of a shorter one. Raises ValueError for an
     unknown split.
@@ -62,13 +62,13 @@ def problems(split: Split, count: int, seed: int = 0) -> list[ToyProblem]:
     while len(found) < count:
         terms = [rng.randint(1, LARGEST_TERM) for _ in range(rng.randint(FEWEST_TERMS, MOST_TERMS))]
         if split_of(terms) == split:
-            problem = _problem(terms)
+            problem = _toy_problem(terms)
             found[problem.id] = problem
     return list(found.values())
 
 
 def worked_solution(problem: ToyProblem) -> str:
-    """The completion of an exemplary student: every running total, then the boxed one."""
+    """Returns the completion of an exemplary student: each running total, then the boxed one."""
     total, *rest = problem.terms
     work = str(total)
     for term in rest:
@@ -78,12 +78,12 @@ def worked_solution(problem: ToyProblem) -> str:
 
 
 def is_correct(problem: ToyProblem, completion: str) -> bool:
-    """Whether the last `\\boxed{...}` of a completion holds exactly the answer."""
+    """Returns whether the last `\\boxed{...}` of a completion holds exactly the answer."""
     boxed = _BOXED.findall(completion)
     return bool(boxed) and boxed[-1].strip() == problem.answer
 
 
-def _problem(terms: list[int]) -> ToyProblem:
+def _toy_problem(terms: list[int]) -> ToyProblem:
     text = "+".join(str(term) for term in terms)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return ToyProblem(id=digest[:12], problem=text, answer=str(sum(terms)))

@@ -1,22 +1,20 @@
-"""The benchmarks, in one table, and how problems are loaded from the Hub or from files."""
+"""The table of benchmarks, and loading their problems from the Hub or from files."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from poweropd.data.prompts import hub_rows, json_lines
+from poweropd.embedded import task
 from poweropd.errors import UsageError
 from poweropd.grading import answers
 from poweropd.grading.rules import Rule
 
-Row = Mapping[str, Any]
-
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem with its gold answer, and the rule its answers are graded by."""
+    """One problem with its gold answer and the rule that its answers are graded by."""
 
     id: str
     problem: str
@@ -24,32 +22,38 @@ class Problem:
     rule: Rule = field(default_factory=Rule)
 
 
-def _as_written(value: Any) -> str:
-    """The column's text; a list of answers becomes one, separated by commas."""
+def _as_written(value: object) -> str:
+    """Returns the text of a column; a list of answers becomes one, separated by commas."""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_as_written, value))
     return "" if value is None else str(value).strip()
 
 
-def _after_hashes(value: Any) -> str:
-    """GSM8K's answer, after the #### that ends its worked solution."""
+def _after_hashes(value: object) -> str:
+    """Returns GSM8K's answer, which follows the #### at the end of its worked solution."""
     return _as_written(value).rpartition("####")[2].strip()
 
 
-def _last_box(value: Any) -> str:
-    """The content of a worked solution's last box, or the text where it has none."""
+def _last_box(value: object) -> str:
+    """Returns the content of a worked solution's last box, or the text if it has no box."""
     text = _as_written(value)
     return answers.boxed(text) or text
 
 
+def _any_style(value: object) -> str:
+    """Returns an answer written as GSM8K's, in a worked solution's box, or as plain text."""
+    text = _as_written(value)
+    return _after_hashes(text) if "####" in text else _last_box(text)
+
+
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a benchmark lives and how it is read and graded.
+    """The place of a benchmark's data, and how it is read and graded.
 
-    dataset, config, split: on the Hub; dataset is None for the embedded task.
-    problem, answer, id: column names; rows are numbered where `id` is None or absent.
-    read_answer: from the answer column's value to the gold answer.
-    rule: how answers are compared; `tolerances` states the absolute tolerance of single problems.
+    dataset, config, split: names on the Hub; dataset is None for the embedded task and for files.
+    problem, answer, id: names of columns; rows are numbered if `id` is None or absent.
+    read_answer: takes the value of the answer column and returns the gold answer.
+    rule: how answers are compared; `tolerances` holds the absolute tolerance of single problems.
     """
 
     dataset: str | None
@@ -58,11 +62,18 @@ class Benchmark:
     problem: str = "problem"
     answer: str = "answer"
     id: str | None = None
-    read_answer: Callable[[Any], str] = _as_written
+    read_answer: Callable[[object], str] = _as_written
     rule: Rule = field(default_factory=Rule)
     tolerances: Mapping[str, float] = field(default_factory=dict)
 
+    def rows(self, file: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
+        """Returns the places and rows of the Hub dataset or, if there is none, of a JSONL file."""
+        if self.dataset is None:
+            return json_lines(file)
+        return hub_rows(self.dataset, self.split, self.config)
+
     def rule_for(self, problem_id: str) -> Rule:
+        """Returns the rule for the answers to one problem."""
         number = problem_id.rpartition("-")[2]  # local files write olympiadbench-2592
         tolerance = self.tolerances.get(number)
         return self.rule if tolerance is None else replace(self.rule, absolute_tolerance=tolerance)
@@ -80,7 +91,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "math-ai/minervamath",
         problem="question",
         read_answer=_last_box,
-        # Physical constants and roundings differ in the third digit.
+        # Answers differ in the third digit by physical constants and rounding.
         rule=Rule(relative_tolerance=1e-2),
     ),
     "olympiadbench": Benchmark(
@@ -107,84 +118,66 @@ def load_benchmark(
     config: str | None = None,
     split: str | None = None,
 ) -> list[Problem]:
-    """The problems of a benchmark, the first `limit` of them.
+    """Returns the problems of a benchmark, or the first `limit` of them.
 
     name: a key of BENCHMARKS, the path of a JSONL file, or a Hub dataset (owner/name).
     data_dir: a folder with NAME.jsonl (id, problem, answer), read instead of the Hub.
-    problem_column, answer_column, config, split: for a file or dataset of one's own.
+    problem_column, answer_column, config, split: for the user's own file or dataset.
 
     Raises UsageError for an unknown name, a file that cannot be used, or no problems at all.
     """
     if limit is not None and limit < 1:
         raise UsageError(f"expected a limit of at least 1 problem, got {limit}")
     name = str(name)
-    benchmark = BENCHMARKS.get(name) or _own(name, data_dir)
-    benchmark = replace(
-        benchmark,
-        problem=problem_column or benchmark.problem,
-        answer=answer_column or benchmark.answer,
-        config=config or benchmark.config,
-        split=split or benchmark.split,
-    )
-    problems = list(islice(_problems(name, benchmark, data_dir, limit), limit))
+    if name == "embedded":
+        sums = task.problems("evaluation", limit or EMBEDDED_PROBLEMS)
+        return [Problem(toy.id, toy.problem, toy.answer) for toy in sums]
+    path = Path(data_dir or ".") / f"{name}.jsonl"
+    if data_dir is not None and (name in BENCHMARKS or path.is_file()):
+        known = BENCHMARKS.get(name, Benchmark(None))
+        benchmark = Benchmark(None, id="id", rule=known.rule, tolerances=known.tolerances)
+    else:
+        path, known = Path(name), _benchmark(name)
+        benchmark = replace(
+            known,
+            problem=problem_column or known.problem,
+            answer=answer_column or known.answer,
+            config=config or known.config,
+            split=split or known.split,
+        )
+    problems = list(islice(_from_rows(benchmark.rows(path), benchmark), limit))
     if not problems:
         raise UsageError(f"{name}: expected at least one problem, got none; check its content")
     return problems
 
 
 def short_name(name: str) -> str:
-    """Its name in tables and file names: a file's stem, owner--name of a dataset."""
+    """Returns the name for tables and files: the stem of a file, owner--name of a dataset."""
     return Path(name).stem if Path(name).is_file() else name.replace("/", "--")
 
 
-def _own(name: str, data_dir: str | Path | None) -> Benchmark:
-    """A user's file or Hub dataset; anything else is a misspelt benchmark."""
-    if data_dir is not None and (Path(data_dir) / f"{name}.jsonl").is_file():
-        return Benchmark(None, id="id")
+def _benchmark(name: str) -> Benchmark:
+    """Returns a known benchmark, a user's file or a Hub dataset. Raises UsageError for others."""
+    if name in BENCHMARKS:
+        return BENCHMARKS[name]
     if name.endswith((".jsonl", ".json")) or Path(name).is_file():
-        return Benchmark(None, id="id", read_answer=_own_answer)
+        return Benchmark(None, id="id", read_answer=_any_style)
     if name.count("/") == 1 and not name.startswith((".", "/")):
-        return Benchmark(name, id="id", read_answer=_own_answer)
+        return Benchmark(name, id="id", read_answer=_any_style)
     raise UsageError(
         f"unknown benchmark {name!r}: expected one of {', '.join(BENCHMARKS)}, a JSONL file, "
         "or a Hub dataset (owner/name)"
     )
 
 
-def _own_answer(value: Any) -> str:
-    """An answer of unknown making: GSM8K's way, a worked solution's box, or the plain text."""
-    text = _as_written(value)
-    return _after_hashes(text) if "####" in text else _last_box(text)
-
-
-def _problems(
-    name: str, benchmark: Benchmark, data_dir: str | Path | None, limit: int | None
+def _from_rows(
+    rows: Iterable[tuple[str, Mapping[str, object]]], benchmark: Benchmark
 ) -> Iterator[Problem]:
-    if name == "embedded":
-        return _embedded(limit or EMBEDDED_PROBLEMS)
-    path = Path(data_dir or ".") / f"{name}.jsonl"
-    if data_dir is not None and (name in BENCHMARKS or path.is_file()):
-        local = replace(benchmark, problem="problem", answer="answer", id="id")
-        return _from_rows(json_lines(path), replace(local, read_answer=_as_written))
-    if benchmark.dataset is None:
-        return _from_rows(json_lines(Path(name)), benchmark)
-    rows = hub_rows(benchmark.dataset, benchmark.split, benchmark.config)
-    return _from_rows(rows, benchmark)
-
-
-def _embedded(count: int) -> Iterator[Problem]:
-    from poweropd.embedded import task
-
-    for problem in task.problems("evaluation", count):
-        yield Problem(problem.id, problem.problem, problem.answer)
-
-
-def _from_rows(rows: Iterable[tuple[str, Row]], benchmark: Benchmark) -> Iterator[Problem]:
-    """Problems with ids that are each seen once; rows without an id are numbered."""
+    """Yields problems, numbered if they have no id. Raises UsageError if an id comes twice."""
     places: dict[str, str] = {}
     for number, (place, row) in enumerate(rows):
-        problem = _as_written(_value(row, benchmark.problem, place))
-        answer = benchmark.read_answer(_value(row, benchmark.answer, place))
+        problem = _as_written(_field(row, benchmark.problem, place))
+        answer = benchmark.read_answer(_field(row, benchmark.answer, place))
         for column, text in ((benchmark.problem, problem), (benchmark.answer, answer)):
             if not text:
                 raise UsageError(
@@ -201,7 +194,7 @@ def _from_rows(rows: Iterable[tuple[str, Row]], benchmark: Benchmark) -> Iterato
         yield Problem(identifier, problem, answer, benchmark.rule_for(identifier))
 
 
-def _value(row: Row, column: str, place: str) -> Any:
+def _field(row: Mapping[str, object], column: str, place: str) -> object:
     if column not in row:
         raise UsageError(
             f"{place}: expected a field {column!r}, got {', '.join(map(repr, row)) or 'none'}; "

@@ -1,10 +1,10 @@
-"""What `poweropd eval` does, for a model or for completions from elsewhere."""
+"""Does the work of `poweropd eval`, for a model or for completions from elsewhere."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from rich.console import Console
@@ -14,7 +14,7 @@ from poweropd.data.prompts import read_rows
 from poweropd.errors import RunError, UsageError
 from poweropd.evaluation import benchmarks, results
 from poweropd.evaluation.benchmarks import Problem
-from poweropd.evaluation.metrics import summarize
+from poweropd.evaluation.metrics import GradedRow, Summary, summarize
 from poweropd.evaluation.runner import evaluate, load_subject
 from poweropd.evaluation.settings import BATCH_SIZE, EvaluationSettings
 from poweropd.grading.grader import Grader
@@ -24,42 +24,58 @@ UNKNOWN_STOP = "unknown"
 
 
 @dataclass(frozen=True)
-class ChosenBenchmarks:
-    """Which problems: benchmark names, files or Hub datasets, and where their columns are."""
+class Report:
+    """The figures of an evaluation by benchmark.
 
-    names: Sequence[str]
-    limit: int | None = None
-    data_dir: Path | None = None
-    columns: Mapping[str, str | None] = field(default_factory=dict)
+    title: the model, or the file that was graded.
+    facts: further values for the JSON file.
+    grades: the rows of a graded file; the rows of a model are in its folder of completions.
+    """
 
-    def load(self) -> dict[str, list[Problem]]:
-        if not self.names:
-            known = ", ".join(benchmarks.BENCHMARKS)
-            raise UsageError(f"--benchmark: expected one or more of {known}, a file or a dataset")
-        shown = {benchmarks.short_name(name): name for name in self.names}
-        if len(shown) < len(self.names):
-            raise UsageError(f"--benchmark: {', '.join(self.names)} do not have different names")
-        return {
-            short: benchmarks.load_benchmark(name, self.data_dir, self.limit, **self.columns)
-            for short, name in shown.items()
-        }
+    title: str
+    results: Mapping[str, Summary]
+    facts: Mapping[str, object]
+    grades: Sequence[GradedRow] | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        """Returns the content of the JSON file."""
+        found = {**self.facts, "results": {name: asdict(one) for name, one in self.results.items()}}
+        return found if self.grades is None else {**found, "grades": self.grades}
+
+
+def chosen_problems(
+    names: Sequence[str], data: Path | None, limit: int | None, columns: Mapping[str, str | None]
+) -> dict[str, list[Problem]]:
+    """Loads benchmarks, files or Hub datasets; returns short name -> problems.
+
+    data: a folder with NAME.jsonl, read instead of the Hub; columns: see `load_benchmark`.
+    """
+    shown = {benchmarks.short_name(name): name for name in names}
+    if len(shown) < len(names):
+        raise UsageError(f"--benchmark: {', '.join(names)} do not have different names")
+    return {
+        short: benchmarks.load_benchmark(name, data, limit, **columns)
+        for short, name in shown.items()
+    }
 
 
 def evaluate_model(
     model: str,
-    selection: ChosenBenchmarks,
+    problem_sets: Mapping[str, Sequence[Problem]],
     settings: EvaluationSettings,
     folder: Path,
     dtype: str,
     trust_remote_code: bool = False,
     k: int | None = None,
     batch_size: int = BATCH_SIZE,
-) -> dict[str, Any]:
-    """Evaluates a model; returns what `--json` writes."""
-    problems = selection.load()  # before any weight
+) -> Report:
+    """Evaluates a model on benchmarks, name -> problems, and keeps its completions in `folder`."""
+    if not problem_sets:
+        known = ", ".join(benchmarks.BENCHMARKS)
+        raise UsageError(f"--benchmark: expected one or more of {known}, a file or a dataset")
     subject = load_subject(model, dtype, trust_remote_code, batch_size)
     try:
-        done = evaluate(subject, problems, settings, folder)
+        done = evaluate(subject, problem_sets, settings, folder)
     except torch.OutOfMemoryError:
         raise RunError(
             f"out of memory with --batch-size {batch_size}: run the same command with a smaller "
@@ -67,29 +83,23 @@ def evaluate_model(
         ) from None
     for evaluation in done.values():
         evaluation.check_not_empty()
-    figures = {name: one.rows for name, one in done.items()}
-    return {
-        "model": model,
-        "identity": subject.identity,
-        "settings": asdict(settings),
-        "completions": str(folder),
-        "results": {name: _result(rows, settings.n, k) for name, rows in figures.items()},
-    }
+    figures = {name: _summary(one.rows, settings.n, k) for name, one in done.items()}
+    facts = {"model": model, "identity": subject.identity, "settings": asdict(settings)}
+    return Report(model, figures, {**facts, "completions": str(folder)})
 
 
 def grade_file(
-    path: Path, selection: ChosenBenchmarks | None = None, k: int | None = None
-) -> dict[str, Any]:
+    path: Path, problem_sets: Mapping[str, Sequence[Problem]], k: int | None = None
+) -> Report:
     """Grades the completions of a JSONL file: id, completion, and answer (the gold) in each line.
 
-    With a benchmark selected, golds and rules are those of its problems, found by `id`.
-    `sample`, `tokens` and `stop` are taken over where they are given.
+    If a benchmark is given, golds and rules are those of its problems, found by `id`.
+    `sample`, `tokens` and `stop` are taken over if they are given.
     """
-    problem_sets = {} if selection is None else selection.load()
     if len(problem_sets) > 1:
         raise UsageError("--grade: expected at most one benchmark, whose ids the lines have")
     golds = {p.id: p for problems in problem_sets.values() for p in problems}
-    rows: list[dict[str, Any]] = []
+    rows: list[GradedRow] = []
     with Grader() as grader:
         pending = []
         for number, row in enumerate(read_rows(str(path), ["completion"], allow_empty=True), 1):
@@ -99,20 +109,25 @@ def grade_file(
         samples: dict[str, int] = {}
         for id, row, future in track(pending, "grading", console=Console(stderr=True)):
             samples[id] = samples.get(id, -1) + 1
-            rows.append(
-                {
-                    "id": id,
-                    "sample": row.get("sample", samples[id]),
-                    "tokens": row.get("tokens", 0),
-                    "stop": row.get("stop", UNKNOWN_STOP),
-                    **asdict(future.result()),
-                }
-            )
-    name = path.stem
-    return {"graded": str(path), "results": {name: _result(rows, None, k)}, "grades": rows}
+            given = {
+                "id": id,
+                "sample": row.get("sample", samples[id]),
+                "tokens": row.get("tokens", 0),
+                "stop": row.get("stop", UNKNOWN_STOP),
+            }
+            rows.append(cast(GradedRow, given | asdict(future.result())))
+    return Report(str(path), {path.stem: _summary(rows, None, k)}, {"graded": str(path)}, rows)
 
 
-def _gold(row: Mapping[str, Any], golds: Mapping[str, Problem], where: str) -> Problem:
+def _summary(rows: Sequence[GradedRow], n: int | None, k: int | None) -> Summary:
+    try:
+        return summarize(rows, n=n, k=k)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _gold(row: Mapping[str, object], golds: Mapping[str, Problem], where: str) -> Problem:
+    """Returns the problem that a row names or, without one, a problem with the row's own answer."""
     id = str(row.get("id", where))
     if id in golds:
         return golds[id]
@@ -124,23 +139,17 @@ def _gold(row: Mapping[str, Any], golds: Mapping[str, Problem], where: str) -> P
     return Problem(id, "", str(row["answer"]))
 
 
-def _result(rows: Sequence[Mapping[str, Any]], n: int | None, k: int | None) -> results.Result:
-    try:
-        return results.result(summarize(rows, n=n, k=k), rows)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
-
-def show_results(report: Mapping[str, Any], json_file: Path | None, compare: Path | None) -> None:
-    """Prints the tables and writes the JSON file."""
-    console, found = Console(), report["results"]
-    console.print(results.results_table(found, report.get("model") or report["graded"]))
-    for note in results.grading_notes(found):
+def show_report(report: Report, json_file: Path | None, compare: Path | None) -> None:
+    """Prints the tables of a report and writes its JSON file."""
+    console = Console()
+    console.print(results.results_table(report.results, report.title))
+    for note in results.grading_notes(report.results):
         console.print(note)
     if compare is not None:
-        console.print(results.comparison_table(found, results.read_results(compare), compare.stem))
+        solved = results.read_solved(compare)
+        console.print(results.comparison_table(report.results, solved, compare.stem))
     if json_file is not None:
-        write_atomically(json_file, json.dumps(report, indent=2) + "\n")
+        write_atomically(json_file, json.dumps(report.to_dict(), indent=2) + "\n")
         console.print(f"figures: {json_file}", soft_wrap=True)
-    if "completions" in report:
-        console.print(f"completions: {report['completions']}", soft_wrap=True)
+    if "completions" in report.facts:
+        console.print(f"completions: {report.facts['completions']}", soft_wrap=True)

@@ -1,5 +1,5 @@
-"""The grader, where it was before it had a room of its own: see `poweropd.grading`."""
+"""The grader under its former name; it lives in `poweropd.grading`."""
 
-from poweropd.grading.grader import REASONS, Grade, Grader, Rule, grade
+from poweropd.grading import REASONS, Grade, Grader, Rule, grade
 
 __all__ = ["REASONS", "Grade", "Grader", "Rule", "grade"]

@@ -1,13 +1,14 @@
-"""Figures of an evaluation, each with an interval over problems.
+"""The figures of an evaluation, each with an interval over problems.
 
-The problems of a benchmark are a sample of the problems that could have been asked; completions of
-one problem resemble each other. So intervals come from resampling problems, never completions.
+The problems of a benchmark are a sample of the problems that could have been asked, and completions
+of one problem resemble each other. So intervals come from resampling problems, never completions.
 """
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -17,27 +18,40 @@ CONFIDENCE = 0.95
 _FEW_VALUES = 32
 _PSEUDO_PROBLEMS = (0.0, 1.0)
 _DRAWS_AT_ONCE = 2**21
-#: The name under which completions that ran into the length limit stand in `Summary.stops`.
+#: The key in `Summary.stops` of the completions that reached the length limit.
 TRUNCATED = "truncated"
 
-Row = Mapping[str, Any]
 _Values = NDArray[np.float64]
+
+
+class GradedRow(TypedDict):
+    """One completion with its grade: a line of the JSONL file of an evaluation."""
+
+    id: str  # of the problem
+    sample: int  # which of the n completions of this problem it is
+    completion: NotRequired[str]
+    tokens: int
+    stop: str | None  # the stop token; None if the completion is truncated
+    answer: str | None
+    correct: bool
+    reason: str  # a key of poweropd.grading.REASONS
+    detail: NotRequired[str]  # the text of an error of the comparison
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems with its bootstrap interval."""
+    """A mean over problems and the ends of its bootstrap interval."""
 
     mean: float
     low: float
     high: float
 
 
-# Per problem: [problems, n] -> [problems]
+# Figures of each problem: [problems, n] -> [problems]
 
 
-def _correct(correct: ArrayLike, k: int | None) -> tuple[NDArray[np.bool_], int]:
-    """The grades as booleans, and k, checked against the n samples there are."""
+def _checked_grades(correct: ArrayLike, k: int | None) -> tuple[NDArray[np.bool_], int]:
+    """Returns the grades as booleans, and k. Raises ValueError unless 1 <= k <= n."""
     array = np.asarray(correct, dtype=bool)
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"expected grades of shape [problems, n], got shape {array.shape}")
@@ -49,18 +63,18 @@ def _correct(correct: ArrayLike, k: int | None) -> tuple[NDArray[np.bool_], int]
 
 
 def avg_values(correct: ArrayLike, k: int | None = None) -> _Values:
-    """The correct fraction of each problem's first k samples. [problems, n] -> [problems]"""
-    array, k = _correct(correct, k)
+    """Returns the correct fraction of a problem's first k samples. [problems, n] -> [problems]"""
+    array, k = _checked_grades(correct, k)
     return array[:, :k].mean(axis=1)
 
 
 def pass_values(correct: ArrayLike, k: int | None = None) -> _Values:
-    """The chance that k samples of each problem, drawn without repeats, hold a correct one.
+    """Returns the chance that k samples of a problem, drawn without repeats, hold a correct one.
 
-    1 - C(n - c, k) / C(n, k) with c of n correct (Chen et al., 2021, arXiv:2107.03374), as a
-    product of k factors, so that no binomial overflows. [problems, n] -> [problems]
+    It is 1 - C(n - c, k) / C(n, k) with c of n correct (Chen et al., 2021, arXiv:2107.03374),
+    computed as a product of k factors, so that no binomial overflows. [problems, n] -> [problems]
     """
-    array, k = _correct(correct, k)
+    array, k = _checked_grades(correct, k)
     n = array.shape[1]
     wrong = n - array.sum(axis=1)  # [problems]
     drawn = np.arange(k)  # samples drawn before
@@ -71,23 +85,20 @@ def pass_values(correct: ArrayLike, k: int | None = None) -> _Values:
 def maj_values(
     answers: Sequence[Sequence[Hashable]], correct: ArrayLike, k: int | None = None
 ) -> _Values:
-    """Whether the most frequent answer of each problem's first k samples is correct.
+    """Returns whether the most frequent answer of each problem's first k samples is correct.
 
     All correct answers are one answer, however they are written; wrong ones are told apart by their
     text; None (no answer) has no vote. Answers that tie share the win. [problems, n] -> [problems]
     """
-    array, k = _correct(correct, k)
+    array, k = _checked_grades(correct, k)
     if [len(row) for row in answers] != [array.shape[1]] * array.shape[0]:
         raise ValueError(f"expected answers of shape {array.shape}, as the grades have")
-    return np.array(
-        [
-            _majority(row[:k], grades[:k])
-            for row, grades in zip(answers, array.tolist(), strict=True)
-        ]
-    )
+    pairs = zip(answers, array.tolist(), strict=True)
+    return np.array([_majority(row[:k], grades[:k]) for row, grades in pairs])
 
 
 def _majority(answers: Sequence[Hashable], grades: Sequence[bool]) -> float:
+    """Returns 1 if the most frequent answer is correct, 0 if not, a share of 1 for a tie."""
     pairs = list(zip(answers, grades, strict=True))
     rivals = Counter(answer for answer, right in pairs if answer is not None and not right)
     right, most = sum(grades), max(rivals.values(), default=0)
@@ -97,21 +108,22 @@ def _majority(answers: Sequence[Hashable], grades: Sequence[bool]) -> float:
     return 1.0 / (1 + winners) if right else 0.0
 
 
-# Over problems
+# Figures over all problems
 
 
 def avg_at_k(correct: ArrayLike, k: int | None = None) -> float:
-    """The mean correct fraction over the first k samples of every problem.
+    """Returns the mean correct fraction over the first k samples of every problem.
 
-    correct: [problems, n]; k: all n where None. Raises ValueError where n < k.
+    correct: [problems, n]; k: None means all n. Raises ValueError if n < k.
     """
     return float(avg_values(correct, k).mean())
 
 
 def pass_at_k(correct: ArrayLike, k: int | None = None) -> float:
-    """The unbiased chance that k samples solve a problem: mean of 1 - C(n - c, k) / C(n, k).
+    """Returns the unbiased chance that k samples solve a problem.
 
-    correct: [problems, n]; k: all n where None. Raises ValueError where n < k.
+    It is the mean of 1 - C(n - c, k) / C(n, k), with c of n samples of a problem correct.
+    correct: [problems, n]; k: None means all n. Raises ValueError if n < k.
     """
     return float(pass_values(correct, k).mean())
 
@@ -119,7 +131,7 @@ def pass_at_k(correct: ArrayLike, k: int | None = None) -> float:
 def maj_at_k(
     answers: Sequence[Sequence[Hashable]], correct: ArrayLike, k: int | None = None
 ) -> float:
-    """The fraction of problems whose most frequent answer is correct; see `maj_values`."""
+    """Returns the fraction of problems whose most frequent answer is correct; see `maj_values`."""
     return float(maj_values(answers, correct, k).mean())
 
 
@@ -127,38 +139,29 @@ def maj_at_k(
 
 
 def estimate(
-    values: ArrayLike,
-    *,
-    fraction: bool = False,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    values: ArrayLike, *, fraction: bool = False, resamples: int = RESAMPLES, seed: int = 0
 ) -> Estimate:
-    """The mean of one value per problem, with a percentile bootstrap interval over problems.
+    """Returns the mean of one value per problem with a percentile bootstrap interval over problems.
 
-    fraction: the values lie in [0, 1]. The interval then also spans what the bootstrap gives with
-    one problem at 0 and one at 1 added, for few problems near 0 or 1 look surer than they are:
-    thirty failures would give the interval [0, 0]. At hundreds of problems this changes nothing.
+    fraction: the values lie in [0, 1]. The interval then also spans the bootstrap interval with one
+    problem at 0 and one at 1 added, because few problems near 0 or 1 look more certain than they
+    are: thirty failures would give the interval [0, 0]. With hundreds of problems this changes
+    nothing.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or not array.size:
         raise ValueError(f"expected one value per problem, got shape {array.shape}")
-    mean = float(array.mean())
     pools = [array, np.concatenate([array, _PSEUDO_PROBLEMS])] if fraction else [array]
-    ends = [_interval(_resampled_means(pool, resamples, seed)) for pool in pools]
-    return Estimate(mean, min(low for low, _ in ends), max(high for _, high in ends))
+    return _spanning(array.mean(), [_resampled_means(pool, resamples, seed) for pool in pools])
 
 
 def paired_bootstrap(
-    a: Mapping[str, float],
-    b: Mapping[str, float],
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
+    a: Mapping[str, float], b: Mapping[str, float], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Estimate:
-    """The difference a - b of two evaluations over the same problems, with its interval.
+    """Returns the difference a - b of two evaluations over the same problems, with its interval.
 
-    a, b: problem id -> value. Each resample takes both values of a problem, so what makes a problem
-    hard for both cancels. Raises ValueError where the ids differ.
+    a, b: problem id -> value. Each resample takes both values of a problem, so that what makes a
+    problem hard for both cancels. Raises ValueError if the ids differ.
     """
     if a.keys() != b.keys():
         only_a, only_b = len(a.keys() - b.keys()), len(b.keys() - a.keys())
@@ -173,25 +176,31 @@ def paired_bootstrap(
 def estimate_over_seeds(
     *benchmarks: ArrayLike, resamples: int = RESAMPLES, seed: int = 0
 ) -> Estimate:
-    """The mean over benchmarks of several trainings' mean value, with its interval.
+    """Returns the mean over benchmarks of several trainings' mean value, with its interval.
 
     benchmarks: [seeds, problems] values in [0, 1] each, with the same seeds. Trainings and problems
     are both samples, so each resample draws both (Owen 2007, The pigeonhole bootstrap, Annals of
-    Applied Statistics 1(2)); from two or three seeds it learns little of how they vary, from one
-    nothing. As in `estimate` of fractions, one problem at 0 and one at 1 may widen it.
+    Applied Statistics 1(2)). Two or three seeds say little about how seeds vary, and one says
+    nothing. As in `estimate` with `fraction`, one problem at 0 and one at 1 may widen the interval.
     """
     arrays = [np.asarray(values, dtype=np.float64) for values in benchmarks]
     shapes = [array.shape for array in arrays]
     if not arrays or any(len(s) != 2 or 0 in s or s[0] != shapes[0][0] for s in shapes):
         raise ValueError(f"expected values of shape [seeds, problems], got shapes {shapes}")
-    mean = float(np.mean([array.mean() for array in arrays]))
+    mean = np.mean([array.mean() for array in arrays])
     added = [np.hstack([a, np.tile(_PSEUDO_PROBLEMS, (len(a), 1))]) for a in arrays]
-    ends = [_interval(_means_over_seeds(pool, resamples, seed)) for pool in (arrays, added)]
-    return Estimate(mean, min(low for low, _ in ends), max(high for _, high in ends))
+    return _spanning(mean, [_means_over_seeds(pool, resamples, seed) for pool in (arrays, added)])
+
+
+def _spanning(mean: np.floating, bootstraps: Sequence[_Values]) -> Estimate:
+    """Returns a mean with an interval that spans the intervals of all bootstraps."""
+    tail = (1.0 - CONFIDENCE) / 2
+    lows, highs = zip(*(np.quantile(b, [tail, 1.0 - tail]) for b in bootstraps), strict=True)
+    return Estimate(float(mean), float(min(lows)), float(max(highs)))
 
 
 def _means_over_seeds(arrays: Sequence[_Values], resamples: int, seed: int) -> _Values:
-    """Means of `resamples` draws of seeds, common to all arrays, and of problems. [resamples]"""
+    """Draws seeds, the same for all arrays, and problems; returns the means. [resamples]"""
     generator = np.random.default_rng(seed)
     seeds = len(arrays[0])
     drawn_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
@@ -204,10 +213,10 @@ def _means_over_seeds(arrays: Sequence[_Values], resamples: int, seed: int) -> _
 
 
 def _resampled_means(pool: _Values, resamples: int, seed: int) -> _Values:
-    """Means of `resamples` draws of as many values as there are. [resamples]"""
+    """Draws as many values as there are, `resamples` times; returns the means. [resamples]"""
     generator = np.random.default_rng(seed)
     distinct, counts = np.unique(pool, return_counts=True)
-    if distinct.size <= _FEW_VALUES:  # the rule for grades: only c of n correct can occur
+    if distinct.size <= _FEW_VALUES:  # usual for grades, which are c of n
         drawn = generator.multinomial(pool.size, counts / pool.size, size=resamples)
         return drawn @ distinct / pool.size
     at_once = max(1, _DRAWS_AT_ONCE // pool.size)
@@ -216,21 +225,17 @@ def _resampled_means(pool: _Values, resamples: int, seed: int) -> _Values:
     return np.concatenate([pool[indices].mean(axis=1) for indices in draws])
 
 
-def _interval(means: _Values) -> tuple[float, float]:
-    tail = (1.0 - CONFIDENCE) / 2
-    low, high = np.quantile(means, [tail, 1.0 - tail])
-    return float(low), float(high)
-
-
 # A whole evaluation
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What an evaluation measured: `n` completions for each of `problems` problems, at k.
+    """The figures of an evaluation of `problems` problems with `n` completions each.
 
-    stops: stop token -> completions ended by it; TRUNCATED -> those that hit the length limit.
+    k: how many completions avg_at_k, pass_at_k and maj_at_k are about.
+    stops: stop token -> completions that end with it; TRUNCATED -> those at the length limit.
     reasons: grading reason -> completions.
+    solved: problem id -> correct fraction of its completions.
     """
 
     problems: int
@@ -244,33 +249,24 @@ class Summary:
     no_answer_fraction: Estimate
     stops: dict[str, int]
     reasons: dict[str, int]
+    solved: dict[str, float]
 
 
-def summarize(
-    rows: Sequence[Row],
-    *,
-    n: int | None = None,
-    k: int | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> Summary:
-    """The figures of an evaluation's rows, one per completion, in any order.
+def summarize(rows: Sequence[GradedRow], *, n: int | None = None, k: int | None = None) -> Summary:
+    """Returns the figures of an evaluation from its rows, one per completion, in any order.
 
-    rows: mappings with `id` and `sample`, `correct`, `answer` (None for none), `reason`, `tokens`,
-    `stop` (the stop token, None where truncated). n: the samples each problem must have. k: n where
-    None. Raises ValueError where problems have different numbers of samples, or n < k.
+    n: the number of samples each problem must have. k: None means n. Raises ValueError if problems
+    have different numbers of samples, or if n < k.
     """
     groups = _by_problem(rows, n)
     correct = np.array([[row["correct"] for row in group] for group in groups.values()], bool)
     answers = [[row["answer"] for row in group] for group in groups.values()]
     k = correct.shape[1] if k is None else k
 
-    def means(value: Callable[[Row], float]) -> _Values:
+    def means(value: Callable[[GradedRow], float]) -> _Values:
         return np.array([[value(row) for row in group] for group in groups.values()]).mean(axis=1)
 
-    def fraction(values: _Values) -> Estimate:
-        return estimate(values, fraction=True, resamples=resamples, seed=seed)
-
+    fraction = partial(estimate, fraction=True)
     return Summary(
         problems=len(groups),
         n=correct.shape[1],
@@ -278,23 +274,24 @@ def summarize(
         avg_at_k=fraction(avg_values(correct, k)),
         pass_at_k=fraction(pass_values(correct, k)),
         maj_at_k=fraction(maj_values(answers, correct, k)),
-        mean_length=estimate(means(lambda row: row["tokens"]), resamples=resamples, seed=seed),
+        mean_length=estimate(means(lambda row: row["tokens"])),
         truncated_fraction=fraction(means(lambda row: row["stop"] is None)),
         no_answer_fraction=fraction(means(lambda row: row["answer"] is None)),
-        stops=_histogram(TRUNCATED if row["stop"] is None else str(row["stop"]) for row in rows),
-        reasons=_histogram(str(row["reason"]) for row in rows),
+        stops=_counts(TRUNCATED if row["stop"] is None else str(row["stop"]) for row in rows),
+        reasons=_counts(str(row["reason"]) for row in rows),
+        solved=problem_values(rows),
     )
 
 
-def problem_values(rows: Sequence[Row], *, n: int | None = None) -> dict[str, float]:
-    """Each problem's correct fraction by id, as `paired_bootstrap` compares them."""
+def problem_values(rows: Sequence[GradedRow], *, n: int | None = None) -> dict[str, float]:
+    """Returns each problem's correct fraction by id, as `paired_bootstrap` compares them."""
     groups = _by_problem(rows, n)
     return {key: sum(row["correct"] for row in group) / len(group) for key, group in groups.items()}
 
 
-def _by_problem(rows: Sequence[Row], n: int | None) -> dict[str, list[Row]]:
-    """Rows by problem id, in the order of their samples; every problem has n."""
-    groups: dict[str, list[Row]] = {}
+def _by_problem(rows: Sequence[GradedRow], n: int | None) -> dict[str, list[GradedRow]]:
+    """Groups rows by problem id, in the order of their samples; raises unless each has n."""
+    groups: dict[str, list[GradedRow]] = {}
     for row in sorted(rows, key=lambda row: row["sample"]):
         groups.setdefault(str(row["id"]), []).append(row)
     if not groups:
@@ -308,5 +305,5 @@ def _by_problem(rows: Sequence[Row], n: int | None) -> dict[str, list[Row]]:
     return dict(sorted(groups.items()))
 
 
-def _histogram(names: Iterable[str]) -> dict[str, int]:
+def _counts(names: Iterable[str]) -> dict[str, int]:
     return dict(Counter(names).most_common())

@@ -1,95 +1,83 @@
-"""What an evaluation says: a table for people, a JSON file for programs, a comparison of two."""
+"""Shows what an evaluation measured: a table, notes, and a comparison with another evaluation."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from poweropd.errors import UsageError
-from poweropd.evaluation.metrics import Estimate, Summary, paired_bootstrap, problem_values
+from poweropd.evaluation.metrics import Estimate, Summary, paired_bootstrap
 
-Result = dict[str, Any]
-
-
-def result(summary: Summary, rows: Sequence[Mapping[str, Any]]) -> Result:
-    """One benchmark's figures and each problem's correct fraction, ready for JSON."""
-    return {**asdict(summary), "solved": problem_values(rows)}
+#: Reasons of grades that are not about the answer, which a reader of the table should know.
+_NOTED = ("crash", "timeout", "unparsed_gold")
 
 
-def results_table(results: Mapping[str, Result], title: str) -> Table:
-    """One row a benchmark and, of several, their plain mean."""
+def results_table(results: Mapping[str, Summary], title: str) -> Table:
+    """Returns a table with a line for each benchmark and, if there are several, for their mean."""
     shown = Table(title=title)
-    k = next(iter(results.values()))["k"]
+    k = next(iter(results.values())).k
     for column in ("", f"Avg@{k}", f"Pass@{k}", "Len", "truncated", "no answer"):
         shown.add_column(column, justify="right" if column else "left")
     for name, one in results.items():
         shown.add_row(
-            f"{name}\n{one['problems']} problems",
-            _percent(one["avg_at_k"]),
-            _percent(one["pass_at_k"]),
-            _interval(one["mean_length"], 1.0, 0),
-            _percent(one["truncated_fraction"]),
-            _percent(one["no_answer_fraction"]),
+            f"{name}\n{one.problems} problems",
+            _with_interval(one.avg_at_k),
+            _with_interval(one.pass_at_k),
+            _with_interval(one.mean_length, "{:.0f}", factor=1.0),
+            _with_interval(one.truncated_fraction),
+            _with_interval(one.no_answer_fraction),
         )
     if len(results) > 1:
-        means = [
-            f"{100 * sum(one[key]['mean'] for one in results.values()) / len(results):.2f}"
-            for key in ("avg_at_k", "pass_at_k")
-        ]
-        shown.add_row("mean", *means, "", "", "")
+        average = 100 * sum(one.avg_at_k.mean for one in results.values()) / len(results)
+        passed = 100 * sum(one.pass_at_k.mean for one in results.values()) / len(results)
+        shown.add_row("mean", f"{average:.2f}", f"{passed:.2f}", "", "", "")
     return shown
 
 
-def grading_notes(results: Mapping[str, Result]) -> list[str]:
-    """What a reader of the table should know: grades that are not about the answer."""
-    said = []
-    for name, one in results.items():
-        for reason in ("crash", "timeout", "unparsed_gold"):
-            if one["reasons"].get(reason):
-                count = one["reasons"][reason]
-                said.append(f"{name}: {count} completions counted as wrong for reason {reason!r}")
-    return said
+def grading_notes(results: Mapping[str, Summary]) -> list[str]:
+    """Returns a line for each count of grades that are not about the answer."""
+    return [
+        f"{name}: {one.reasons[reason]} completions counted as wrong for reason {reason!r}"
+        for name, one in results.items()
+        for reason in _NOTED
+        if one.reasons.get(reason)
+    ]
 
 
-def read_results(path: Path) -> dict[str, Result]:
-    """The results of a file that `poweropd eval --json` wrote."""
+def read_solved(path: Path) -> dict[str, dict[str, float]]:
+    """Reads, from a file of `poweropd eval --json`, benchmark -> problem id -> correct fraction."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["results"])
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        results = json.loads(path.read_text(encoding="utf-8"))["results"]
+        return {name: result["solved"] for name, result in results.items()}
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{path}: expected a file written by poweropd eval --json ({type(error).__name__})"
         ) from None
 
 
 def comparison_table(
-    results: Mapping[str, Result], other: Mapping[str, Result], name: str
+    results: Mapping[str, Summary], other: Mapping[str, Mapping[str, float]], name: str
 ) -> Table:
-    """Differences in accuracy, paired by problem, on the benchmarks that both have."""
+    """Returns differences in accuracy, paired by problem, on the benchmarks that both have."""
     shared = [benchmark for benchmark in results if benchmark in other]
     if not shared:
         raise UsageError(
             f"{name} shares no benchmark with this evaluation: it has {', '.join(other)}"
         )
     shown = Table(title=f"Accuracy minus {name}, paired by problem")
-    for column in ("benchmark", "difference [95%]"):
-        shown.add_column(column, justify="left" if column == "benchmark" else "right")
+    shown.add_column("benchmark")
+    shown.add_column("difference [95%]", justify="right")
     for benchmark in shared:
         try:
-            difference = paired_bootstrap(results[benchmark]["solved"], other[benchmark]["solved"])
+            difference = paired_bootstrap(results[benchmark].solved, other[benchmark])
         except ValueError as error:
             raise UsageError(f"{name}: {benchmark}: {error}") from None
-        shown.add_row(benchmark, _percent(asdict(difference), "+"))
+        shown.add_row(benchmark, _with_interval(difference, "{:+.2f}"))
     return shown
 
 
-def _percent(estimate: Mapping[str, float], sign: str = "") -> str:
-    return _interval(estimate, 100.0, 2, sign)
-
-
-def _interval(estimate: Mapping[str, float], factor: float, digits: int, sign: str = "") -> str:
-    mean, low, high = (factor * estimate[key] for key in asdict(Estimate(0, 0, 0)))
-    form = f"{sign}.{digits}f"
-    return f"{mean:{form}}\n[{low:{form}}, {high:{form}}]"  # two lines: tables stay narrow
+def _with_interval(estimate: Estimate, form: str = "{:.2f}", factor: float = 100.0) -> str:
+    """Formats an estimate on two lines, which keep tables narrow; the factor makes percentages."""
+    ends = (estimate.mean, estimate.low, estimate.high)
+    return f"{form}\n[{form}, {form}]".format(*(factor * end for end in ends))

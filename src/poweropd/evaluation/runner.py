@@ -1,9 +1,9 @@
-"""Runs benchmarks: samples completions, grades them as they end, keeps every one.
+"""Runs benchmarks: samples completions, grades them as they end, and keeps every one.
 
 Completions are appended with their grades to one JSONL file per benchmark, so an interrupted
 evaluation goes on where it stopped. Requests are sampled in fixed groups; a group that was
-interrupted is sampled again whole and only its missing rows are appended. So the rows of a resumed
-evaluation are those of an undisturbed one, to the last bit.
+interrupted is sampled again as a whole, and only its missing rows are appended. So a resumed
+evaluation has the rows of an undisturbed one, to the last bit.
 """
 
 import hashlib
@@ -14,11 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TextIO, cast
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from transformers import PreTrainedTokenizerBase
 
 from poweropd import stops
 from poweropd.data import prompts as data_prompts
@@ -26,7 +27,7 @@ from poweropd.data.prompts import Prompt
 from poweropd.data.rollout import Request, Rollout
 from poweropd.errors import RunError, UsageError
 from poweropd.evaluation.benchmarks import Problem
-from poweropd.evaluation.metrics import Summary, summarize
+from poweropd.evaluation.metrics import GradedRow, Summary, summarize
 from poweropd.evaluation.settings import BATCH_SIZE, EvaluationSettings
 from poweropd.grading.grader import Grade, Grader
 from poweropd.models import loading
@@ -36,18 +37,16 @@ from poweropd.runs import directory
 
 logger = logging.getLogger("poweropd")
 
-Row = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Subject:
-    """The model under evaluation: an engine that samples it, its tokenizer, its stop ids.
+    """The model under evaluation: an engine that samples it, its tokenizer and its stop ids.
 
-    `identity` says which weights these are, so that no completions of others are taken for theirs.
+    `identity` names the weights, so that completions of other weights are not taken for theirs.
     """
 
     engine: RolloutEngine
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
     context_length: int
     identity: str
@@ -56,7 +55,7 @@ class Subject:
 class Evaluation:
     """One benchmark, or every `stride`-th problem of it from `first` on, on one model.
 
-    Completions are in `folder`/NAME.jsonl; what was asked, of which model, in NAME.settings.json.
+    `folder`/NAME.jsonl holds the completions; NAME.settings.json the model, settings and problems.
     """
 
     def __init__(
@@ -75,10 +74,11 @@ class Evaluation:
         self.settings_path = folder / f"{name}.settings.json"
         folder.mkdir(parents=True, exist_ok=True)
         self._claim()
-        self.rows = directory.recover_jsonl(self.path)
+        self.rows = cast(list[GradedRow], directory.recover_jsonl(self.path))
+        self.done = {(row["id"], row["sample"]) for row in self.rows}
 
     def _claim(self) -> None:
-        """Refuses a file that holds other completions: of a model, settings or problems."""
+        """Raises UsageError if the file is about another model, other settings or problems."""
         texts = [[p.id, p.problem, p.answer] for p in self.problems]
         digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
         asked = {"model": self.model, "problems": digest, "count": len(texts)}
@@ -97,7 +97,7 @@ class Evaluation:
             )
 
     def run(self, subject: Subject, grader: Grader, progress: bool = True) -> Summary:
-        """Samples and grades what is missing; returns the summary of all rows."""
+        """Samples and grades what is missing, and returns the summary of all rows."""
         prompts = prompt_ids(self.problems, self.settings, subject.tokenizer)
         longest = check_room(self.name, prompts, subject.context_length)
         requests, sampling = self._requests(prompts), self._sampling(subject, longest)
@@ -106,11 +106,8 @@ class Evaluation:
             task = bar.add_task(self.name, total=len(requests), completed=len(self.rows))
             for group in self._unfinished(requests):
                 rollouts = subject.engine.generate(group, sampling)
-                for _ in self._graded(rollouts, subject.tokenizer, grader):
+                for _ in self._graded(rollouts, subject, grader):
                     bar.advance(task)
-        return self.summary()
-
-    def summary(self) -> Summary:
         return summarize(self.rows, n=self.settings.n)
 
     def _sampling(self, subject: Subject, longest_prompt: int) -> Sampling:
@@ -136,30 +133,30 @@ class Evaluation:
         ]
 
     def _seed(self, index: int, sample: int) -> int:
-        """By the problem's place in the whole benchmark, whoever evaluates it."""
+        """Returns a seed by the problem's place in the whole benchmark, whatever the shares are."""
         place = self.first + index * self.stride
         return completion_seed(self.settings.seed, 0, place, sample)
 
     def _unfinished(self, requests: list[Request]) -> Iterator[list[Request]]:
-        """Groups, the same ones whatever is done already, that have something missing."""
+        """Yields the groups that miss something; what is done does not change the grouping."""
         ordered = sorted(requests, key=lambda r: -len(r.prompt_ids))  # stable
-        done = {(row["id"], row["sample"]) for row in self.rows}
         for start in range(0, len(ordered), self.settings.group_size):
             group = ordered[start : start + self.settings.group_size]
             keys = {(self.problems[r.prompt_index].id, r.sample_index) for r in group}
-            if not keys <= done:
+            if not keys <= self.done:
                 yield group
 
-    def _graded(self, rollouts: Iterator[Rollout], tokenizer: Any, grader: Grader) -> Iterator[Row]:
-        """Appends the rows that are missing, in the order in which completions end."""
-        done = {(row["id"], row["sample"]) for row in self.rows}
-        waiting: deque[tuple[Row, Future[Grade]]] = deque()
+    def _graded(
+        self, rollouts: Iterator[Rollout], subject: Subject, grader: Grader
+    ) -> Iterator[GradedRow]:
+        """Appends and yields the missing rows, in the order in which completions end."""
+        waiting: deque[tuple[GradedRow, Future[Grade]]] = deque()
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 for rollout in rollouts:
                     problem = self.problems[rollout.request.prompt_index]
-                    if (problem.id, rollout.request.sample_index) not in done:
-                        row = _row(problem, rollout, tokenizer)
+                    if (problem.id, rollout.request.sample_index) not in self.done:
+                        row = _ungraded_row(problem, rollout, subject.tokenizer)
                         grade = grader.submit(problem.answer, row["completion"], rule=problem.rule)
                         waiting.append((row, grade))
                     while waiting and waiting[0][1].done():
@@ -172,18 +169,19 @@ class Evaluation:
                 "kept: free some space and run the same command again"
             ) from error
 
-    def _append(self, file: Any, row: Row, grade: "Future[Grade]") -> Row:
+    def _append(self, file: TextIO, row: GradedRow, grade: "Future[Grade]") -> GradedRow:
         found = grade.result()
-        row |= {"answer": found.answer, "correct": found.correct, "reason": found.reason}
+        row["answer"], row["correct"], row["reason"] = found.answer, found.correct, found.reason
         if found.detail:
             row["detail"] = found.detail
         file.write(json.dumps(row) + "\n")
         file.flush()
         self.rows.append(row)
+        self.done.add((row["id"], row["sample"]))
         return row
 
     def check_not_empty(self) -> None:
-        """RunError where a model has said nothing at all."""
+        """Raises RunError if every completion is empty."""
         if not any(row["completion"].strip() for row in self.rows):
             raise RunError(
                 f"{self.name}: every completion is empty or only special tokens; check the model, "
@@ -192,15 +190,16 @@ class Evaluation:
 
 
 def prompt_ids(
-    problems: Sequence[Problem], settings: EvaluationSettings, tokenizer: Any
+    problems: Sequence[Problem], settings: EvaluationSettings, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
+    """Returns the token ids of each problem as a prompt, up to the model's turn."""
     ending = f"\n{settings.instruction}" if settings.instruction else ""
     texts = [problem.problem + ending for problem in problems]
     return data_prompts.encode_chat(tokenizer, texts, settings.chat, settings.system)
 
 
 def check_room(name: str, prompts: Sequence[list[int]], context_length: int) -> int:
-    """The longest prompt's length; UsageError where it fills the context."""
+    """Returns the longest prompt's length in tokens. Raises UsageError if it fills the context."""
     longest = max(map(len, prompts))
     if longest >= context_length:
         raise UsageError(
@@ -210,7 +209,9 @@ def check_room(name: str, prompts: Sequence[list[int]], context_length: int) -> 
     return longest
 
 
-def _row(problem: Problem, rollout: Rollout, tokenizer: Any) -> Row:
+def _ungraded_row(
+    problem: Problem, rollout: Rollout, tokenizer: PreTrainedTokenizerBase
+) -> GradedRow:
     stop = rollout.completion_ids[-1] if rollout.stopped else None
     return {
         "id": problem.id,
@@ -218,13 +219,16 @@ def _row(problem: Problem, rollout: Rollout, tokenizer: Any) -> Row:
         "completion": tokenizer.decode(rollout.completion_ids, skip_special_tokens=True),
         "tokens": len(rollout.completion_ids),
         "stop": None if stop is None else tokenizer.convert_ids_to_tokens(stop),
+        "answer": None,
+        "correct": False,
+        "reason": "",
     }
 
 
 def load_subject(
     model: str, dtype: str, trust_remote_code: bool = False, batch_size: int = BATCH_SIZE
 ) -> Subject:
-    """A model directory or Hub name, ready to be sampled by the transformers engine."""
+    """Loads a model directory or Hub model, to be sampled by the transformers engine."""
     tokenizer = loading.load_tokenizer(model, trust_remote_code)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = loading.load_model(model, dtype, trust_remote_code).to(device)
@@ -250,9 +254,9 @@ def evaluate(
 ) -> dict[str, Evaluation]:
     """Runs every benchmark of `problem_sets`, name -> problems, one after another.
 
-    Rows and settings are kept in `folder`; run again on it, an evaluation goes on where it was
-    stopped. `share` (first, stride) leaves other problems to other processes. Raises UsageError
-    where the folder holds other completions, RunError where nothing can be written any more.
+    `folder` keeps rows and settings; an evaluation that runs on it again goes on where it was
+    stopped. `share` (first, stride) leaves other problems to other processes. Raises UsageError if
+    the folder holds other completions, and RunError if nothing can be written any more.
     """
     done = {}
     with Grader() as grader:

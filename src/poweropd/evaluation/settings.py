@@ -2,22 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 BATCH_SIZE = 64  # completions at once: 4,096 tokens of each must fit beside the model
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """The defaults are the paper's: temperature 0.6, n = 8."""
+    """The settings of an evaluation; the defaults are the paper's, temperature 0.6 and n = 8."""
 
-    n: int = 8
+    n: int = 8  # completions for each problem
     max_new_tokens: int = 4096
     temperature: float = 0.6
     top_p: float = 0.95
     top_k: int = 20
     seed: int = 0
-    chat: Mapping[str, Any] | None = field(default_factory=lambda: {"enable_thinking": False})
+    chat: Mapping[str, object] | None = field(default_factory=lambda: {"enable_thinking": False})
     system: str | None = None
     instruction: str | None = None  # appended to each problem, after a line break
     group_size: int = 256  # completions sampled together; part of what makes a run repeatable

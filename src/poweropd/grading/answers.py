@@ -1,11 +1,12 @@
-"""Finds the answer a completion gives: the last box, else a stated answer, else the last number.
+"""Finds the answer that a completion gives: a box, else a stated answer, else the last number.
 
-Plain text work in time linear in the completion, since it runs in the caller's own process, before
-any worker that could be killed.
+The search works on plain text in time linear in the completion, because it runs in the caller's own
+process, where no worker can be killed.
 """
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 #: The last-number search looks at this many characters from the end, which bounds its cost.
 _TAIL = 4_000
@@ -15,10 +16,10 @@ _SPECIAL_TOKEN = re.compile(r"<\|(?:im_start|im_end|endoftext|eot_id|end_of_text
 _CALCULATOR = re.compile(r"<<[^<>\n]{0,200}>>")  # GSM8K's annotations, 9*2=<<9*2=18>>18
 _BLANKS = re.compile(r"[^\S\n]{3,}")
 _BLANK_LINES = re.compile(r"\n{3,}")
-_BLANKS = re.compile(r"[^\S\n]{3,}")
-_BLANK_LINES = re.compile(r"\n{3,}")
 _BOX = re.compile(r"\\f?box(?:ed)?(?![A-Za-z])\s*")
 _BARE_BOX = re.compile(r"[^\s$\\{},;]+|\\[A-Za-z]+(?:\{[^{}]*\})*")
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+_FORGOTTEN_BRACE = re.compile(r"[^$\n]*?(?=\$|\\\]|\\\)|\n)")
 
 _STATED = re.compile(
     # GSM8K's marks, but neither headings (#### Step 2) nor the A: that opens a worked solution.
@@ -42,8 +43,8 @@ _AFTERTHOUGHT = re.compile(
 )
 _CLAUSE = re.compile(r".*(?:\b(?:is|are|be|equals|was|were)\b|:)\s*", re.IGNORECASE | re.DOTALL)
 
-# A dollar opens mathematics only where no space follows it, and closes it only where no space
-# stands before it and no digit after: so prices in running text are not taken for formulas.
+# A dollar opens mathematics only if no space follows it, and closes it only if no space stands
+# before it and no digit after it, so that prices in running text are not taken for formulas.
 _SPAN = (
     r"\$\$.{1,1500}?\$\$|\\\[.{1,1500}?\\\]|\\\(.{1,1500}?\\\)"
     r"|(?<![\\\d])\$(?![\s$])(?:\\\$|[^$\n]){1,1500}?(?<![\s\\])\$(?!\d)"
@@ -70,13 +71,18 @@ _QUANTITIES = re.compile(
 _LAST = re.compile(rf"(?:{_SPAN})(?:{_CONNECTOR}(?:{_SPAN}))+|{_QUANTITY.pattern}", re.DOTALL)
 _UNIT_WORDS = re.compile(r"(?:\s*-?[A-Za-z]{1,20}\b|\s*[/^²³\d]){0,6}")
 _SEPARATOR = re.compile(r"\b(?:and|or)\b|[,;]")
+_EXPRESSION_GOES_ON = re.compile(r"\s*(?:[-+*/^=(<>]|\\[a-z])")
+#: Words before a number: a sentence about the answer rather than the answer.
+_PHRASE = re.compile(
+    r"(?=.*[\d$])\W*(?:\$[^$]*\$|[A-Za-z']+)(?:\s+(?:\$[^$]*\$|[A-Za-z']{2,})){1,}"
+)
 
 
 @dataclass(frozen=True)
 class Extraction:
     """What a completion answers.
 
-    answer: the answer as written, or None where there is none.
+    answer: the answer as written, or None if there is none.
     joined: neighbouring boxes (`\\boxed{1}` and `\\boxed{2}`) as a list, for golds that are lists.
     whole: the untrimmed text the answer was taken from, for golds that are sentences.
     """
@@ -86,114 +92,113 @@ class Extraction:
     whole: str | None = None
 
 
+class Box(NamedTuple):
+    """A `\\boxed` command with its content; it covers the text from `start` to before `end`."""
+
+    start: int
+    end: int
+    content: str
+
+
 def extract(completion: str) -> Extraction:
-    """The answer of a completion. An empty last box is no answer, whatever stood before it."""
+    """Returns the answer of a completion; an empty last box means that there is none."""
     text = _final_part(completion)
-    boxes = _boxes(text)
+    boxes = _closed_boxes(text)
     if boxes:
-        content = boxes[-1][2]
-        return Extraction(content or None, joined=_joined(text, boxes))
+        return Extraction(boxes[-1].content or None, joined=_joined(text, boxes))
     if _BOX.search(text):
-        return Extraction(None)  # its only box is cut short: what stands in it may be half a number
-    stated = _stated(text)
-    if stated is not None:
-        return stated
-    return Extraction(_last_quantity(text[-_TAIL:]), whole=text.strip())
+        # The completion ends inside its only box, which may therefore hold half a number.
+        return Extraction(None)
+    return _stated(text) or Extraction(_last_quantity(text[-_TAIL:]), whole=text.strip())
 
 
 def boxed(text: str) -> str | None:
-    """The content of the last boxes of a text, or None: for golds given as worked solutions."""
-    boxes = _boxes(text)
-    return (_joined(text, boxes) or boxes[-1][2]) if boxes else None
+    """Returns the content of a text's last boxes, or None: for golds that are worked solutions."""
+    boxes = _closed_boxes(text)
+    return (_joined(text, boxes) or boxes[-1].content) if boxes else None
 
 
 def _final_part(completion: str) -> str:
-    """Without reasoning in think tags, what follows an end token, or calculator annotations."""
+    """Removes reasoning in think tags, calculator annotations and what follows an end token."""
     _, tag, answer = completion.rpartition("</think>")
     text = answer if tag and answer.strip() else completion
     pieces = _SPECIAL_TOKEN.split(text)
-    text = next((piece for piece in pieces if piece.strip()), "")
-    text = _CALCULATOR.sub("", text)
+    text = _CALCULATOR.sub("", next((piece for piece in pieces if piece.strip()), ""))
     # Long runs of blanks would make the searches below quadratic.
     return _BLANK_LINES.sub("\n\n", _BLANKS.sub(" ", text))
 
 
-def _boxes(text: str) -> list[tuple[int, int, str]]:
-    """The last boxes as (start, end, content), in order; those never closed are left out."""
-    found = []
-    for match in list(_BOX.finditer(text))[-_MOST_BOXES:]:
-        content = _box_content(text, match.end())
-        if content is not None:
-            end, inside = content
-            found.append((match.start(), end, inside.strip()))
-    # A box within a box: the outer one has the inner's command in its content.
-    return [box for box in found if not _BOX.search(box[2]) or box is found[-1]]
+def _closed_boxes(text: str) -> list[Box]:
+    """Returns the last boxes in the order of the text; boxes that are never closed are left out."""
+    matches = list(_BOX.finditer(text))[-_MOST_BOXES:]
+    found = [box for match in matches if (box := _read_box(text, match.start(), match.end()))]
+    # The outer one of two nested boxes has the inner one's command in its content.
+    return [box for box in found if not _BOX.search(box.content) or box is found[-1]]
 
 
-def _box_content(text: str, start: int) -> tuple[int, str] | None:
-    if text[start : start + 1] != "{":
-        bare = _BARE_BOX.match(text, start)
-        return (bare.end(), bare.group().rstrip(".")) if bare else None
+def _read_box(text: str, start: int, opening: int) -> Box | None:
+    """Reads the content that begins at `opening`, in braces or bare; returns None if it is open."""
+    if text[opening : opening + 1] != "{":
+        bare = _BARE_BOX.match(text, opening)
+        return Box(start, bare.end(), bare.group().rstrip(".")) if bare else None
     depth = 0
-    for place in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
+    for place in _BRACES.finditer(text, opening):
         depth += {"{": 1, "}": -1}.get(place.group(), 0)
         if depth == 0:
-            return start + place.end(), text[start + 1 : start + place.start()]
-    # Never closed: a forgotten brace where the formula or line ends, else a completion cut short.
-    ended = re.compile(r"[^$\n]*?(?=\$|\\\]|\\\)|\n)").match(text, start + 1)
-    return (ended.end(), ended.group()) if ended else None
+            return Box(start, place.end(), text[opening + 1 : place.start()].strip())
+    # The brace was forgotten if the formula or its line ends; otherwise the completion is cut off.
+    ended = _FORGOTTEN_BRACE.match(text, opening + 1)
+    return Box(start, ended.end(), ended.group().strip()) if ended else None
 
 
-def _joined(text: str, boxes: list[tuple[int, int, str]]) -> str | None:
-    """The last box and the different ones listed just before it, or None if it stands alone."""
+def _joined(text: str, boxes: list[Box]) -> str | None:
+    """Joins the last box and the different ones listed just before it; None if it stands alone."""
     group = [boxes[-1]]
     for box in reversed(boxes[:-1]):
-        between = text[box[1] : group[0][0]]
+        between = text[box.end : group[0].start]
         listed = len(between) < 10 or (len(between) < 70 and _SEPARATOR.search(between))
-        if not listed or box[2] in [other[2] for other in group]:
+        if not listed or box.content in [other.content for other in group]:
             break
         group.insert(0, box)
-    return ", ".join(box[2] for box in group) if len(group) > 1 else None
+    return ", ".join(box.content for box in group) if len(group) > 1 else None
 
 
 def _stated(text: str) -> Extraction | None:
-    """The last statement of an answer that is followed by one."""
+    """Returns the answer after the last "the answer is" that has one; None if there is none."""
     text = _HOPE.sub("", text)
     for match in reversed(list(_STATED.finditer(text))):
         filler = _STATED_FILLER.match(text, match.end())
         tail = text[filler.end() if filler else match.end() :][:_TAIL]
         if not tail.strip() or _opens_a_solution(tail):
             continue
-        whole = tail.split("\n\n")[0].strip() if tail[:2] in ("$$", "\\[") else _line(tail)
+        whole = tail.split("\n\n" if tail[:2] in ("$$", "\\[") else "\n", 1)[0].strip()
         return Extraction(_refine(tail, whole), whole=whole)
     return None
 
 
 def _opens_a_solution(tail: str) -> bool:
-    """Whether "Answer:" only introduces the work: a sentence, with more lines after it."""
+    """Returns whether "Answer:" only introduces the work: a sentence with more lines after it."""
     line, _, rest = tail.lstrip().partition("\n")
     return bool(rest.strip()) and len(line.split()) > 4 and not _QUANTITIES.match(tail)
 
 
-def _line(text: str) -> str:
-    return text.split("\n", 1)[0].strip()
-
-
 def _refine(tail: str, line: str) -> str | None:
-    """The answer in the line after "the answer is": quantities, else a clause's end, else text."""
+    """Returns the answer in the line that follows "the answer is".
+
+    That is the quantities with which the line begins, else the end of a clause, else its text.
+    """
+    sentence = _first_sentence(line)
     quantities = _QUANTITIES.match(tail)
     if quantities:
         end = quantities.end()
         rest = _SENTENCE_END.split(tail[end:].split("\n", 1)[0], maxsplit=1)[0]
-        # What follows may belong to it: an expression's other half, or units.
-        if rest and not rest[0].isspace() and rest[0] not in "*,;:)\"'":
-            return _trim(_sentence(line))
-        if re.match(r"\s*(?:[-+*/^=(<>]|\\[a-z])", rest):
-            return _trim(_sentence(line))
+        # What follows may belong to the answer: the other half of an expression, or units.
+        attached = rest and not rest[0].isspace() and rest[0] not in "*,;:)\"'"
+        if attached or _EXPRESSION_GOES_ON.match(rest):
+            return _trim(sentence)
         units = _UNIT_WORDS.match(rest)
         unit = units.group() if units and not _AFTERTHOUGHT.match(" " + rest.strip()) else ""
         return _trim(tail[:end] + unit)
-    sentence = _sentence(line)
     if _PHRASE.match(sentence):
         clause = _CLAUSE.match(sentence)
         end_of_clause = sentence[clause.end() :] if clause else sentence
@@ -201,13 +206,7 @@ def _refine(tail: str, line: str) -> str | None:
     return _trim(sentence)
 
 
-#: Words before a number: a sentence about the answer rather than the answer.
-_PHRASE = re.compile(
-    r"(?=.*[\d$])\W*(?:\$[^$]*\$|[A-Za-z']+)(?:\s+(?:\$[^$]*\$|[A-Za-z']{2,})){1,}"
-)
-
-
-def _sentence(line: str) -> str:
+def _first_sentence(line: str) -> str:
     return _AFTERTHOUGHT.sub("", _SENTENCE_END.split(line, maxsplit=1)[0])
 
 
@@ -216,7 +215,5 @@ def _trim(text: str) -> str | None:
 
 
 def _last_quantity(text: str) -> str | None:
-    last = None
-    for match in _LAST.finditer(text):
-        last = match
-    return _trim(last.group()) if last else None
+    matches = list(_LAST.finditer(text))
+    return _trim(matches[-1].group()) if matches else None

@@ -1,9 +1,10 @@
 """Compares an answer with the gold answer: structure first, algebra on the parts.
 
-May hang or crash, since algebra may: it runs in workers that can be killed.
+Algebra may hang or crash, so a comparison runs in workers that can be killed.
 """
 
 import re
+from fractions import Fraction
 
 import sympy
 
@@ -12,13 +13,13 @@ from poweropd.grading.brackets import top_level
 from poweropd.grading.exact import (
     differing_variables,
     number,
-    quick,
     rounds_to,
     same_text,
+    tolerance,
     verdict_of,
 )
 from poweropd.grading.notation import key, normalise, words
-from poweropd.grading.quantities import Quantity, quantity, without_unit
+from poweropd.grading.quantities import quantity, without_unit
 from poweropd.grading.rules import Rule, Verdict
 from poweropd.grading.shapes import Shape, assignment, grouped, shape
 
@@ -31,10 +32,10 @@ _SET = re.compile(r"\\(?:cup|cap|setminus|mathbb|infty|emptyset|varnothing)(?![A
 
 
 def compare(gold: str, answer: str, rule: Rule) -> Verdict:
-    """Decides any pair. Errors of the algebra propagate; bad syntax is a verdict of its own."""
-    verdict = quick(gold, answer, rule)
-    if verdict is not None:
-        return verdict
+    """Decides a pair that `exact.quick` leaves open.
+
+    Bad syntax is a verdict of its own; other errors of the algebra propagate.
+    """
     gold, answer = normalise(gold), normalise(answer)
     try:
         return verdict_of(_same(shape(gold), shape(answer), rule))
@@ -53,29 +54,25 @@ def _same(gold: Shape, answer: Shape, rule: Rule) -> bool:
         return True
     if {gold.kind, answer.kind} == {"scalar", "list"}:
         gold, answer = grouped(gold.text) or gold, grouped(answer.text) or answer
-    if gold.kind == answer.kind == "scalar":
+    kinds = {gold.kind, answer.kind}
+    if kinds == {"scalar"}:
         return _same_scalar(gold.text, answer.text, rule)
     if gold.items and answer.items and _kinds_match(gold, answer):
         same = _same_items(gold, answer, rule)
-        if same or "union" not in (gold.kind, answer.kind):
+        if same or "union" not in kinds:
             return same
-    elif _single(gold) is not None and answer.kind == "scalar":
-        return _same(_single(gold) or gold, answer, rule)
-    elif _single(answer) is not None and gold.kind == "scalar":
-        return _same(gold, _single(answer) or answer, rule)
+    elif kinds == {"scalar", "set"} and len(gold.items or answer.items) == 1:
+        wanted, given = (side.items[0] if side.items else side for side in (gold, answer))
+        return _same(wanted, given, rule)
     if "\\begin" in gold.text and "\\begin" in answer.text:
         return symbolic.equal_matrices(symbolic.parse(gold.text), symbolic.parse(answer.text))
-    if "list" in (gold.kind, answer.kind) and _several_inequalities(gold, answer):
-        return symbolic.equal_solutions(_alternatives(gold), _alternatives(answer))
+    if "list" in kinds and (first := _alternatives(gold)) and (second := _alternatives(answer)):
+        return symbolic.equal_solutions(first, second)
     return _same_solutions(gold.text, answer.text)
 
 
-def _single(some: Shape) -> Shape | None:
-    return some.items[0] if some.kind == "set" and len(some.items) == 1 else None
-
-
 def _kinds_match(gold: Shape, answer: Shape) -> bool:
-    """Equal brackets; a list without any may also be written as a set or a tuple."""
+    """Returns whether brackets are equal; a list may also be written as a set or a tuple."""
     kinds = {gold.kind, answer.kind}
     if kinds == {"list", "union"}:  # x < 2 or x > 3
         return all(item.kind in _INTERVALS for item in (*gold.items, *answer.items))
@@ -93,9 +90,9 @@ def _same_items(gold: Shape, answer: Shape, rule: Rule) -> bool:
     if not unordered:
         return all(_same(g, a, rule) for g, a in zip(gold.items, left, strict=True))
     for wanted in gold.items:
-        # Cheap matches first: algebra on every pair would be slow.
-        exact = [item for item in left if key(item.text) == key(wanted.text)]
-        match = next(iter(exact), None) or next((a for a in left if _same(wanted, a, rule)), None)
+        # Equal texts come first, because algebra on every pair would be slow.
+        left.sort(key=lambda item: key(item.text) != key(wanted.text))
+        match = next((item for item in left if _same(wanted, item, rule)), None)
         if match is None:
             return False
         left.remove(match)
@@ -103,28 +100,22 @@ def _same_items(gold: Shape, answer: Shape, rule: Rule) -> bool:
 
 
 def _same_solutions(gold: str, answer: str) -> bool:
-    """Intervals, inequalities and number sets written in different ways: 0 < x < 1 and (0, 1)."""
-    gold_set, answer_set = (
-        bool(_INEQUALITY.search(text) or _SET.search(text)) for text in (gold, answer)
-    )
-    different_forms = bool(_INEQUALITY.search(gold)) != bool(_INEQUALITY.search(answer))
+    """Compares intervals, inequalities and number sets in any notation: 0 < x < 1 and (0, 1)."""
+    if not all(_INEQUALITY.search(text) or _SET.search(text) for text in (gold, answer)):
+        return False
+    inequalities = _INEQUALITY.search(gold) or _INEQUALITY.search(answer)
     unions = any("\\c" in text or "\\setminus" in text for text in (gold, answer))
-    if gold_set and answer_set and (different_forms or unions or _INEQUALITY.search(gold)):
-        return symbolic.equivalent_relations(_membership(gold), _membership(answer))
-    return False
-
-
-def _several_inequalities(gold: Shape, answer: Shape) -> bool:
-    """Whether either side lists inequalities, x < 2 or x > 3, and the other is a set."""
-    listed = [side for side in (gold, answer) if side.kind == "list"]
-    others = [side for side in (gold, answer) if side.kind != "list"]
-    return all(_INEQUALITY.search(item.text) for side in listed for item in side.items) and all(
-        _SET.search(side.text) for side in others
+    return bool(inequalities or unions) and symbolic.equivalent_relations(
+        _membership(gold), _membership(answer)
     )
 
 
-def _alternatives(side: Shape) -> list[str]:
-    return [item.text for item in side.items] if side.kind == "list" else [_membership(side.text)]
+def _alternatives(side: Shape) -> list[str] | None:
+    """Returns listed inequalities, x < 2 or x > 3, or the one set; None for any other text."""
+    if side.kind != "list":
+        return [_membership(side.text)] if _SET.search(side.text) else None
+    texts = [item.text for item in side.items]
+    return texts if all(map(_INEQUALITY.search, texts)) else None
 
 
 def _membership(text: str) -> str:
@@ -140,10 +131,14 @@ def _same_scalar(gold: str, answer: str, rule: Rule) -> bool:
     gold_relation = gold_name is None and len(gold_parts) > 1
     answer_relation = answer_name is None and len(answer_parts) > 1
     if gold_relation or (answer_relation and gold_name is not None):
-        return _same_equation(gold, answer, len(answer_parts) > 1 or answer_name is not None)
-    if gold_name and answer_name and differing_variables(gold_name, answer_name):
+        answer_is_equation = len(answer_parts) > 1 or answer_name is not None
+        return answer_is_equation and symbolic.equivalent_equations(gold, answer)
+    if differing_variables(gold_name, answer_name):
         return False
-    if not _chain_holds(gold, answer_name, answer_parts, rule):
+    # `a = b = c` is a calculation that ends in its answer, or an equation in unknowns: `x^2 = 3`
+    # does not answer 3, because its left side has letters and is not the value of the gold.
+    first = answer_parts[0]
+    if answer_relation and symbolic.has_letters(first) and not _same_value(gold, first, rule):
         return False
     given_value = _renamed(gold_name, answer_name, answer_parts[-1])
     return any(
@@ -154,7 +149,7 @@ def _same_scalar(gold: str, answer: str, rule: Rule) -> bool:
 
 
 def _renamed(gold_name: str | None, answer_name: str | None, value: str) -> str:
-    """f(x) = 2x in the gold's variable, where it writes f(n) = 2n."""
+    """Writes the value of f(x) = 2x in the gold's variable, if the gold writes f(n) = 2n."""
     gold_function = _FUNCTION.fullmatch(gold_name or "")
     answer_function = _FUNCTION.fullmatch(answer_name or "")
     if not gold_function or not answer_function:
@@ -172,52 +167,28 @@ def _approximations(text: str) -> list[str]:
     return [part.strip() for part in _APPROXIMATES.split(text) if part.strip()] or [text]
 
 
-def _chain_holds(gold: str, name: str | None, parts: list[str], rule: Rule) -> bool:
-    """Whether `a = b = c` is a calculation that ends in its answer, not an equation in unknowns.
-
-    `x^2 = 3` does not answer 3: its left side has letters and is not the gold's value.
-    """
-    if name is not None or len(parts) < 2 or not symbolic.has_letters(parts[0]):
-        return True
-    return _same_value(gold, parts[0], rule)
-
-
-def _same_equation(gold: str, answer: str, answer_is_equation: bool) -> bool:
-    return answer_is_equation and symbolic.equivalent_equations(gold, answer)
-
-
 def _same_value(gold: str, answer: str, rule: Rule) -> bool:
     verdict = same_text(gold, answer, rule)
     if verdict is not None:
         return verdict.reason == rules.CORRECT
-    if words(gold) is not None and words(gold) != words(answer):
+    if words(gold) is not None:
         return False
     gold_number = number(gold)
     if gold_number is not None and not symbolic.has_letters(gold):
         answer = without_unit(answer)
     given = symbolic.parse(answer)
-    if gold_number is not None:
-        return _same_as_number(gold_number, given, rule)
-    return _same_as_expression(symbolic.parse(gold), answer, given)
-
-
-def _same_as_number(gold: Quantity, given: sympy.Basic, rule: Rule) -> bool:
-    value = symbolic.value(given)
-    if value is None:
+    if gold_number is None:
+        wanted = symbolic.parse(gold)
+        if symbolic.equal(wanted, given):
+            return True
+        exact, decimal = symbolic.value(wanted), quantity(answer)
+    else:
+        wanted = sympy.Rational(gold_number.value)
+        exact, decimal = symbolic.value(given), gold_number
+        if exact is not None and symbolic.same_number(wanted, exact):
+            return True
+        if exact is not None and abs(wanted - exact) <= tolerance(gold_number, rule):
+            return True
+    if exact is None or decimal is None or exact.is_real is False:
         return False
-    return (
-        symbolic.same_number(symbolic.rational(gold.value), value)
-        or symbolic.close(gold, value, rule)
-        or _rounds_to(value, gold)
-    )
-
-
-def _same_as_expression(wanted: sympy.Basic, answer: str, given: sympy.Basic) -> bool:
-    if symbolic.equal(wanted, given):
-        return True
-    answer_number, exact = quantity(answer), symbolic.value(wanted)
-    return answer_number is not None and exact is not None and _rounds_to(exact, answer_number)
-
-
-def _rounds_to(exact: sympy.Expr, decimal: Quantity) -> bool:
-    return exact.is_real is not False and rounds_to(symbolic.fraction(exact), decimal)
+    return rounds_to(Fraction(sympy.Rational(exact)), decimal)

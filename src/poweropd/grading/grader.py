@@ -7,24 +7,24 @@ r"""Grades completions against gold answers, in processes that can be killed.
         grades = [future.result() for future in futures]
         grader.counts                                            # reason -> how many
 
-How an answer is found and compared is told in docs/grading.md. No input raises: whatever goes wrong
-is a reason of the grade, counted, with the error's text in `detail`.
+docs/grading.md says how an answer is found and compared. No input raises: whatever goes wrong is a
+reason of the grade, counted, with the error's text in `detail`.
 """
 
 import atexit
 import threading
 from collections import Counter, OrderedDict
 from concurrent.futures import CancelledError, Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from functools import cache
-from types import TracebackType
 from typing import Self
 
 from pebble import ProcessFuture
 
-from poweropd.grading import answers, exact, rules, workers
+from poweropd.grading import answers, exact, rules
 from poweropd.grading.rules import REASONS, Rule, Verdict
+from poweropd.grading.shapes import lists_several
+from poweropd.grading.workers import compare_in_worker, worker_pool
 
 __all__ = ["REASONS", "Grade", "Grader", "Rule", "grade"]
 
@@ -33,13 +33,14 @@ DEFAULT_WORKERS = 2
 #: Longer answers are not tried: no benchmark's gold comes near, and none would end in time.
 LONGEST_ANSWER = 5_000
 _CACHE_SIZE = 100_000
+_PLAIN_RULE = Rule()
 
 _Key = tuple[str, str, Rule]
 
 
 @dataclass(frozen=True)
 class Grade:
-    """How a completion fared. `reason` is a key of REASONS; `detail` holds an error's text."""
+    """The outcome for a completion: `reason` is a key of REASONS, `detail` an error's text."""
 
     correct: bool
     answer: str | None
@@ -63,17 +64,12 @@ class Grader:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
         self._verdicts: OrderedDict[_Key, Future[Verdict]] = OrderedDict()
-        self._pool = workers_pool(workers)
+        self._pool = worker_pool(workers)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close(wait=error is None)
 
     def close(self, *, wait: bool = True) -> None:
@@ -86,35 +82,30 @@ class Grader:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many grades had each reason so far, every reason of REASONS named."""
+        """Returns how many grades had each reason of REASONS so far."""
         with self._lock:
             return {reason: self._counts[reason] for reason in REASONS}
 
     def warm_up(self) -> None:
         """Returns once the workers have started and loaded what they need."""
-        pending = [self._pool.schedule(workers.compare_in_worker, args=("x+1", "1+x", Rule()))
-                   for _ in range(self._workers)]  # fmt: skip
+        work = ("x+1", "1+x", _PLAIN_RULE)
+        pending = [self._pool.schedule(compare_in_worker, args=work) for _ in range(self._workers)]
         for future in pending:
             future.result()
 
-    def grade(self, gold: str, completion: str, *, rule: Rule = Rule()) -> Grade:  # noqa: B008
-        """The grade of one completion; see `submit` for many."""
+    def grade(self, gold: str, completion: str, *, rule: Rule = _PLAIN_RULE) -> Grade:
+        """Returns the grade of one completion; see `submit` for many."""
         return self.submit(gold, completion, rule=rule).result()
 
-    def submit(
-        self,
-        gold: str,
-        completion: str,
-        *,
-        rule: Rule = Rule(),  # noqa: B008
-    ) -> "Future[Grade]":
-        """A future of the grade, which never holds an exception."""
+    def submit(self, gold: str, completion: str, *, rule: Rule = _PLAIN_RULE) -> "Future[Grade]":
+        """Returns a future of the grade, which never holds an exception."""
         future: Future[Grade] = Future()
-        gold = _plain_gold(gold)
+        if "box" in gold:  # A gold that is a worked solution stands for its last box.
+            gold = answers.boxed(gold) or gold
         found = answers.extract(completion)
         answer = found.answer
-        if answer is not None and found.joined is not None and exact.is_several(gold):
-            answer = found.joined if not exact.is_several(answer) else answer
+        if answer is not None and found.joined is not None and lists_several(gold):
+            answer = answer if lists_several(answer) else found.joined
         if found.whole is not None and exact.identical(gold, found.whole):
             answer = found.whole
         if answer is None:
@@ -131,7 +122,7 @@ class Grader:
         future.set_result(Grade(correct, answer, verdict.reason, verdict.detail))
 
     def _verdict(self, key: _Key) -> "Future[Verdict]":
-        """The cached verdict, or a new one, decided at once where no algebra is needed."""
+        """Returns the cached verdict, or a new one, decided at once if no algebra is needed."""
         with self._lock:
             known = self._verdicts.get(key)
             if known is not None:
@@ -146,41 +137,28 @@ class Grader:
         if quick is not None:
             verdict.set_result(quick)
         else:
-            work = self._pool.schedule(workers.compare_in_worker, args=key, timeout=self.timeout)
+            work = self._pool.schedule(compare_in_worker, args=key, timeout=self.timeout)
             work.add_done_callback(lambda done: self._receive(key, verdict, done))
         return verdict
 
     def _receive(
         self, key: _Key, verdict: "Future[Verdict]", done: "ProcessFuture[Verdict]"
     ) -> None:
-        """The worker's verdict, or what became of the worker."""
+        """Passes on the worker's verdict, or a verdict that says what became of the worker."""
         result = self._outcome(done)
         if result.reason == rules.CRASH:
-            with self._lock:  # a death may have been the machine's fault: let it be tried again
+            with self._lock:  # The machine may be to blame, so the pair may be tried again.
                 self._verdicts.pop(key, None)
         verdict.set_result(result)
 
     def _outcome(self, done: "ProcessFuture[Verdict]") -> Verdict:
-        if done.cancelled():
+        if done.cancelled() or isinstance(error := done.exception(), CancelledError):
             return Verdict(rules.CRASH, "the grader was closed before this comparison ended")
-        error = done.exception()
         if error is None:
             return done.result()
-        if isinstance(error, (TimeoutError, FutureTimeoutError)):
+        if isinstance(error, TimeoutError):
             return Verdict(rules.TIMEOUT, f"no result within {self.timeout:g} s")
-        if isinstance(error, CancelledError):
-            return Verdict(rules.CRASH, "the comparison was cancelled")
         return Verdict(rules.CRASH, f"{type(error).__name__}: {error}"[:500])
-
-
-def workers_pool(count: int) -> "workers.ProcessPool":
-    """Separate so that the argument `workers` does not hide the module."""
-    return workers.worker_pool(count)
-
-
-def _plain_gold(gold: str) -> str:
-    """A gold given as a worked solution stands for what is in its last box."""
-    return (answers.boxed(gold) or gold) if "box" in gold else gold
 
 
 def _too_long(gold: str, answer: str) -> Verdict | None:
@@ -190,12 +168,12 @@ def _too_long(gold: str, answer: str) -> Verdict | None:
 
 
 @cache
-def _shared() -> Grader:
+def _shared_grader() -> Grader:
     grader = Grader()
     atexit.register(grader.close, wait=False)
     return grader
 
 
-def grade(gold: str, completion: str, *, rule: Rule = Rule()) -> Grade:  # noqa: B008
+def grade(gold: str, completion: str, *, rule: Rule = _PLAIN_RULE) -> Grade:
     """Grades one completion against its gold answer with a grader shared by the process."""
-    return _shared().grade(gold, completion, rule=rule)
+    return _shared_grader().grade(gold, completion, rule=rule)

@@ -1,8 +1,8 @@
 r"""Brings an answer's notation into one form, and reads words, choices and numerals with a base.
 
-Not a LaTeX parser: formulas stay text here. Only what math-verify would misread (currency, units,
-thousands commas, degrees, brackets) is settled, so that `(2, 3)` never equals `[2, 3]` and `10`
-never equals `1,0`.
+This is not a LaTeX parser: formulas stay text here. It settles only what math-verify would misread
+(currency, units, thousands commas, degrees, brackets), so that `(2, 3)` never equals `[2, 3]` and
+`10` never equals `1,0`.
 """
 
 import re
@@ -63,7 +63,7 @@ _WRITTEN: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
 ]
 _REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in _WRITTEN]
 _DEGREE = r"(?:\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\(?:degree|deg)(?![A-Za-z]))"
-#: Commands whose backslash a JSON round trip doubled; in a matrix they end rows.
+#: Commands whose backslash a JSON round trip has doubled; in a matrix, two of them end a row.
 _DOUBLED = re.compile(r"\\\\(?=[A-Za-z(])")
 _ANGLE = re.compile(rf"(\d+(?:\.\d+)?)\s*{_DEGREE}")
 _DEGREES = re.compile(_DEGREE)
@@ -79,7 +79,7 @@ _INNERMOST_TRIES = 8
 
 @lru_cache(maxsize=4096)
 def normalise(text: str) -> str:
-    """One notation for many: what means the same and needs no algebra becomes the same text."""
+    """Brings texts that mean the same, as far as no algebra is needed, to the same text."""
     text = text.translate(_CHARACTERS)
     text = re.sub(r"^\s*\\[(\[](.*)\\[)\]]\s*$", r"\1", text)
     if "\\begin" not in text:
@@ -103,12 +103,12 @@ def normalise(text: str) -> str:
 
 
 def key(text: str) -> str:
-    """Text whose identity is taken for equality: normalised, without spaces that say nothing."""
+    """Returns a normalised text without meaningless spaces; equal keys count as equal answers."""
     return LOOSE_SPACE.sub("", normalise(text))
 
 
 def _without_texts(text: str) -> str:
-    r"""Resolves \text{...}: connectors and values stay, units beside a value go."""
+    r"""Resolves \text{...}: keeps connectors and values, and removes units beside a value."""
     text = re.sub(
         r",?\s*\\(?:text|mbox|textrm|mathrm)\s*\{\s*(and|or)\s*\}", r" \1 ", text, flags=re.I
     )
@@ -143,20 +143,20 @@ _BASES = {
 
 
 def words(text: str) -> str | None:
-    """A normalised text that is a word of three letters or more, or several: compared as text."""
+    """Returns a normalised text that is words, one of at least three letters, to be compared."""
     if not _WORDS.fullmatch(text) or max(map(len, text.split())) < 3:
         return None
     return _ARTICLE.sub("", text).casefold()
 
 
 def choice(text: str) -> str | None:
-    """The letter of a multiple-choice answer: C, (C), (C) 12, C. twelve."""
+    """Returns the letter of a multiple-choice answer: C, (C), (C) 12, C. twelve."""
     match = _CHOICE.fullmatch(text)
     return next(letter for letter in match.groups() if letter) if match else None
 
 
 def based(text: str) -> tuple[str, int] | None:
-    """The digits and base of 2516_8 and its like."""
+    """Returns the digits and base of a numeral such as 2516_8; None for any other text."""
     match = _BASED.fullmatch(text)
     if not match:
         return None

@@ -1,7 +1,7 @@
-"""Reads numbers exactly, with what their writing says: percent, decimals, significant digits."""
+"""Reads numbers exactly, and notes how they are written: percent, decimals, significant digits."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from poweropd.grading.brackets import closing
@@ -11,7 +11,7 @@ from poweropd.grading.brackets import closing
 class Quantity:
     """An exact number and how it was written.
 
-    places: digits after the decimal point, or None where it is no plain decimal.
+    places: digits after the decimal point, or None if it is no plain decimal.
     decimal: written with a point or an exponent, as measured values are.
     """
 
@@ -40,17 +40,14 @@ _REPEATING = re.compile(r"(\d{1,9})\.(\d{0,9})\\overline ?\{(\d{1,9})\}")
 _RATIO = re.compile(r"(\d{1,9}) ?: ?(\d{1,9})")
 
 
-def _real(text: str) -> Fraction:
-    return Fraction(text.replace(",", "").replace(" ", ""))
-
-
-def _negative(sign: str) -> int:
-    return -1 if sign.strip() == "-" else 1
+def _real(text: str, sign: str = "") -> Fraction:
+    value = Fraction(text.replace(",", "").replace(" ", ""))
+    return -value if sign.strip() == "-" else value
 
 
 def _plain(match: re.Match[str]) -> Quantity:
     sign, digits, exponent = match.groups()
-    value = _negative(sign) * _real(digits) * Fraction(10) ** int(exponent or 0)
+    value = _real(digits, sign) * Fraction(10) ** int(exponent or 0)
     places = len(digits.split(".")[1]) if "." in digits and exponent is None else None
     significant = len(re.sub(r"\D", "", digits).lstrip("0"))
     return Quantity(value, False, "." in digits or exponent is not None, places, significant)
@@ -58,35 +55,31 @@ def _plain(match: re.Match[str]) -> Quantity:
 
 def _scientific(match: re.Match[str]) -> Quantity:
     sign, digits, braced, bare = match.groups()
-    value = _negative(sign) * _real(digits or "1") * Fraction(10) ** int(braced or bare)
+    value = _real(digits or "1", sign) * Fraction(10) ** int(braced or bare)
     return Quantity(value, decimal=digits is not None)
 
 
-def _fraction(match: re.Match[str]) -> Quantity | None:
+def _fraction(match: re.Match[str]) -> Quantity:
     sign, top, bottom, slash_top, slash_bottom = match.groups()
-    denominator = _real(bottom or slash_bottom)
-    if denominator == 0:
-        return None
-    return Quantity(_negative(sign) * _real(top or slash_top) / denominator)
+    return Quantity(_real(top or slash_top, sign) / _real(bottom or slash_bottom))
 
 
-def _mixed(match: re.Match[str]) -> Quantity | None:
-    sign, whole = match.group(1), int(match.group(2))
-    top, bottom = (int(part) for part in match.groups()[2:] if part is not None)
-    return Quantity(_negative(sign) * (whole + Fraction(top, bottom))) if bottom else None
+def _mixed(match: re.Match[str]) -> Quantity:
+    sign, whole, *parts = match.groups()
+    top, bottom = (int(part) for part in parts if part is not None)
+    return Quantity(_real("1", sign) * (int(whole) + Fraction(top, bottom)))
 
 
 def _repeating(match: re.Match[str]) -> Quantity:
-    """8.1\\overline{3}: the block counts as often as decimals go on."""
+    """Reads 8.1\\overline{3}, whose block repeats without end."""
     whole, fixed, block = match.groups()
     nines = 10 ** len(block) - 1
     shift = 10 ** len(fixed)
     return Quantity(int(whole) + Fraction(int(fixed or 0) * nines + int(block), shift * nines))
 
 
-def _ratio(match: re.Match[str]) -> Quantity | None:
-    top, bottom = (int(part) for part in match.groups())
-    return Quantity(Fraction(top, bottom)) if bottom else None
+def _ratio(match: re.Match[str]) -> Quantity:
+    return Quantity(Fraction(*map(int, match.groups())))
 
 
 _READERS = [
@@ -96,7 +89,7 @@ _READERS = [
 
 
 def quantity(text: str) -> Quantity | None:
-    """The exact number a normalised text writes out, or None where there is more to it."""
+    """Returns the exact number that a normalised text writes out; None if it holds more."""
     percent = text.endswith("%")
     text = text.rstrip("% ").strip()
     if text.startswith("(") and closing(text, 0) == len(text) - 1:
@@ -104,10 +97,10 @@ def quantity(text: str) -> Quantity | None:
     for pattern, read in _READERS:
         match = pattern.fullmatch(text)
         if match:
-            found = read(match)
-            if found is not None and percent:
-                return Quantity(found.value, True, found.decimal, found.places, found.digits)
-            return found
+            try:
+                return replace(read(match), percent=percent)
+            except ZeroDivisionError:
+                return None
     return None
 
 
@@ -122,6 +115,6 @@ _MEASURE = re.compile(
 
 
 def without_unit(text: str) -> str:
-    """A normalised number without the unit words after it; other text as it is."""
+    """Removes the unit words after a normalised number; returns other text as it is."""
     match = _MEASURE.fullmatch(text)
     return match.group(1).strip() if match else text

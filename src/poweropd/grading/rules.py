@@ -1,4 +1,4 @@
-"""What a comparison may forgive, and what can come of it. Imports nothing, so that workers can."""
+"""The rules of a comparison and its possible outcomes; importing them loads nothing else."""
 
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ REASONS = {
 class Rule:
     """What a benchmark forgives beyond mathematical equality.
 
-    relative_tolerance: allowed |answer - gold| / |gold|, where the gold is written as a decimal
+    relative_tolerance: allowed |answer - gold| / |gold| if the gold is written as a decimal
         (with a point or an exponent); integers and exact expressions stay exact.
     absolute_tolerance: allowed |answer - gold| for any numeric gold.
     unordered: whether a list without brackets ("3, 5, 7") may come in any order. Sets always
@@ -40,7 +40,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of one comparison: a key of REASONS, and an error's text where there is one."""
+    """The outcome of one comparison: a key of REASONS, and an error's text if there was one."""
 
     reason: str
     detail: str = ""

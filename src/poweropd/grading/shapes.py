@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from poweropd.grading.brackets import closing, top_level
-from poweropd.grading.notation import LOOSE_SPACE, words
+from poweropd.grading.notation import LOOSE_SPACE, normalise, words
 from poweropd.grading.quantities import quantity
 
 _CONNECTOR = re.compile(r",?(?<![A-Za-z\\])\s*(?:and|or)(?![A-Za-z])\s*,?", re.IGNORECASE)
@@ -17,12 +17,14 @@ _MATRIX = re.compile(
     r"\\begin\{(?:[pbvBV]?matrix|array|smallmatrix)\}(?:\{[^{}]*\})?((?:(?!\\begin).)*?)"
     r"\\end\{(?:[pbvBV]?matrix|array|smallmatrix)\}"
 )
-_OPENERS = {"(": ")", "[": "]", "{": "}"}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A text's outer structure. kind: `scalar`, `list`, `set`, `union`, or a tuple's brackets."""
+    """A text's outer structure.
+
+    kind: `scalar`, `list`, `set`, `union`, `matrix`, or the brackets of a tuple or interval.
+    """
 
     kind: str
     text: str
@@ -43,46 +45,44 @@ _ASSIGNMENT = re.compile(rf"({_NAMES.pattern}) ?(?:=|\\in(?![A-Za-z])|\\approx)(
 
 
 def assignment(text: str) -> tuple[str | None, str]:
-    """(name, value) of `x = 3`, `f(x) = 2x`, `(x, y) = (1, 2)`; (None, text) of anything else."""
+    """Splits `x = 3`, `f(x) = 2x` or `(x, y) = (1, 2)` into name and value, else (None, text)."""
     match = _ASSIGNMENT.fullmatch(text)
     if match and not match.group(1).startswith(("\\frac{1", "\\sqrt")):
         return LOOSE_SPACE.sub("", match.group(1)), match.group(2).strip()
     return None, text
 
 
-def is_several(text: str) -> bool:
-    """Whether a normalised text lists several answers, without looking into them."""
+def lists_several(gold: str) -> bool:
+    """Returns whether a gold answer lists several, which may then come in several boxes."""
+    text = normalise(gold)
     inside = text.removeprefix("\\").removeprefix("{") if text.endswith("}") else text
     inside = inside.removesuffix("}").removesuffix("\\") if inside != text else text
     return len(_expand(_items(_connected(inside)))) > 1 and quantity(text) is None
 
 
 def grouped(text: str) -> Shape | None:
-    """The other reading of digits with thousands commas, 120,180: a list of numbers."""
+    """Reads digits with thousands commas, 120,180, as a list of numbers; None for other text."""
     if not _GROUPED.fullmatch(text):
         return None
     return Shape("list", text, tuple(Shape("scalar", part) for part in text.split(",")))
 
 
 def _connected(text: str) -> str:
-    """ "a and b" as "a, b", except in sentences."""
+    """Writes "a and b" as "a, b", except in sentences."""
     return _CONNECTOR.sub(", ", text) if words(text) is None else text
 
 
 @lru_cache(maxsize=4096)
 def shape(text: str) -> Shape:
-    """The structure of a normalised text, split at commas, brackets and unions only."""
+    """Returns the structure of a normalised text, split only at commas, brackets and unions."""
     text = _connected(text)
     items = _items(text)
-    if len(items) > 1:
-        if quantity(text) is not None and not re.search(r",\s|;", text):
-            return Shape("scalar", text)  # a thousands comma
-        elements = _expand([item.strip() for item in items])
+    if len(items) > 1 and quantity(text) is not None and not re.search(r",\s|;", text):
+        return Shape("scalar", text)  # a thousands comma
+    elements = _expand([item.strip() for item in items])
+    if len(elements) > 1:
         return Shape("list", text, tuple(map(shape, elements)))
-    expanded = _expand([text])
-    if len(expanded) > 1:
-        return Shape("list", text, tuple(map(shape, expanded)))
-    interval = _interval(text)
+    interval = _as_interval(text)
     if interval is not None:
         return interval
     name, value = assignment(text)
@@ -95,17 +95,15 @@ def shape(text: str) -> Shape:
     return _bracketed(text)
 
 
-def _interval(text: str) -> Shape | None:
-    """`2 < x \\le 5` as (2, 5], `x \\ge 3` as [3, \\infty): one variable between two bounds."""
+def _as_interval(text: str) -> Shape | None:
+    """Reads one variable between bounds: `2 < x \\le 5` as (2, 5], `x \\ge 3` as [3, \\infty)."""
     match _BOUND.split(text):
-        case [low, first, variable, second, high] if (first in _RISING) == (second in _RISING):
+        case [low, first, variable, second, high]:
             pass
         case [variable, first, high] if _VARIABLE.fullmatch(variable.strip()):
             low, second = "", first
-            first = "<" if first in _RISING else ">"
         case [low, first, variable]:
             high, second = "", first
-            second = "<" if first in _RISING else ">"
         case _:
             return None
     rising = first in _RISING
@@ -120,7 +118,7 @@ def _interval(text: str) -> Shape | None:
 
 
 def _items(text: str) -> list[str]:
-    """The elements of a list; semicolons separate more strongly than commas."""
+    """Returns the elements of a list; semicolons separate more strongly than commas."""
     for separator in (";", ","):
         items = [item for item in top_level(text, (separator,)) if item.strip()]
         if len(items) > 1:
@@ -131,13 +129,13 @@ def _items(text: str) -> list[str]:
 def _bracketed(text: str) -> Shape:
     matrix = _MATRIX.fullmatch(text) or _MATRIX.fullmatch(text.strip("()[] "))
     if matrix:
-        return _matrix(text, matrix.group(1))
+        return _matrix_shape(text, matrix.group(1))
     if text.startswith("\\{") and text.endswith("\\}") and closing(text, 0) == len(text) - 1:
         inside = shape(text[2:-2].strip())
         if "\\mid" in text or "|" in text or not text[2:-2].strip():
             return Shape("scalar", text)
         return Shape("set", text, inside.items if inside.kind == "list" else (inside,))
-    if text[:1] in _OPENERS and closing(text, 0) == len(text) - 1:
+    if text.startswith(("(", "[", "{")) and closing(text, 0) == len(text) - 1:
         pieces = [piece.strip() for piece in top_level(text[1:-1], (",", ";"))]
         if len(pieces) > 1 and all(pieces):
             # LaTeX prints no bare braces: {1, 2} is a list without brackets.
@@ -150,8 +148,8 @@ def _bracketed(text: str) -> Shape:
     return Shape("scalar", text)
 
 
-def _matrix(text: str, body: str) -> Shape:
-    """A row or column reads as a tuple, anything larger as rows of tuples."""
+def _matrix_shape(text: str, body: str) -> Shape:
+    """Reads a single row or column as a tuple, and anything larger as tuples, one for each row."""
     rows = [[cell.strip() for cell in row.split("&")] for row in body.split("\\\\") if row.strip()]
     if len(rows) == 1 or all(len(row) == 1 for row in rows):
         return replace(_tuple([cell for row in rows for cell in row]), text=text)
@@ -163,7 +161,7 @@ def _tuple(cells: list[str]) -> Shape:
 
 
 def _expand(items: list[str]) -> list[str]:
-    r"""Each `\pm` as two elements: plus, then minus."""
+    r"""Replaces each element that has `\pm` by two: plus, then minus."""
     expanded = []
     for item in items:
         if ("\\pm" in item or "\\mp" in item) and not item.startswith("\\{"):

@@ -1,30 +1,27 @@
-"""Algebra on two formulas, by math-verify and sympy. Imported by grading workers only.
+"""Algebra on two formulas, by math-verify and sympy; only grading workers import it.
 
-May take forever, or all memory: whoever calls it must be killable.
+It may take forever, or all memory, so the process that calls it must be killable.
 """
 
 import logging
 import re
-from fractions import Fraction
-from functools import lru_cache
+from collections.abc import Iterator
+from functools import lru_cache, partial
 
 import sympy
 from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
 from math_verify import verify
 from math_verify.grader import should_treat_as_complex
 
-from poweropd.grading.quantities import Quantity
-from poweropd.grading.rules import Rule
-
-# Both warn of every formula they cannot read and every time limit left to others.
+# Both warn of every formula that they cannot read and of every time limit that others keep.
 for _name in ("math_verify", "latex2sympy2_extended"):
     logging.getLogger(_name).setLevel(logging.CRITICAL)
 
-# Units and boxes are resolved before: math-verify would take the t of `t / 2 t` for tonnes.
+# Units and boxes are resolved before this: math-verify would read the t of `t / 2 t` as tonnes.
 _NORMALISATION = NormalizationConfig(
     basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
 )
-#: What math-verify's parser cannot read, or reads over, as something it can.
+#: Replaces what math-verify's parser cannot read, or skips, by something that it can read.
 _SPELLINGS = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
@@ -42,9 +39,17 @@ _SPELLINGS = [
 _UNDEFINED = (sympy.nan, sympy.zoo)
 _DIGITS = 30
 _EQUAL = sympy.Rational(1, 10**14)
-#: Values for the symbols of two formulas; where both have values, these must agree.
+#: Values for the symbols of two formulas; equal formulas have equal values at each point.
 _POINTS = [0.7390851, 1.3247179, 2.6180339, -0.5671432, 3.3598856, -1.7632228, 5.0, 4.0]
 _FEWEST_POINTS = 3
+_verify = partial(
+    verify,
+    float_rounding=9,
+    strict=True,
+    allow_set_relation_comp=True,
+    timeout_seconds=None,
+    raise_on_error=True,
+)
 
 
 class UnparsableError(ValueError):
@@ -53,7 +58,7 @@ class UnparsableError(ValueError):
 
 @lru_cache(maxsize=2048)
 def parse(text: str) -> sympy.Basic | sympy.MatrixBase:
-    """A normalised text as a sympy object. Raises UnparsableError for bad syntax only."""
+    """Returns a normalised text as a sympy object. Raises UnparsableError for bad syntax only."""
     for pattern, replacement in _SPELLINGS:
         text = pattern.sub(replacement, text)
     latex = normalize_latex(text, _NORMALISATION)
@@ -73,18 +78,18 @@ def parse(text: str) -> sympy.Basic | sympy.MatrixBase:
 
 
 def equal(gold: sympy.Basic, answer: sympy.Basic) -> bool:
-    """Whether two parsed answers are equal: by value, at sample points, else by math-verify."""
+    """Returns whether two parsed answers are equal by value, at points, or else to math-verify."""
     if gold.has(*_UNDEFINED) or answer.has(*_UNDEFINED):
         return False
-    for decide in (_equal_values, _equal_at_points):
-        decided = decide(gold, answer)
-        if decided is not None:
-            return decided
-    return _verify(gold, answer)
+    gold_value, answer_value = value(gold), value(answer)
+    if gold_value is not None and answer_value is not None:
+        return same_number(gold_value, answer_value)
+    decided = _equal_at_points(gold, answer)
+    return _verify(gold, answer) if decided is None else decided
 
 
 def equal_matrices(gold: sympy.Basic, answer: sympy.Basic) -> bool:
-    """Equality of matrices and of formulas that give matrices, element by element."""
+    """Compares matrices, and formulas that give matrices, element by element."""
     first, second = gold.doit(), answer.doit()
     if not isinstance(first, sympy.MatrixBase) or not isinstance(second, sympy.MatrixBase):
         return _verify(first, second)
@@ -93,7 +98,7 @@ def equal_matrices(gold: sympy.Basic, answer: sympy.Basic) -> bool:
 
 
 def equal_solutions(gold: list[str], answer: list[str]) -> bool:
-    """Whether two lists of inequalities or sets have the same union."""
+    """Returns whether two lists of inequalities or sets have the same union."""
     return _verify(_union(gold), _union(answer))
 
 
@@ -103,59 +108,34 @@ def _union(texts: list[str]) -> sympy.Set:
 
 
 def equivalent_relations(gold: str, answer: str) -> bool:
-    """Whether two relations, intervals or sets say the same, by math-verify."""
+    """Returns whether two relations, intervals or sets say the same, by math-verify."""
     return _verify(parse(gold), parse(answer))
 
 
 def equivalent_equations(gold: str, answer: str) -> bool:
-    """Whether two equations have the same solutions: one a multiple of the other, else solved."""
+    """Returns whether one equation is a multiple of the other, or else has the same solutions."""
     first, second = parse(gold), parse(answer)
     if isinstance(first, sympy.Eq) and isinstance(second, sympy.Eq):
         ratio = _constant_ratio(first.lhs - first.rhs, second.lhs - second.rhs)
-        if ratio or _names(first) != _names(second):
+        if ratio or _symbol_names(first) != _symbol_names(second):
             return ratio
     return _verify(first, second)
 
 
 def _constant_ratio(first: sympy.Expr, second: sympy.Expr) -> bool:
-    """Whether one expression is a multiple of the other, judged at sample points."""
-    names = _names(first) | _names(second)
-    pairs = [(_at(first, values), _at(second, values)) for values in _sample(names)]
-    ratios = [a / b for a, b in pairs if a is not None and b]
+    """Returns whether one expression is a multiple of the other, judged at sample points."""
+    ratios = [a / b for a, b in _values_at_points(first, second) if b]
     return len(ratios) >= _FEWEST_POINTS and all(
         ratio and abs(ratio - ratios[0]) <= 1e-9 * abs(ratio) for ratio in ratios
     )
 
 
-def _names(formula: sympy.Basic) -> set[str]:
+def _symbol_names(formula: sympy.Basic) -> set[str]:
     return {symbol.name for symbol in formula.free_symbols}
 
 
-def _sample(names: set[str]) -> list[dict[str, float]]:
-    """Values for the symbols, differing between symbols and from point to point."""
-    return [
-        {
-            name: _POINTS[(start + 3 * place) % len(_POINTS)]
-            for place, name in enumerate(sorted(names))
-        }
-        for start in range(len(_POINTS))
-    ]
-
-
-def _verify(gold: sympy.Basic, answer: sympy.Basic) -> bool:
-    return verify(
-        gold,
-        answer,
-        float_rounding=9,
-        strict=True,
-        allow_set_relation_comp=True,
-        timeout_seconds=None,
-        raise_on_error=True,
-    )
-
-
 def value(expression: sympy.Basic) -> sympy.Expr | None:
-    """The number an expression without symbols stands for (exact where rational), else None."""
+    """Returns the number of an expression without symbols, exact if rational; None for others."""
     if not isinstance(expression, sympy.Expr) or expression.free_symbols:
         return None
     done = expression.doit()
@@ -165,35 +145,8 @@ def value(expression: sympy.Basic) -> sympy.Expr | None:
     return number if number.is_number and number.is_finite is not False else None
 
 
-def close(gold: Quantity, answer: sympy.Expr, rule: Rule) -> bool:
-    """Whether an expression's value lies within what the rule forgives of a numeric gold."""
-    difference = abs(rational(gold.value) - answer)
-    allowed = rule.absolute_tolerance
-    if gold.decimal:
-        allowed = max(allowed, rule.relative_tolerance * abs(float(gold.value)))
-    return bool(difference <= allowed)
-
-
-def _equal_values(gold: sympy.Basic, answer: sympy.Basic) -> bool | None:
-    gold_value, answer_value = value(gold), value(answer)
-    if gold_value is None or answer_value is None:
-        return None
-    return same_number(gold_value, answer_value)
-
-
-def rational(number: Fraction) -> sympy.Rational:
-    """An exact number as sympy's."""
-    return sympy.Rational(number.numerator, number.denominator)
-
-
-def fraction(number: sympy.Expr) -> Fraction:
-    """A real value as a fraction, to the digits it was evaluated to."""
-    exact = sympy.Rational(number)
-    return Fraction(int(exact.p), int(exact.q))
-
-
 def same_number(first: sympy.Expr, second: sympy.Expr) -> bool:
-    """Equality of two values: exact between rationals, else to 14 digits."""
+    """Returns whether two values are equal: exactly if both are rational, else to 14 digits."""
     if first.is_Rational and second.is_Rational:
         return first == second
     scale = max(abs(first), abs(second), sympy.Rational(1, 10**12))
@@ -201,27 +154,36 @@ def same_number(first: sympy.Expr, second: sympy.Expr) -> bool:
 
 
 def _equal_at_points(gold: sympy.Basic, answer: sympy.Basic) -> bool | None:
-    """Equality of two formulas at real points; None where too few points give values to both."""
+    """Compares two formulas at real points; None if too few points give values to both."""
     if not (isinstance(gold, sympy.Expr) and isinstance(answer, sympy.Expr)):
         return None
-    names = _names(gold) | _names(answer)
-    if not names or gold.atoms(sympy.core.function.AppliedUndef, sympy.Derivative):
+    no_symbols = not gold.free_symbols and not answer.free_symbols
+    if no_symbols or gold.atoms(sympy.core.function.AppliedUndef, sympy.Derivative):
         return None
     if any(isinstance(side, sympy.Symbol) and len(side.name) > 1 for side in (gold, answer)):
-        return None  # a word, perhaps, against the product of its letters
+        return None  # It may be a word, to be compared with the product of its letters.
     if gold.has(sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit):
         return None
     agreements = 0
-    for values in _sample(names):
-        pair = _at(gold, values), _at(answer, values)
-        if pair[0] is None or pair[1] is None:
-            continue
-        scale = max(abs(pair[0]), abs(pair[1]), 1e-9)
-        if abs(pair[0] - pair[1]) > 1e-9 * scale:
+    for first, second in _values_at_points(gold, answer):
+        if abs(first - second) > 1e-9 * max(abs(first), abs(second), 1e-9):
             # Only a clear difference at real points decides; floors and parities live on integers.
             return None if gold.has(sympy.floor, sympy.ceiling, sympy.factorial) else False
         agreements += 1
     return True if agreements >= _FEWEST_POINTS else None
+
+
+def _values_at_points(first: sympy.Expr, second: sympy.Expr) -> Iterator[tuple[complex, complex]]:
+    """Yields the values of two formulas at each sample point that gives a value to both.
+
+    The values of the symbols differ between symbols and from point to point.
+    """
+    names = sorted(_symbol_names(first) | _symbol_names(second))
+    for start in range(len(_POINTS)):
+        point = {name: _POINTS[(start + 3 * i) % len(_POINTS)] for i, name in enumerate(names)}
+        left, right = _at(first, point), _at(second, point)
+        if left is not None and right is not None:
+            yield left, right
 
 
 def _at(expression: sympy.Expr, values: dict[str, float]) -> complex | None:
@@ -233,5 +195,5 @@ def _at(expression: sympy.Expr, values: dict[str, float]) -> complex | None:
 
 
 def has_letters(text: str) -> bool:
-    """Whether a formula has symbols of its own, apart from commands."""
+    """Returns whether a formula has symbols of its own, apart from commands."""
     return re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", text)) is not None

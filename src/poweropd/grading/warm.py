@@ -1,6 +1,7 @@
-"""Imported once where workers are forked from: loads the algebra and warms its parser.
+"""Loads the algebra and warms its parser, when the server that forks workers imports it.
 
-The parser learns its decision tables from what it parses; workers inherit what is learnt here.
+The parser builds decision tables from what it parses; workers inherit the tables that are built
+here.
 """
 
 from poweropd.grading import comparison

@@ -1,4 +1,4 @@
-"""The processes that compare answers: warm, clean of the caller's imports, and killable.
+"""The processes that compare answers: warm, killable, and free of the caller's imports.
 
 A worker must load neither torch nor the caller's script. Forking would copy a process full of
 threads, so workers are forked from a server that only ever imported the comparison; on Windows
@@ -7,20 +7,27 @@ while a worker starts: a training script without a main guard can grade, too.
 """
 
 import logging
-import multiprocessing
-import multiprocessing.context
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from multiprocessing.process import BaseProcess
 from types import ModuleType
-from typing import Any
 
 from pebble import ProcessPool
 
 from poweropd.grading.rules import Rule, Verdict
+
+if sys.platform == "win32":
+    from multiprocessing.context import SpawnContext as _Context
+    from multiprocessing.context import SpawnProcess as _Process
+    from multiprocessing.popen_spawn_win32 import Popen
+else:
+    from multiprocessing.context import ForkServerContext as _Context
+    from multiprocessing.context import ForkServerProcess as _Process
+    from multiprocessing.popen_forkserver import Popen
 
 _WARM = "poweropd.grading.warm"
 #: Address space of one worker; huge powers end in MemoryError instead of taking the machine down.
@@ -29,19 +36,22 @@ _LAUNCH = threading.Lock()
 
 
 def compare_in_worker(gold: str, answer: str, rule: Rule) -> Verdict:
-    """`comparison.compare`, importable without loading sympy in the caller's process."""
+    """Calls `comparison.compare`, but can be imported without loading sympy in the caller."""
     from poweropd.grading import comparison
 
     return comparison.compare(gold, answer, rule)
 
 
 def worker_pool(workers: int) -> ProcessPool:
-    """A pool of warm grading workers."""
-    return ProcessPool(max_workers=workers, initializer=_prepare, context=_context())
+    """Returns a pool of warm grading workers."""
+    context = _CleanContext()
+    if sys.platform != "win32":
+        context.set_forkserver_preload([_WARM])
+    return ProcessPool(max_workers=workers, initializer=_prepare, context=context)
 
 
 def _prepare() -> None:
-    """Runs once in each worker: limits its memory, loads math-verify, and keeps it silent."""
+    """Prepares a worker once: limits its memory, loads math-verify, and keeps it silent."""
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     if sys.platform != "win32":
@@ -50,12 +60,12 @@ def _prepare() -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         limit = _MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(hard, _MEMORY_BYTES)
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    __import__(_WARM)
+    import_module(_WARM)
 
 
 @contextmanager
 def _main_module_hidden() -> Iterator[None]:
-    """A worker's start reads where the main module came from, to run it again: show none."""
+    """Hides the main module, which a worker would otherwise find and run again as it starts."""
     with _LAUNCH:
         main = sys.modules["__main__"]
         sys.modules["__main__"] = ModuleType("__main__")
@@ -65,32 +75,12 @@ def _main_module_hidden() -> Iterator[None]:
             sys.modules["__main__"] = main
 
 
-if sys.platform == "win32":
+class _CleanProcess(_Process):
+    @staticmethod
+    def _Popen(process_obj: BaseProcess) -> Popen:
+        with _main_module_hidden():
+            return _Process._Popen(process_obj)
 
-    class _CleanProcess(multiprocessing.context.SpawnProcess):
-        @staticmethod
-        def _Popen(process_obj: BaseProcess) -> Any:
-            with _main_module_hidden():
-                return multiprocessing.context.SpawnProcess._Popen(process_obj)
 
-    class _CleanContext(multiprocessing.context.SpawnContext):
-        Process = _CleanProcess
-
-    def _context() -> multiprocessing.context.BaseContext:
-        return _CleanContext()
-
-else:
-
-    class _CleanProcess(multiprocessing.context.ForkServerProcess):
-        @staticmethod
-        def _Popen(process_obj: BaseProcess) -> Any:
-            with _main_module_hidden():
-                return multiprocessing.context.ForkServerProcess._Popen(process_obj)
-
-    class _CleanContext(multiprocessing.context.ForkServerContext):
-        Process = _CleanProcess
-
-    def _context() -> multiprocessing.context.BaseContext:
-        context = _CleanContext()
-        context.set_forkserver_preload([_WARM])
-        return context
+class _CleanContext(_Context):
+    Process = _CleanProcess

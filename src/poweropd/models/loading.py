@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from poweropd import embedded
 from poweropd.data.batch import Sequences
+from poweropd.embedded import EMBEDDED_PREFIX
 from poweropd.errors import UsageError
 from poweropd.kernels import score_tokens
 from poweropd.models import DTYPES
@@ -29,9 +30,6 @@ from poweropd.models.language_model import LanguageModel, dropout_rates
 
 if TYPE_CHECKING:  # benchmarks of models need no pydantic
     from poweropd.config.sections import LoraConfig, ModelConfig
-
-EMBEDDED_PREFIX = "embedded:"
-
 
 UNLIMITED = 10**9
 ADAPTER = "adapter_config.json"

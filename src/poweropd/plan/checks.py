@@ -1,105 +1,103 @@
-"""What can be checked of a recipe before any weight is loaded, by the functions that training uses.
+"""Checks a recipe before any weight is loaded, with the functions that training uses.
 
-A check that needs the Hub says so where the Hub cannot be reached.
+A check that needs the Hub says so if the Hub cannot be reached.
 """
 
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Literal
 
 import huggingface_hub
 import huggingface_hub.constants
+from transformers import PreTrainedTokenizerBase
 
 from poweropd import stops
 from poweropd.config import Config
 from poweropd.data import prompts as data_prompts
+from poweropd.embedded import EMBEDDED_PREFIX
 from poweropd.errors import UsageError
 from poweropd.models import loading
 from poweropd.models.geometry import KNOWN, Geometry
 
 Status = Literal["ok", "warning", "failed", "not checked"]
+Tokenizers = tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]  # the student's, the teacher's
 HUB_TIMEOUT = 3.0  # seconds
 
 
 @dataclass(frozen=True)
 class PlanCheck:
+    """The result of one check."""
+
     name: str
     status: Status
     detail: str
 
 
 @dataclass(frozen=True)
+class PlannedModel:
+    """A model's name, its geometry, and where the geometry comes from."""
+
+    name: str
+    geometry: Geometry
+    source: str
+
+
+@dataclass(frozen=True)
 class Inspected:
     """What is known of a recipe's models and prompts."""
 
-    student: Geometry
-    teacher: Geometry
-    sources: dict[str, str]  # "student" and "teacher" -> where the geometry is from
+    models: dict[str, PlannedModel]  # student, then teacher
     checks: list[PlanCheck]
-    prompt_lengths: list[int] = field(default_factory=list)  # tokens; none where not known
+    prompt_lengths: list[int] = field(default_factory=list)  # tokens; empty if not known
 
     @property
     def mean_prompt(self) -> float | None:
+        """Returns the mean length of a prompt in tokens, or None if it is not known."""
         return fmean(self.prompt_lengths) if self.prompt_lengths else None
 
 
 def inspect(config: Config) -> Inspected:
-    """Geometries and checks. Raises UsageError where a model cannot be planned at all."""
+    """Finds geometries and runs checks. Raises UsageError if a model cannot be planned at all."""
     hub = Hub()
-    own = (config.model.student, config.model.trust_remote_code)
+    models = find_models(config, hub)
     section = config.only_teacher
+    own = (config.model.student, config.model.trust_remote_code)
     other = (section.tokenizer or section.model, section.trust_remote_code)
-    student, teacher, sources = geometries(config, hub)
     unreachable = [name for name, _ in (own, other) if not hub.can_load(name)]
     if unreachable:
         why = f"hub unreachable: {', '.join(dict.fromkeys(unreachable))}"
-        skipped = [
-            PlanCheck(name, "not checked", why)
-            for name in ("vocabulary", "stop ids", "chat template", "prompts")
-        ]
-        context = check_context(config, student, teacher, None)
-        return Inspected(student, teacher, sources, [*skipped, context])
+        names = ("vocabulary", "stop ids", "chat template", "prompts")
+        skipped = [PlanCheck(name, "not checked", why) for name in names]
+        return Inspected(models, [*skipped, check_context(config, models, None)])
     tokenizers = loading.load_tokenizer(*own), loading.load_tokenizer(*other)
+    prompts, prompt_check = check_prompts(config, tokenizers, hub)
     checks = [
-        _check("vocabulary", lambda: check_vocabulary(*tokenizers)),
-        _check("stop ids", lambda: check_stop_ids(config, *tokenizers)),
-        _check("chat template", lambda: check_template(config, *tokenizers)),
+        _run_check("vocabulary", lambda: check_vocabulary(tokenizers)),
+        _run_check("stop ids", lambda: check_stop_ids(config, tokenizers)),
+        _run_check("chat template", lambda: check_template(config, tokenizers)),
+        prompt_check,
+        check_context(config, models, prompts),
     ]
-    prompts, check = check_prompts(config, *tokenizers, hub)
-    context = check_context(config, student, teacher, prompts)
-    lengths = [len(prompt.prompt_ids) for prompt in prompts or []]
-    return Inspected(student, teacher, sources, [*checks, check, context], lengths)
-
-
-def geometries(config: Config, hub: "Hub") -> tuple[Geometry, Geometry, dict[str, str]]:
-    """Of student and teacher, and where each is from."""
-    student, own = geometry(config.model.student, config.model.trust_remote_code, hub)
-    teacher, other = geometry(config.only_teacher.model, config.only_teacher.trust_remote_code, hub)
-    return student, teacher, {"student": own, "teacher": other}
+    return Inspected(models, checks, [len(prompt.prompt_ids) for prompt in prompts or []])
 
 
 class Hub:
-    """Whether names can be loaded; the Hub is asked at most once."""
-
-    def __init__(self) -> None:
-        self._reachable: bool | None = None
+    """Knows whether names can be loaded; it asks the Hub at most once."""
 
     def can_load(self, name: str) -> bool:
+        """Returns whether a model or data set is here or, if the Hub may be used, on the Hub."""
         if huggingface_hub.constants.is_offline_mode():
             return is_local(name) or is_cached(name)
-        return is_local(name) or self.reachable()
+        return is_local(name) or self.reachable
 
+    @cached_property
     def reachable(self) -> bool:
-        """Asked for with a short time-out: the libraries' own retries take half a minute."""
-        if self._reachable is None:
-            self._reachable = self._ask()
-        return self._reachable
-
-    def _ask(self) -> bool:
+        """Asks with a short time-out, because the libraries' own retries take half a minute."""
         request = urllib.request.Request(huggingface_hub.constants.ENDPOINT, method="HEAD")
         try:
             urllib.request.urlopen(request, timeout=HUB_TIMEOUT).close()
@@ -111,75 +109,84 @@ class Hub:
 
 
 def is_local(name: str) -> bool:
+    """Returns whether a name is embedded, a data file, or a directory of this machine."""
     return (
-        name.startswith((loading.EMBEDDED_PREFIX, data_prompts.EMBEDDED_PREFIX))
+        name.startswith(EMBEDDED_PREFIX)
         or Path(name).suffix in data_prompts.FILE_ENDINGS
         or Path(loading.resolve(name)).exists()
     )
 
 
 def is_cached(name: str) -> bool:
-    """Whether the Hub's cache holds this model's config."""
+    """Returns whether the Hub's cache holds this model's config."""
     return isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str)
 
 
-def geometry(name: str, trust_remote_code: bool, hub: Hub) -> tuple[Geometry, str]:
-    """A model's geometry and where it is from: its config, or the table of the paper's models."""
+def find_models(config: Config, hub: Hub) -> dict[str, PlannedModel]:
+    """Finds the geometries of student and teacher. Raises UsageError if one is not known."""
+    teacher = config.only_teacher
+    return {
+        "student": find_model(config.model.student, config.model.trust_remote_code, hub),
+        "teacher": find_model(teacher.model, teacher.trust_remote_code, hub),
+    }
+
+
+def find_model(name: str, trust_remote_code: bool, hub: Hub) -> PlannedModel:
+    """Reads a model's geometry from its config, or from the table of the paper's models."""
     if hub.can_load(name):
-        config = loading.load_config(name, trust_remote_code)
-        return Geometry.from_fields(name, config.get_text_config().to_dict()), "config"
+        fields = loading.load_config(name, trust_remote_code).get_text_config().to_dict()
+        return PlannedModel(name, Geometry.from_fields(name, fields), "config")
     if name in KNOWN:
-        return KNOWN[name], "built in"
+        return PlannedModel(name, KNOWN[name], "built in")
     raise UsageError(
         f"{name}: the hub cannot be reached, and its geometry is not built in (built in: "
         f"{', '.join(KNOWN)}); give a local directory with its config.json"
     )
 
 
-def _check(name: str, check: Callable[[], tuple[Status, str]]) -> PlanCheck:
+def _run_check(name: str, check: Callable[[], tuple[Status, str]]) -> PlanCheck:
     try:
         return PlanCheck(name, *check())
     except UsageError as error:
         return PlanCheck(name, "failed", str(error))
 
 
-def check_vocabulary(tokenizer: Any, teacher_tokenizer: Any) -> tuple[Status, str]:
-    loading.check_vocabularies(tokenizer, teacher_tokenizer)
-    return "ok", f"{len(tokenizer):,} tokens, the same in both models"
+def check_vocabulary(tokenizers: Tokenizers) -> tuple[Status, str]:
+    loading.check_vocabularies(*tokenizers)
+    return "ok", f"{len(tokenizers[0]):,} tokens, the same in both models"
 
 
-def check_stop_ids(config: Config, tokenizer: Any, teacher_tokenizer: Any) -> tuple[Status, str]:
+def check_stop_ids(config: Config, tokenizers: Tokenizers) -> tuple[Status, str]:
+    names = (config.model.student, config.only_teacher.model)
     own, other = (
-        stops.stop_ids(its, loading.load_generation_config(name))
-        for its, name in (
-            (tokenizer, config.model.student),
-            (teacher_tokenizer, config.only_teacher.model),
-        )
+        stops.stop_ids(tokenizer, loading.load_generation_config(name))
+        for tokenizer, name in zip(tokenizers, names, strict=True)
     )
-    notice = stops.difference(own, other, config.objective.stop, tokenizer)
+    notice = stops.difference(own, other, config.objective.stop, tokenizers[0])
     if notice:
         return "warning", notice
-    return "ok", f"both end a turn with {tokenizer.convert_ids_to_tokens(own[0])}"
+    return "ok", f"both end a turn with {tokenizers[0].convert_ids_to_tokens(own[0])}"
 
 
-def check_template(config: Config, tokenizer: Any, teacher_tokenizer: Any) -> tuple[Status, str]:
+def check_template(config: Config, tokenizers: Tokenizers) -> tuple[Status, str]:
     settings = (["?"], config.data.chat, config.data.system)
-    (ids,) = data_prompts.encode_chat(tokenizer, *settings)
+    (ids,) = data_prompts.encode_chat(tokenizers[0], *settings)
     if config.data.teacher_column is not None:
-        data_prompts.encode_chat(teacher_tokenizer, *settings)
+        data_prompts.encode_chat(tokenizers[1], *settings)
     if config.data.chat is None:
         return "ok", "prompts are plain text"
     return "ok", f"the student's, {len(ids) - 1} tokens around a prompt"
 
 
 def check_prompts(
-    config: Config, tokenizer: Any, teacher_tokenizer: Any, hub: Hub
+    config: Config, tokenizers: Tokenizers, hub: Hub
 ) -> tuple[list[data_prompts.Prompt] | None, PlanCheck]:
+    """Checks that the prompts can be loaded; returns them, or None if they cannot."""
     source = config.data.prompts
     if not hub.can_load(source):
         return None, PlanCheck("prompts", "not checked", f"hub unreachable: {source}")
     try:
-        prompts = data_prompts.load_prompts(config.data, tokenizer, {"": teacher_tokenizer})
+        prompts = data_prompts.load_prompts(config.data, tokenizers[0], {"": tokenizers[1]})
     except UsageError as error:
         return None, PlanCheck("prompts", "failed", str(error))
     lengths = [len(prompt.prompt_ids) for prompt in prompts]
@@ -189,24 +196,20 @@ def check_prompts(
 
 def check_context(
     config: Config,
-    student: Geometry,
-    teacher: Geometry,
+    models: dict[str, PlannedModel],
     prompts: Sequence[data_prompts.Prompt] | None,
 ) -> PlanCheck:
-    """Whether prompts and completions fit; without prompts, how long they may be."""
-    own, other = (g.context or loading.UNLIMITED for g in (student, teacher))
-    new = config.rollout.max_new_tokens
-    room = min(own, other) - new
-    if room < 1:
-        detail = f"rollout.max_new_tokens={new} leaves no room for a prompt in {min(own, other)}"
+    """Checks that prompts and completions fit; without prompts, says how long they may be."""
+    own, other = (model.geometry.context or loading.UNLIMITED for model in models.values())
+    new, context = config.rollout.max_new_tokens, min(own, other)
+    if new >= context:
+        detail = f"rollout.max_new_tokens={new} leaves no room for a prompt in {context}"
         return PlanCheck("context", "failed", detail)
     if prompts is None:
-        return PlanCheck("context", "ok", f"{new:,} new tokens leave {room:,} for a prompt")
-    return _check("context", lambda: _fitting(prompts, own, other, new))
-
-
-def _fitting(
-    prompts: Sequence[data_prompts.Prompt], own: int, other: int, new: int
-) -> tuple[Status, str]:
-    data_prompts.check_lengths(prompts, own, other, new)
-    return "ok", f"every prompt and {new:,} new tokens fit in {min(own, other):,}"
+        detail = f"{new:,} new tokens leave {context - new:,} for a prompt"
+        return PlanCheck("context", "ok", detail)
+    try:
+        data_prompts.check_lengths(prompts, own, other, new)
+    except UsageError as error:
+        return PlanCheck("context", "failed", str(error))
+    return PlanCheck("context", "ok", f"every prompt and {new:,} new tokens fit in {context:,}")

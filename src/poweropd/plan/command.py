@@ -1,28 +1,15 @@
-"""`poweropd plan`: everything that is known of a run before it starts."""
+"""Makes the plan of `poweropd plan`: all that is known of a run before it starts."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from poweropd.config import Config
 from poweropd.errors import UsageError
-from poweropd.models import flops
 from poweropd.models.devices import GPUS, Gpu
 from poweropd.plan import checks
-from poweropd.plan.estimate import (
-    Advice,
-    CostEstimate,
-    Workload,
-    advice,
-    estimate_cost,
-    gpus_needed,
-    passes_of,
-    setup,
-    with_kind,
-    with_recomputing,
-)
+from poweropd.plan.estimate import Advice, CostEstimate, Scenario, Workload
 from poweropd.plan.memory import GIB
 from poweropd.plan.throughput import Measured, Throughput
 from poweropd.runs.directory import write_atomically
@@ -37,8 +24,8 @@ class Options:
     gpu: str = "H100"
     gpu_memory: float | None = None  # GiB, instead of the GPU's own
     tflops: float | None = None  # peak, instead of the GPU's own
-    utilization: float = 0.4  # of the peak, in scoring and update
-    tokens_per_second: float | None = None  # of rollouts, on one GPU
+    utilization: float = 0.4  # share of the peak that scoring and update reach
+    tokens_per_second: float | None = None  # completion tokens that one GPU samples
     measured: Path | None = None  # a run directory
     prompt_tokens: int | None = None  # mean
     completion_tokens: int | None = None  # mean
@@ -49,7 +36,7 @@ class Options:
         return (self.gpu_memory or self._gpu().memory) * GIB
 
     def throughput(self) -> Throughput:
-        """As given or assumed, without a measured run."""
+        """Returns the speed that is given or assumed if no run was measured."""
         peak = self.tflops * 1e12 if self.tflops else self._gpu().peak_flops
         what = "--tflops" if self.tflops else f"an {self.gpu}'s peak"
         source = f"at {self.utilization:.0%} of {peak / 1e12:.0f} TFLOP/s ({what}), assumed"
@@ -67,38 +54,42 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
+    """All that is known of a run before it starts."""
+
     config: Config
     inspected: checks.Inspected
     workload: Workload
-    prompt_source: str  # where the mean length of a prompt is from
+    prompt_source: str  # where the mean length of a prompt comes from
     throughput: Throughput
     gpu_bytes: float
     gpus_needed: int | None  # None: no number of them is enough
-    estimates: list[CostEstimate]  # of the recipe's own objective first
+    estimates: list[CostEstimate]  # the first one is for the recipe's own objective
     advice: list[Advice]
 
     @property
     def failed(self) -> list[checks.PlanCheck]:
         return [check for check in self.inspected.checks if check.status == "failed"]
 
-    def to_dict(self) -> dict[str, Any]:
-        found, steps = self.inspected, self.config.train.steps
-        models = {
-            "student": {"name": self.config.model.student, **asdict(found.student)},
-            "teacher": {"name": self.config.only_teacher.model, **asdict(found.teacher)},
-        }
-        for who, geometry in (("student", found.student), ("teacher", found.teacher)):
-            models[who] |= {"parameters": geometry.parameters, "source": found.sources[who]}
+    def to_dict(self) -> dict[str, object]:
+        steps = self.config.train.steps
         return {
-            "models": models,
-            "checks": [asdict(check) for check in found.checks],
+            "models": {
+                role: {
+                    "name": model.name,
+                    **asdict(model.geometry),
+                    "parameters": model.geometry.parameters,
+                    "source": model.source,
+                }
+                for role, model in self.inspected.models.items()
+            },
+            "checks": [asdict(check) for check in self.inspected.checks],
             "workload": asdict(self.workload) | {"prompt_source": self.prompt_source},
             "throughput": asdict(self.throughput),
             "gpu_bytes": self.gpu_bytes,
             "gpus_needed": self.gpus_needed,
             "advice": [asdict(advice) for advice in self.advice],
             "steps": steps,
-            "estimates": [e.to_dict(steps) for e in self.estimates],
+            "estimates": [estimate.to_dict(steps) for estimate in self.estimates],
         }
 
     def write(self, path: Path) -> None:
@@ -106,20 +97,21 @@ class Plan:
 
 
 def make_plan(config: Config, options: Options) -> Plan:
-    """Raises UsageError for options or models that cannot be planned."""
+    """Plans a recipe. Raises UsageError for options or models that cannot be planned."""
     gpu_bytes, throughput = options.gpu_bytes(), options.throughput()
     found = checks.inspect(config)
-    student, teacher = found.student, found.teacher
     measured = Measured.read(options.measured) if options.measured else None
     completion = options.completion_tokens or (measured.mean_length if measured else None)
-    prompt, prompt_source = _prompt(options, found)
+    prompt, prompt_source = _prompt_length(options, found)
     workload = Workload.of(config, prompt, completion)
     if measured:
-        throughput = rates(measured, prompt, str(options.measured))
+        throughput = measured_throughput(measured, prompt, str(options.measured))
+    student, teacher = (model.geometry for model in found.models.values())
+    scenario = Scenario(config, student, teacher, workload, gpu_bytes)
     kinds = dict.fromkeys([config.objective.kind, *options.compare])
-    configs = [with_kind(config, kind) for kind in kinds]
-    needed = gpus_needed(config, student, teacher, workload, gpu_bytes)
-    gpus, asked = options.gpus or needed or 1, options.gpus or 1
+    scenarios = [scenario.with_kind(kind) for kind in kinds]
+    needed = scenario.gpus_needed()
+    gpus = options.gpus or needed or 1
     return Plan(
         config=config,
         inspected=found,
@@ -128,30 +120,28 @@ def make_plan(config: Config, options: Options) -> Plan:
         throughput=throughput,
         gpu_bytes=gpu_bytes,
         gpus_needed=needed,
-        estimates=[
-            estimate_cost(c, student, teacher, workload, throughput, gpus, gpu_bytes)
-            for c in configs
-        ],
-        advice=advice(student, teacher, setup(config, student, workload, asked, gpu_bytes), asked),
+        estimates=[each.cost(throughput, gpus) for each in scenarios],
+        advice=scenario.advice(options.gpus or 1),
     )
 
 
-def rates(measured: Measured, prompt: float, source: str) -> Throughput:
-    """Rates of a measured run on one device, from its own models and mean lengths."""
+def measured_throughput(measured: Measured, prompt: float, source: str) -> Throughput:
+    """Returns the speed of a run on one device, from its own models and mean lengths."""
     config = measured.config
-    found = checks.geometries(config, checks.Hub())[:2]
+    models = checks.find_models(config, checks.Hub())
+    student, teacher = (model.geometry for model in models.values())
     workload = Workload.of(config, prompt, measured.mean_length)
-    passes = with_recomputing(config, passes_of(config))
-    done = flops.update(*found, workload.sequences, passes).total
+    scenario = Scenario(config, student, teacher, workload, gpu_bytes=0)
     return Throughput(
         rollout=workload.tokens / measured.rollout,
-        flops=done / measured.busy,
+        flops=scenario.update_flops(recomputed=True).total / measured.busy,
         sync=measured.sync,
         source=f"as measured in {source}, on one device",
     )
 
 
-def _prompt(options: Options, found: checks.Inspected) -> tuple[float, str]:
+def _prompt_length(options: Options, found: checks.Inspected) -> tuple[float, str]:
+    """Returns the mean length of a prompt in tokens, and where it comes from."""
     if options.prompt_tokens:
         return options.prompt_tokens, "given"
     if found.mean_prompt is not None:

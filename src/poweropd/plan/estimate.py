@@ -1,29 +1,30 @@
-"""FLOPs, memory, time and cost of a run: arithmetic on geometries and a recipe."""
+"""Estimates FLOPs, memory, time and cost of a run from geometries and a recipe."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from poweropd.config import Config
 from poweropd.config.sections import LoraConfig
 from poweropd.errors import UsageError
 from poweropd.models import flops
 from poweropd.models.geometry import Geometry
-from poweropd.plan import memory
+from poweropd.plan.memory import Memory, Setup, of_step
 from poweropd.plan.throughput import Throughput
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-# Of a device's memory: the rest goes to the CUDA context and to what the allocator cannot use.
+# Share of a device's memory; the rest is the CUDA context and what the allocator cannot use.
 USABLE = 0.9
 KINDS = ("sampled", "full_vocab")
 SAMPLES: dict[str, Literal["transformers", "vllm", "server"]] = {
     "vllm": "vllm",
     "vllm_server": "server",
 }
-# bitsandbytes: four bits and a float32 scale for 64 of them; eight bits, scales by row.
+# Bytes of a number in bitsandbytes: four bits and a float32 scale for 64 of them; eight bits, whose
+# scales, one for each output, are not counted.
 QUANTIZED = {"load_in_4bit": 0.5 + 4 / 64, "load_in_8bit": 1.0}
-MANY = 8  # GPUs, of which sharding is advised
+MANY = 8  # GPUs for which sharding is advised
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,12 @@ class Workload:
 
     completions: int
     prompt: int
-    completion: int  # what is counted on average
-    longest: int  # what memory must hold
+    completion: int  # mean length, by which FLOPs and time are counted
+    longest: int  # length that memory must hold
 
     @classmethod
     def of(cls, config: Config, prompt: float, completion: float | None) -> "Workload":
+        """Returns the workload of a recipe; completions of unknown length have the longest."""
         longest = config.rollout.max_new_tokens
         return cls(
             completions=config.train.prompts_per_step * config.rollout.per_prompt,
@@ -51,39 +53,39 @@ class Workload:
 
     @property
     def sequences(self) -> list[tuple[int, int]]:
-        """(read, trained) of each; what is read counts the last token, as the paper does."""
+        """Returns (tokens read, tokens trained) of each; the last is read, too, as in the paper."""
         return [(self.prompt + self.completion, self.completion)] * self.completions
 
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """One objective on one device of several."""
+    """The cost of one objective on each of several GPUs."""
 
     kind: str
     paper: flops.UpdateFlops
-    true: flops.UpdateFlops  # as many as a utilisation is measured by
-    done: float  # FLOPs of scoring and update, with what checkpointing computes again
-    memory: memory.Memory
-    seconds: dict[str, float | None]  # of a step by phase; None where it is not known
+    true: flops.UpdateFlops  # as a utilization is measured: without what checkpointing recomputes
+    memory: Memory
+    seconds: dict[str, float | None]  # phase -> seconds of a step; None if not known
     gpus: int
 
     @property
     def paper_flops(self) -> float:
-        """The paper leaves the heads out of the sampled update, and counts both otherwise."""
+        """Returns FLOPs as the paper counts them: the sampled update without heads, else all."""
         return self.paper.total if self.kind == "full_vocab" else self.paper.bodies
 
     @property
     def step_seconds(self) -> float | None:
-        """None unless every phase is known."""
+        """Returns the seconds of a step, or None if a phase is not known."""
         known = [s for s in self.seconds.values() if s is not None]
         return sum(known) if len(known) == len(self.seconds) else None
 
     def gpu_hours(self, steps: int) -> float | None:
+        """Returns the GPU-hours of a run of so many steps, or None if a phase is not known."""
         seconds = self.step_seconds
         return None if seconds is None else seconds * steps * self.gpus / 3600
 
-    def to_dict(self, steps: int) -> dict[str, Any]:
-        """Plain values: FLOPs, bytes, seconds."""
+    def to_dict(self, steps: int) -> dict[str, object]:
+        """Returns plain values for JSON: FLOPs, bytes, seconds."""
         return {
             "kind": self.kind,
             "flops": {
@@ -99,99 +101,6 @@ class CostEstimate:
         }
 
 
-def estimate_cost(
-    config: Config,
-    student: Geometry,
-    teacher: Geometry,
-    workload: Workload,
-    throughput: Throughput,
-    gpus: int,
-    gpu_bytes: float,
-) -> CostEstimate:
-    sequences = workload.sequences
-    passes = passes_of(config)
-    done = flops.update(student, teacher, sequences, with_recomputing(config, passes)).total
-    return CostEstimate(
-        kind=config.objective.kind,
-        paper=flops.paper_update(
-            student, teacher, workload.completions, workload.prompt, workload.completion
-        ),
-        true=flops.update(student, teacher, sequences, passes),
-        done=done,
-        memory=memory.of_step(student, teacher, setup(config, student, workload, gpus, gpu_bytes)),
-        seconds=throughput.seconds(workload.tokens / gpus, done / gpus),
-        gpus=gpus,
-    )
-
-
-def passes_of(config: Config) -> flops.Passes:
-    lora, reward = config.model.lora is not None, config.reward.create()
-    return flops.Passes.of(lora, reward.needs_statistics)
-
-
-def with_recomputing(config: Config, passes: flops.Passes) -> flops.Passes:
-    return passes.recomputing() if config.model.gradient_checkpointing else passes
-
-
-def setup(
-    config: Config, student: Geometry, workload: Workload, gpus: int, gpu_bytes: float
-) -> memory.Setup:
-    lora, teacher, engine = config.model.lora, config.only_teacher, config.rollout.engine
-    sharded, vllm = config.train.sharding == "fsdp2", config.rollout.vllm
-    return memory.Setup(
-        completions=math.ceil(workload.completions / gpus),
-        prompt=workload.prompt,
-        completion=workload.longest,
-        max_tokens=config.train.max_tokens_per_batch,
-        teacher_max_tokens=teacher.max_tokens_per_batch,
-        compute=BYTES[config.model.dtype],
-        master=BYTES[config.model.master_dtype],
-        teacher=BYTES[teacher.dtype],
-        rollout_batch=config.rollout.batch_size,
-        reads_along=config.needs_local_teacher is not None,
-        checkpointing=config.model.gradient_checkpointing,
-        lora_rank=lora.r if lora else None,
-        lora_parameters=lora_parameters(student, lora) if lora else 0,
-        shards=gpus if sharded else 1,
-        samples=SAMPLES.get(engine, "transformers"),
-        vllm_bytes=int(vllm.gpu_memory_utilization * gpu_bytes),
-        teacher_at="servers" if teacher.servers else "host" if teacher.offload else "device",
-        teacher_linear=quantized(teacher.quantization or {}),
-    )
-
-
-def quantized(options: Mapping[str, Any]) -> float | None:
-    """Bytes of a number of a linear layer; None where it is not known."""
-    return next((size for key, size in QUANTIZED.items() if options.get(key)), None)
-
-
-def lora_parameters(geometry: Geometry, lora: LoraConfig) -> int:
-    targets = geometry.linears if lora.target_modules == "all-linear" else lora.target_modules
-    widths = [sum(shape) for name, shape in geometry.linears.items() if name in targets]
-    return geometry.layers * lora.r * sum(widths)
-
-
-def with_kind(config: Config, kind: str) -> Config:
-    """The recipe with another objective.kind. Raises UsageError for one that it cannot have."""
-    if kind not in KINDS:
-        raise UsageError(f"--compare: expected some of {','.join(KINDS)}, got {kind!r}")
-    objective = config.objective.model_copy(update={"kind": kind})
-    return Config.from_dict(config.model_copy(update={"objective": objective}).model_dump())
-
-
-def gpus_needed(
-    config: Config, student: Geometry, teacher: Geometry, workload: Workload, gpu_bytes: float
-) -> int | None:
-    """The fewest GPUs that hold a step, or None: each holds both models, sharding apart, so more
-    of them only share the completions."""
-    for gpus in range(1, workload.completions + 1):
-        each = setup(config, student, workload, gpus, gpu_bytes)
-        step = memory.of_step(student, teacher, each)
-        if step.peak <= USABLE * gpu_bytes:
-            return gpus
-    return None
-
-
 @dataclass(frozen=True)
 class Advice:
     """A setting that lowers the peak."""
@@ -201,24 +110,111 @@ class Advice:
     gpus: int
 
 
-def advice(student: Geometry, teacher: Geometry, base: memory.Setup, gpus: int) -> list[Advice]:
-    """What lowers the peak on each of so many GPUs, each setting alone, the lowest first."""
-    peak = memory.of_step(student, teacher, base).peak
-    half = max(base.length, base.max_tokens // 2)
-    adapter, shards = lora_parameters(student, LoraConfig()), max(gpus, MANY)
-    options = {
-        f"train.max_tokens_per_batch={half}": (gpus, replace(base, max_tokens=half)),
-        "model.gradient_checkpointing=true": (gpus, replace(base, checkpointing=True)),
-        "model.lora={}": (gpus, replace(base, lora_rank=LoraConfig().r, lora_parameters=adapter)),
-        "train.sharding=fsdp2": (
-            shards,
-            replace(base, shards=shards, completions=math.ceil(base.completions * gpus / shards)),
-        ),
-    }
-    if base.teacher_at == "device" and base.teacher_linear is None and not base.reads_along:
-        options["teacher.offload=true"] = (gpus, replace(base, teacher_at="host"))
-    found = [
-        Advice(key, memory.of_step(student, teacher, changed).peak, count)
-        for key, (count, changed) in options.items()
-    ]
-    return sorted((a for a in found if a.peak_bytes < peak), key=lambda a: a.peak_bytes)
+@dataclass(frozen=True)
+class Scenario:
+    """A recipe with all that its cost depends on, but for the number of GPUs and their speed."""
+
+    config: Config
+    student: Geometry
+    teacher: Geometry
+    workload: Workload
+    gpu_bytes: float
+
+    def with_kind(self, kind: str) -> "Scenario":
+        """Returns the scenario with another objective.kind. Raises UsageError if it cannot be."""
+        if kind not in KINDS:
+            raise UsageError(f"--compare: expected some of {','.join(KINDS)}, got {kind!r}")
+        objective = self.config.objective.model_copy(update={"kind": kind})
+        fields = self.config.model_copy(update={"objective": objective}).model_dump()
+        return replace(self, config=Config.from_dict(fields))
+
+    def update_flops(self, recomputed: bool) -> flops.UpdateFlops:
+        """Returns the FLOPs of scoring and update, with or without recomputed activations."""
+        lora, reward = self.config.model.lora is not None, self.config.reward.create()
+        passes = flops.Passes.of(lora, reward.needs_statistics)
+        if recomputed and self.config.model.gradient_checkpointing:
+            passes = passes.recomputing()
+        return flops.update(self.student, self.teacher, self.workload.sequences, passes)
+
+    def cost(self, throughput: Throughput, gpus: int) -> CostEstimate:
+        """Estimates what a step costs on each of so many GPUs."""
+        work = self.workload
+        done = self.update_flops(recomputed=True).total
+        return CostEstimate(
+            kind=self.config.objective.kind,
+            paper=flops.paper_update(
+                self.student, self.teacher, work.completions, work.prompt, work.completion
+            ),
+            true=self.update_flops(recomputed=False),
+            memory=self.memory_of(self.setup(gpus)),
+            seconds=throughput.seconds(work.tokens / gpus, done / gpus),
+            gpus=gpus,
+        )
+
+    def memory_of(self, setup: Setup) -> Memory:
+        return of_step(self.student, self.teacher, setup)
+
+    def setup(self, gpus: int) -> Setup:
+        """Returns what the memory of each of so many GPUs depends on."""
+        config, lora, teacher = self.config, self.config.model.lora, self.config.only_teacher
+        vllm = config.rollout.vllm
+        return Setup(
+            completions=math.ceil(self.workload.completions / gpus),
+            prompt=self.workload.prompt,
+            completion=self.workload.longest,
+            max_tokens=config.train.max_tokens_per_batch,
+            teacher_max_tokens=teacher.max_tokens_per_batch,
+            compute=BYTES[config.model.dtype],
+            master=BYTES[config.model.master_dtype],
+            teacher=BYTES[teacher.dtype],
+            rollout_batch=config.rollout.batch_size,
+            reads_along=config.needs_local_teacher is not None,
+            checkpointing=config.model.gradient_checkpointing,
+            lora_rank=lora.r if lora else None,
+            lora_parameters=lora_parameters(self.student, lora) if lora else 0,
+            shards=gpus if config.train.sharding == "fsdp2" else 1,
+            samples=SAMPLES.get(config.rollout.engine, "transformers"),
+            vllm_bytes=int(vllm.gpu_memory_utilization * self.gpu_bytes),
+            teacher_at="servers" if teacher.servers else "host" if teacher.offload else "device",
+            teacher_linear=quantized(teacher.quantization or {}),
+        )
+
+    def gpus_needed(self) -> int | None:
+        """Returns the fewest GPUs that hold a step, or None if no number of them does.
+
+        Without sharding each GPU holds both models, so more of them only share the completions.
+        """
+        for gpus in range(1, self.workload.completions + 1):
+            if self.memory_of(self.setup(gpus)).peak <= USABLE * self.gpu_bytes:
+                return gpus
+        return None
+
+    def advice(self, gpus: int) -> list[Advice]:
+        """Returns settings that, each alone, lower the peak on each GPU; the lowest comes first."""
+        base = self.setup(gpus)
+        half = max(base.length, base.max_tokens // 2)
+        lora, shards = LoraConfig(), max(gpus, MANY)
+        adapter = lora_parameters(self.student, lora)
+        shared = math.ceil(base.completions * gpus / shards)
+        options = {
+            f"train.max_tokens_per_batch={half}": (gpus, replace(base, max_tokens=half)),
+            "model.gradient_checkpointing=true": (gpus, replace(base, checkpointing=True)),
+            "model.lora={}": (gpus, replace(base, lora_rank=lora.r, lora_parameters=adapter)),
+            "train.sharding=fsdp2": (shards, replace(base, shards=shards, completions=shared)),
+        }
+        if base.teacher_at == "device" and base.teacher_linear is None and not base.reads_along:
+            options["teacher.offload=true"] = (gpus, replace(base, teacher_at="host"))
+        peak = self.memory_of(base).peak
+        found = [Advice(key, self.memory_of(each).peak, n) for key, (n, each) in options.items()]
+        return sorted((a for a in found if a.peak_bytes < peak), key=lambda a: a.peak_bytes)
+
+
+def quantized(options: Mapping[str, object]) -> float | None:
+    """Returns the bytes of a number of a linear layer, or None if they are not known."""
+    return next((size for key, size in QUANTIZED.items() if options.get(key)), None)
+
+
+def lora_parameters(geometry: Geometry, lora: LoraConfig) -> int:
+    targets = geometry.linears if lora.target_modules == "all-linear" else lora.target_modules
+    widths = [sum(shape) for name, shape in geometry.linears.items() if name in targets]
+    return geometry.layers * lora.r * sum(widths)

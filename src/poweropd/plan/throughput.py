@@ -1,9 +1,8 @@
-"""How fast a run goes: measured in another run, or given, or assumed."""
+"""The speed of a run: measured in another run, or given, or assumed."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from poweropd.config import Config
 from poweropd.errors import UsageError
@@ -14,15 +13,15 @@ WARM_UP = 1  # steps at the start of a measured run that are left out, if it has
 
 @dataclass(frozen=True)
 class Throughput:
-    """Of one GPU. `source` says where the figures are from."""
+    """The speed of one GPU; `source` says where the figures come from."""
 
-    rollout: float | None  # completion tokens per second; None where it is not known
+    rollout: float | None  # completion tokens per second; None if not known
     flops: float  # FLOP/s in scoring and update
     sync: float  # seconds per step
     source: str
 
     def seconds(self, tokens: float, flops: float) -> dict[str, float | None]:
-        """Of a step by phase, for what one GPU has to do."""
+        """Returns the seconds of each phase for one GPU's tokens and FLOPs in a step."""
         return {
             "rollout": None if self.rollout is None else tokens / self.rollout,
             "score and update": flops / self.flops,
@@ -32,17 +31,17 @@ class Throughput:
 
 @dataclass(frozen=True)
 class Measured:
-    """Medians of a run's steps."""
+    """Medians over the steps of a run."""
 
     config: Config
     rollout: float  # seconds
     busy: float  # seconds of scoring and update
     sync: float  # seconds
-    mean_length: float  # tokens of a completion
+    mean_length: float  # completion length in tokens
 
     @classmethod
     def read(cls, path: Path) -> "Measured":
-        """From a run directory's config.yaml and metrics.jsonl."""
+        """Reads config.yaml and metrics.jsonl of a run directory."""
         run = RunDirectory(path)
         if not run.config_path.exists():
             raise UsageError(f"--measured: expected a run directory with config.yaml, got {path}")
@@ -52,12 +51,8 @@ class Measured:
         rows = rows[WARM_UP:] or rows
         return cls(
             config=Config.load(run.config_path),
-            rollout=_median(rows, "seconds/rollout"),
+            rollout=median(row["seconds/rollout"] for row in rows),
             busy=median(row["seconds/score"] + row["seconds/update"] for row in rows),
-            sync=_median(rows, "seconds/sync"),
-            mean_length=_median(rows, "completions/mean_length"),
+            sync=median(row["seconds/sync"] for row in rows),
+            mean_length=median(row["completions/mean_length"] for row in rows),
         )
-
-
-def _median(rows: list[dict[str, Any]], key: str) -> float:
-    return median(row[key] for row in rows)

@@ -1,6 +1,7 @@
 """Benchmarks during training: on the current student, with the engine that is loaded already."""
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 from accelerate import Accelerator
@@ -9,7 +10,7 @@ from accelerate.utils import gather_object
 from poweropd.config import Config
 from poweropd.config.sections import EvaluateConfig
 from poweropd.errors import UsageError
-from poweropd.evaluation import benchmarks, results
+from poweropd.evaluation import benchmarks
 from poweropd.evaluation.metrics import summarize
 from poweropd.evaluation.runner import Subject, check_room, evaluate, prompt_ids
 from poweropd.evaluation.settings import EvaluationSettings
@@ -74,7 +75,7 @@ class Validation:
         found: dict[str, Any] = {}
         for name in self.problems:
             rows = gather_object(done[name].rows)
-            found[name] = results.result(summarize(rows, n=self.section.n), rows)
+            found[name] = asdict(summarize(rows, n=self.section.n))
             metrics |= {f"eval/{name}/{key}": found[name][key]["mean"] for key in REPORTED}
         if self.accelerator.is_main_process:
             write_atomically(folder / "results.json", json.dumps({"results": found}, indent=2))
