@@ -12,14 +12,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from poweropd.config import Config
 from poweropd.errors import UsageError
-from poweropd.runs.directory import RunDirectory
+from poweropd.sweep.training import Training
 
 #: Keys that are the sweep's own business, and the option that sets them.
 RESERVED = {"train.seed": "--seeds", "run.dir": "--out"}
@@ -38,38 +37,6 @@ class Cell:
     def label(self, short: bool = True) -> str:
         """Such as "alpha=0.5" or "model=Qwen3-8B"; with whole keys and paths unless `short`."""
         return " ".join(_label(override, short) for override in self.overrides)
-
-
-@dataclass(frozen=True)
-class Training:
-    """One run of a sweep."""
-
-    cell: str  # its label
-    seed: int
-    config: Config
-
-    @property
-    def directory(self) -> RunDirectory:
-        return RunDirectory(self.config.run.dir)
-
-    @property
-    def name(self) -> str:
-        return self.directory.path.name
-
-    @property
-    def steps(self) -> int:
-        return self.config.train.steps
-
-    @property
-    def gradients_path(self) -> Path:
-        return self.directory.path / "gradients.json"
-
-    def gradients(self) -> dict[str, dict[str, float]]:
-        """What was measured of them at the "start" and the "end"; {} where nothing was."""
-        return json.loads(self.gradients_path.read_text()) if self.gradients_path.exists() else {}
-
-    def is_finished(self, snr: int) -> bool:
-        return self.directory.final.exists() and (not snr or "end" in self.gradients())
 
 
 def trainings(
@@ -173,7 +140,7 @@ def _axis(text: str) -> list[str]:
     """ "key=1,2" -> ["key=1", "key=2"]; commas inside [], {} and quotes do not separate."""
     wanted = f"--over {text}: expected KEY=V1,V2,... with values as in YAML"
     try:
-        values: list[Any] = YAML(typ="safe", pure=True).load(f"[{override_value(text)}]")
+        values: list[object] = YAML(typ="safe", pure=True).load(f"[{override_value(text)}]")
     except YAMLError:
         raise UsageError(wanted) from None
     if not override_key(text) or not values:
