@@ -20,8 +20,9 @@ def demo(
     # Importing torch takes seconds: what will happen is said before.
     typer.echo(
         "The embedded student learns from its teacher with three rewards, log_ratio, clip and "
-        "power, two\nseeds each, in two processes. This usually takes about four minutes.\n"
-        f"Run directories: {out}/REWARD-seedN; the same command goes on after an interruption."
+        "power, two\nseeds each, in two processes. This usually takes about four minutes, less "
+        "with --steps.\n"
+        f"Run directories: {out}/REWARD-seedN; after an interruption, the same command goes on."
     )
     from poweropd.sweep import demo
 

@@ -45,10 +45,16 @@ def sweep_command(
 
     folder = out or Path(f"runs/{recipe.stem}-sweep")
     trainings = cells.trainings(
-        recipe, overrides or [], over or [], case or [], seeds=seeds, out=folder
+        recipe,
+        overrides or [],
+        over or [],
+        case or [],
+        seeds=seeds,
+        out=folder,
+        measure=command.at_both_ends(snr),
     )
     if snr:
-        trainings = command.measured(trainings, snr)
+        command.check_snr(trainings)
     if dry_run:
         command.print_trainings(trainings)
     else:
@@ -59,9 +65,9 @@ def sweep_run(
     config: Path, measure: Annotated[list[str] | None, typer.Option(metavar="JSON")] = None
 ) -> None:
     """Train one run of a sweep, by its run directory's config.yaml, and measure it on its way."""
-    from poweropd.sweep import process, training
+    from poweropd.sweep import jobs, process
 
-    measurements = [training.Measurement(**json.loads(text)) for text in measure or []]
-    result = process.train_and_measure(config, measurements)
+    wanted = [jobs.Measurement(**json.loads(text)) for text in measure or []]
+    result = process.train_and_measure(config, wanted)
     if result.interrupted_by is not None:
         raise typer.Exit(128 + result.interrupted_by)

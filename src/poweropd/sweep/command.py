@@ -1,7 +1,6 @@
 """What `poweropd sweep` does: runs, and then tabulates whatever there is."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -10,8 +9,8 @@ from rich.table import Table
 from poweropd.errors import RunError, UsageError
 from poweropd.runs.directory import write_atomically
 from poweropd.sweep import results, runner, table
+from poweropd.sweep.jobs import Measurement, Training
 from poweropd.sweep.runner import SweepOutcome
-from poweropd.sweep.training import Measurement, Training
 
 
 def run_sweep(
@@ -23,26 +22,24 @@ def run_sweep(
     """
     with runner.locked(folder) as lock:
         runner.claim(folder, trainings, {"snr": snr})
-        outcome = runner.run_jobs(trainings, parallel, lock)
+        outcome = runner.JobRunner(trainings, parallel, lock).run()
         show_sweep(folder, trainings, outcome, best)
         return exit_status(folder, outcome, len(trainings))
 
 
-def measured(trainings: Sequence[Training], snr: int) -> list[Training]:
-    """Returns the trainings with gradients measured on `snr` batches at both ends.
+def at_both_ends(snr: int) -> Callable[[int], list[Measurement]]:
+    """Returns a function of the steps of a training: its measurements of `snr` batches, if any."""
+    return lambda steps: [Measurement(step, snr, cosine=True) for step in (0, steps) if snr]
 
-    Raises UsageError if those of one of them could not be compared with the exact gradient.
-    """
+
+def check_snr(trainings: Sequence[Training]) -> None:
+    """Raises UsageError if the gradients of a training cannot be compared with the exact one."""
     for config in (training.config for training in trainings):
         if not config.has_one_local_teacher or config.only_teacher.offload:
             raise UsageError(
                 "--snr: the exact gradient needs a single teacher in this process, not offloaded; "
                 "leave --snr out, or change the recipe's teacher"
             )
-    return [
-        replace(one, measurements=tuple(Measurement(s, snr, cosine=True) for s in (0, one.steps)))
-        for one in trainings
-    ]
 
 
 def print_trainings(trainings: Sequence[Training]) -> None:
@@ -51,7 +48,7 @@ def print_trainings(trainings: Sequence[Training]) -> None:
     for column in ("cell", "seed", "directory", "state"):
         listed.add_column(column, overflow="fold")
     for training in trainings:
-        state = "finished" if training.is_finished() else training.state()
+        state = "finished" if training.is_finished() else training.progress()[1]
         listed.add_row(training.cell, str(training.seed), str(training.path), state)
     Console().print(listed)
 

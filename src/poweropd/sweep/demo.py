@@ -10,7 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,74 +18,23 @@ from rich.console import Console
 from rich.table import Table
 
 from poweropd.evaluation.metrics import paired_bootstrap, problem_values
-from poweropd.evaluation.results import read_results
-from poweropd.evaluation.settings import EvaluationSettings
 from poweropd.report import figures
 from poweropd.runs.directory import read_jsonl, write_atomically
 from poweropd.sweep import cells, command, runner
-from poweropd.sweep.training import Job, Measurement, Training, solving
+from poweropd.sweep.jobs import Job, Measurement, ShippedModel, Training, solving
 
-RECIPE = "demo.yaml"
 REWARDS = ("log_ratio", "clip", "power")
 BASELINE = "log_ratio"
 COMPARED = (("power", BASELINE), ("clip", BASELINE), ("power", "clip"))
 SEEDS = 2
-PARALLEL = 2  # processes of one thread each, since these models are too small for two
+PARALLEL = 2
+THREADS = 1  # of each process, since these models are too small for two
 LINE_SECONDS = 10.0
 
 CURVE_POINTS = 3  # after the start, at which a run's accuracy and gradients are measured
 CURVE_PROBLEMS = 128
 START_BATCHES = 32  # of fresh rollouts, for gradient quality at the start
 CURVE_BATCHES = 16  # and later
-OPTIONS = ("n", "max_new_tokens", "temperature", "top_p", "top_k", "seed")  # of poweropd eval
-
-
-@dataclass(frozen=True)
-class ShippedModel:
-    """The evaluation of an embedded model as it is shipped, by `poweropd eval`."""
-
-    name: str
-    problems: int
-    settings: EvaluationSettings
-    path: Path
-    work: int = 0  # next to nothing beside a training's
-
-    @property
-    def results_path(self) -> Path:
-        """Returns the file with the figures."""
-        return self.path / "results.json"
-
-    @property
-    def arguments(self) -> list[str]:
-        """Returns the command line."""
-        settings = asdict(self.settings)
-        return [
-            *("eval", f"embedded:{self.name}", "--dtype=float32"),
-            *("--benchmark=embedded", f"--limit={self.problems}"),
-            *(f"--{key.replace('_', '-')}={settings[key]}" for key in OPTIONS),
-            *(f"--out={self.path}", f"--json={self.results_path}"),
-        ]
-
-    def work_done(self) -> int:
-        """Returns how much of `work` is done."""
-        return 0
-
-    def state(self) -> str:
-        """Returns the number of problems, or the accuracy on them."""
-        accuracy = f", accuracy {self.figures()['accuracy']:.3f}" if self.is_finished() else ""
-        return f"{self.problems} problems{accuracy}"
-
-    def is_finished(self) -> bool:
-        """Returns whether there are figures."""
-        return self.results_path.exists()
-
-    def figures(self) -> dict[str, float]:
-        """Returns accuracy and mean completion length in tokens."""
-        found = read_results(self.results_path)["embedded"]
-        return {
-            "accuracy": found["avg_at_k"]["mean"],
-            "mean_length": found["mean_length"]["mean"],
-        }
 
 
 @dataclass(frozen=True)
@@ -112,23 +61,6 @@ class DemoRun:
     gradient_cosine: float  # at the start
     seconds: float  # of all steps and measurements
 
-    @classmethod
-    def of(cls, training: Training) -> "DemoRun":
-        """Returns the figures of a finished training."""
-        metrics, points = training.directory.metrics(), training.points()
-        first, last = points[training.measurements[0]], points[training.measurements[-1]]
-        seconds = sum(row["seconds/step"] for row in metrics)
-        return cls(
-            reward=training.cell,
-            seed=training.seed,
-            accuracy=last["accuracy"],
-            mean_length=last["mean_length"],
-            median_grad_norm=statistics.median(row["grad_norm"] for row in metrics),
-            gradient_snr=first["gradient_snr"],
-            gradient_cosine=first["gradient_cosine"],
-            seconds=round(seconds + sum(found["seconds"] for found in points.values()), 1),
-        )
-
 
 def shipped_recipe(name: str) -> Path:
     """Returns the path of a recipe that comes with poweropd.
@@ -140,22 +72,13 @@ def shipped_recipe(name: str) -> Path:
     return installed if installed.exists() else package.parents[1] / "recipes" / name
 
 
-def demo_trainings(out: Path, steps: int | None, problems: int) -> list[Training]:
-    """Returns the trainings, all rewards of a seed together; `steps` if not the recipe's."""
-    overrides = [] if steps is None else [f"train.steps={steps}"]
-    rewards = [f"reward.name={','.join(REWARDS)}"]
-    found = cells.trainings(shipped_recipe(RECIPE), overrides, rewards, [], SEEDS, out)
-    found.sort(key=lambda training: training.seed)
-    return [replace(one, measurements=demo_measurements(one.steps, problems)) for one in found]
-
-
-def demo_measurements(steps: int, problems: int) -> tuple[Measurement, ...]:
-    """Returns what is measured of each training: its curve and, at the end, all problems."""
+def measurements(steps: int, problems: int) -> list[Measurement]:
+    """Returns what is measured of a training: its curve and, at the end, all problems."""
     few = min(CURVE_PROBLEMS, problems)
-    at = [steps * part // CURVE_POINTS for part in range(1, CURVE_POINTS + 1)]
+    at = {steps * part // CURVE_POINTS for part in range(1, CURVE_POINTS + 1)} - {0}
     start = Measurement(0, START_BATCHES, cosine=True, problems=few)  # of the same model in all
-    later = [Measurement(step, CURVE_BATCHES, problems=few) for step in at if step > 0]
-    return (*dict.fromkeys([start, *later]), Measurement(steps, problems=problems))
+    later = [Measurement(step, CURVE_BATCHES, problems=few) for step in sorted(at)]
+    return [start, *later, Measurement(steps, problems=problems)]
 
 
 def run_demo(out: Path, steps: int | None, num_problems: int, json_file: Path | None) -> int:
@@ -164,26 +87,36 @@ def run_demo(out: Path, steps: int | None, num_problems: int, json_file: Path | 
     Raises RunError if a job failed.
     """
     console, started = Console(), time.perf_counter()
-    trainings = demo_trainings(out, steps, num_problems)
-    settings = solving(trainings[0].config)
-    before, teacher = (
-        ShippedModel(name, num_problems, settings, out / "eval" / name)
-        for name in ("student", "teacher")
+    overrides = [] if steps is None else [f"train.steps={steps}"]
+    trainings = cells.trainings(
+        recipe=shipped_recipe("demo.yaml"),
+        overrides=overrides,
+        over=[f"reward.name={','.join(REWARDS)}"],
+        case=[],
+        seeds=SEEDS,
+        out=out,
+        measure=lambda steps: measurements(steps, num_problems),
     )
-    jobs: list[Job] = [before, teacher, *trainings]
+    trainings.sort(key=lambda training: training.seed)
+    settings = solving(trainings[0].config)
+    models = [
+        ShippedModel(name, out / "eval" / name, num_problems, settings)
+        for name in ("student", "teacher")
+    ]
+    jobs: list[Job] = [*models, *trainings]
     with runner.locked(out) as lock:
         runner.claim(out, trainings, {"problems": num_problems})
-        outcome = runner.run_jobs(jobs, PARALLEL, lock, threads=1, line_seconds=LINE_SECONDS)
+        outcome = runner.JobRunner(jobs, PARALLEL, lock, THREADS, LINE_SECONDS).run()
     if outcome.unfinished:
         return command.exit_status(out, outcome, len(jobs))
     found = DemoFigures(
         problems=num_problems,
-        before=before.figures(),
-        teacher=teacher.figures(),
-        runs=[DemoRun.of(training) for training in trainings],
-        differences=differences([(training.cell, solved(training)) for training in trainings]),
+        before=models[0].figures(),
+        teacher=models[1].figures(),
+        runs=[run_figures(training) for training in trainings],
+        differences=differences([(one.cell, solved(one)) for one in trainings]),
     )
-    figures.save_demo(curve_rows(trainings), step_rows(trainings), out / "demo.png")
+    save_picture(trainings, out / "demo.png")
     json_file = json_file or out / "demo.json"
     for path in {out / "demo.json", json_file}:
         write_atomically(path, json.dumps(asdict(found), indent=2) + "\n")
@@ -194,6 +127,23 @@ def run_demo(out: Path, steps: int | None, num_problems: int, json_file: Path | 
         soft_wrap=True,
     )
     return 0
+
+
+def run_figures(training: Training) -> DemoRun:
+    """Returns the figures of a finished training."""
+    metrics, points = training.directory.metrics(), training.points()
+    first, last = points[training.measurements[0]], points[training.measurements[-1]]
+    seconds = [row["seconds/step"] for row in metrics] + [one["seconds"] for one in points.values()]
+    return DemoRun(
+        reward=training.cell,
+        seed=training.seed,
+        accuracy=last["accuracy"],
+        mean_length=last["mean_length"],
+        median_grad_norm=statistics.median(row["grad_norm"] for row in metrics),
+        gradient_snr=first["gradient_snr"],
+        gradient_cosine=first["gradient_cosine"],
+        seconds=round(sum(seconds), 1),
+    )
 
 
 def solved(training: Training) -> dict[str, float]:
@@ -221,23 +171,16 @@ def differences(found: Sequence[tuple[str, dict[str, float]]]) -> list[dict[str,
     ]
 
 
-def curve_rows(trainings: Sequence[Training]) -> list[dict[str, str | float]]:
-    """Returns what was measured on the way of the trainings, for the picture."""
-    return [
-        {"reward": one.cell, "seed": one.seed, "step": measurement.step, **found}
-        for one in trainings
-        for measurement, found in one.points().items()
-        if measurement.batches
-    ]
-
-
-def step_rows(trainings: Sequence[Training]) -> list[dict[str, str | float]]:
-    """Returns the lowest reward of every step, for the picture."""
-    return [
-        {"reward": one.cell, "seed": one.seed, "step": row["step"], "lowest": row["reward/min"]}
-        for one in trainings
-        for row in one.directory.metrics()
-    ]
+def save_picture(trainings: Sequence[Training], path: Path) -> None:
+    """Draws what was measured on the way of the trainings, and every step's lowest reward."""
+    points, steps = list[figures.Row](), list[figures.Row]()
+    for training in trainings:
+        names: dict[str, str | float] = {"reward": training.cell, "seed": training.seed}
+        curve = {m.step: found for m, found in training.points().items() if m.batches}
+        points += [{**names, "step": step, **found} for step, found in curve.items()]
+        rows = training.directory.metrics()
+        steps += [{**names, "step": row["step"], "lowest": row["reward/min"]} for row in rows]
+    figures.save_demo(points, steps, path)
 
 
 def demo_table(found: DemoFigures) -> Table:

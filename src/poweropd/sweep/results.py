@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from poweropd.evaluation.metrics import Estimate, avg_values, estimate_over_seeds, pass_values
 from poweropd.runs.directory import RunDirectory
 from poweropd.sweep import paper
-from poweropd.sweep.training import Training
+from poweropd.sweep.jobs import Training
 
 MEAN = "mean"  # over the benchmarks
 LAST_PART = 10  # the training's end: its last tenth of steps

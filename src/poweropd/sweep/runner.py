@@ -24,14 +24,13 @@ import torch
 
 from poweropd.errors import UsageError
 from poweropd.runs.directory import RunDirectory, write_atomically
+from poweropd.sweep.jobs import Job, Training
 from poweropd.sweep.progress import SweepProgress
-from poweropd.sweep.training import Job, Training
 
 DEFINITION = "runs.json"
 LOG = "train.log"
 LOCK = ".lock"
 POLL_SECONDS = 0.2
-LINE_SECONDS = 60.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 #: Out of space, over a quota, over a limit of file size: nothing more can be written here.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -98,79 +97,69 @@ def locked(out: Path) -> Iterator[IO[str]]:
         yield lock
 
 
-def run_jobs(
-    jobs: Sequence[Job],
-    parallel: int,
-    lock: IO[str],
-    threads: int | None = None,
-    line_seconds: float = LINE_SECONDS,
-) -> SweepOutcome:
-    """Runs what is not finished, `parallel` at a time, and returns how it ended.
+@dataclass
+class JobRunner:
+    """Runs jobs, each in a process of its own, `parallel` at a time.
 
-    `threads`: of each job; its share of the cores if None. `line_seconds`: between two lines of a
-    log that say how far the sweep is.
+    lock: the processes inherit it. threads: those of each job; its share of the cores if None.
+    line_seconds: between two lines of a log that say how far the jobs are.
     """
-    with SweepProgress(jobs, line_seconds) as progress:
-        runner = _Runner(jobs, parallel, threads, lock, progress)
-        count = f"{len(runner.waiting)} of {len(jobs)} jobs are left, {parallel} at a time"
-        progress.say(f"{count}; each writes its output to {LOG} in its directory")
-        with received_signals() as received:
-            try:
-                while runner.waiting or runner.active:
-                    if received:
-                        runner.outcome.interrupted_by = received[-1]
-                        received.clear()  # make and the terminal may both send one
-                        runner.stop()
-                    runner.start()
-                    runner.collect()
-                    progress.update([job for job, _ in runner.active.values()])
-                    time.sleep(POLL_SECONDS)
-            finally:  # leaves no process behind, whatever went wrong here
-                runner.stop()
-                for _, process in runner.active.values():
-                    process.wait()
-                    end_group(process)
-    runner.outcome.unfinished = [job.name for job in jobs if not job.is_finished()]
-    return runner.outcome
 
+    jobs: Sequence[Job]
+    parallel: int
+    lock: IO[str]
+    threads: int | None = None
+    line_seconds: float = 60.0
 
-class _Runner:
-    """Starts the processes of jobs, each in a slot of its own, and collects how they ended."""
-
-    def __init__(
-        self,
-        jobs: Sequence[Job],
-        parallel: int,
-        threads: int | None,
-        lock: IO[str],
-        progress: SweepProgress,
-    ) -> None:
-        self.waiting = deque(job for job in jobs if not job.is_finished())
-        self.parallel, self.threads, self.lock, self.progress = parallel, threads, lock, progress
+    def __post_init__(self) -> None:
+        self.waiting = deque(job for job in self.jobs if not job.is_finished())
         self.active: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}  # by slot
+        self.progress = SweepProgress(self.jobs, self.line_seconds)
         self.outcome, self.stopping = SweepOutcome(), False
 
-    def start(self) -> None:
+    def run(self) -> SweepOutcome:
+        """Runs what is not finished and returns how it ended."""
+        count = f"{len(self.waiting)} of {len(self.jobs)} jobs are left, {self.parallel} at a time"
+        self.progress.say(f"{count}; each writes its output to {LOG} in its directory")
+        with self.progress.bars, received_signals() as received:
+            try:
+                while self.waiting or self.active:
+                    if received:
+                        self.outcome.interrupted_by = received[-1]
+                        received.clear()  # make and the terminal may both send one
+                        self._stop()
+                    self._start()
+                    self._collect()
+                    self.progress.update([job for job, _ in self.active.values()])
+                    time.sleep(POLL_SECONDS)
+            finally:  # leaves no process behind, whatever went wrong here
+                self._stop()
+                for _, process in self.active.values():
+                    process.wait()
+                    end_group(process)
+        self.outcome.unfinished = [job.name for job in self.jobs if not job.is_finished()]
+        return self.outcome
+
+    def _start(self) -> None:
         """Starts waiting jobs in all free slots."""
         for slot in range(self.parallel):
-            if self.waiting and slot not in self.active:
-                job = self.waiting.popleft()
-                self.active[slot] = job, self._process(job, slot)
+            if not self.waiting or slot in self.active:
+                continue
+            job = self.waiting.popleft()
+            job.path.mkdir(parents=True, exist_ok=True)
+            with (job.path / LOG).open("ab") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "poweropd", *job.arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=process_environment(slot, self.parallel, self.threads),
+                    pass_fds=[self.lock.fileno()],
+                    start_new_session=True,  # a Ctrl-C reaches it through us, once
+                )
+            self.active[slot] = job, process
 
-    def _process(self, job: Job, slot: int) -> subprocess.Popen[bytes]:
-        job.path.mkdir(parents=True, exist_ok=True)
-        with (job.path / LOG).open("ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-m", "poweropd", *job.arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=process_environment(slot, self.parallel, self.threads),
-                pass_fds=[self.lock.fileno()],
-                start_new_session=True,  # a Ctrl-C reaches it through us, once
-            )
-
-    def collect(self) -> None:
+    def _collect(self) -> None:
         """Takes note of what ended."""
         for slot, (job, process) in list(self.active.items()):
             if process.poll() is None:
@@ -182,9 +171,9 @@ class _Runner:
                 self.progress.say(f"{job.name} failed: {why}")
                 if disk_is_full(job.path):
                     self.outcome.disk_full = True
-                    self.stop()
+                    self._stop()
 
-    def stop(self) -> None:
+    def _stop(self) -> None:
         """Starts nothing more and asks the active trainings to write a checkpoint."""
         self.stopping = True
         self.waiting.clear()
