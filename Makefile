@@ -16,6 +16,7 @@ install: $(INSTALLED)
 
 # torch goes first and alone: a CPU machine must not be given a CUDA build by some other package.
 $(INSTALLED): pyproject.toml constraints.txt
+	@echo "Installing torch and the other packages into $(VENV): once, a few minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'

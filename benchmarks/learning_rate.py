@@ -12,53 +12,60 @@ from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from poweropd.sweep.demo import REWARDS, SEEDS, STEPS, Job, measure_accuracy, start_process
-from poweropd.training.trainer import Trainer
+import torch
+
+from poweropd import Config, Trainer
+from poweropd.embedded import task
+from poweropd.evaluation.benchmarks import Problem
+from poweropd.sweep import cells
+from poweropd.sweep.demo import REWARDS, SEEDS, shipped_recipe
+from poweropd.sweep.jobs import solving
+from poweropd.sweep.process import solve
 
 
-def accuracy(job: Job) -> float:
-    trainer = Trainer(job.config(), progress=False)
+def accuracy(config: Config, count: int) -> float:
+    torch.set_num_threads(1)
+    trainer = Trainer(config, progress=False)
     trainer.train()
-    folder = trainer.run.evaluations / "development"
-    found = measure_accuracy(trainer.subject(), job.num_problems, folder, "development")
-    return float(found["accuracy"])
+    problems = [Problem(p.id, p.problem, p.answer) for p in task.problems("development", count)]
+    path = trainer.run.evaluations / "development.jsonl"
+    return solve(trainer.subject(), problems, solving(config), path)["accuracy"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rates", default="1e-5,2e-5,5e-5,1e-4")
     parser.add_argument("--problems", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
-    rates = [float(rate) for rate in arguments.rates.split(",")]
     with (
         TemporaryDirectory() as out,
-        ProcessPoolExecutor(2, get_context("spawn"), initializer=start_process) as pool,
+        ProcessPoolExecutor(2, get_context("spawn")) as pool,
     ):
+        trainings = cells.trainings(
+            recipe=shipped_recipe("demo.yaml"),
+            overrides=[f"train.steps={arguments.steps}"],
+            over=[f"train.learning_rate={arguments.rates}", f"reward.name={','.join(REWARDS)}"],
+            case=[],
+            seeds=SEEDS,
+            out=Path(out),
+            measure=lambda steps: [],
+        )
         jobs = {
-            (rate, reward): [
-                pool.submit(
-                    accuracy,
-                    Job(
-                        reward,
-                        seed,
-                        arguments.steps,
-                        arguments.problems,
-                        Path(out, str(rate)),
-                        rate,
-                    ),
-                )
-                for seed in SEEDS
-            ]
-            for rate in rates
-            for reward in REWARDS
+            (one.config.train.learning_rate, one.config.reward.name, one.seed): pool.submit(
+                accuracy, one.config, arguments.problems
+            )
+            for one in trainings
         }
         print("rate    ", *(f"{reward:>16}" for reward in REWARDS), "    mean")
-        for rate in rates:
-            found = [[job.result() for job in jobs[rate, reward]] for reward in REWARDS]
-            cells = [" / ".join(f"{value:.3f}" for value in seeds) for seeds in found]
+        for rate in dict.fromkeys(rate for rate, _, _ in jobs):
+            found = [
+                [job.result() for (*at, _), job in jobs.items() if at == [rate, reward]]
+                for reward in REWARDS
+            ]
+            texts = [" / ".join(f"{value:.3f}" for value in seeds) for seeds in found]
             mean = statistics.fmean(statistics.fmean(seeds) for seeds in found)
-            print(f"{rate:<8g}", *(f"{cell:>16}" for cell in cells), f"{mean:8.3f}", flush=True)
+            print(f"{rate:<8g}", *(f"{text:>16}" for text in texts), f"{mean:8.3f}", flush=True)
 
 
 if __name__ == "__main__":

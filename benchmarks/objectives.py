@@ -9,13 +9,12 @@ exact gradient of the same reward, over the vocabulary and all batches. One thre
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from common import machine, print_table
 
-from poweropd import rewards
+from poweropd import Config, rewards
 from poweropd.data.batch import Batch
 from poweropd.models.language_model import Student, Teacher
 from poweropd.objectives.base import Objective
@@ -23,7 +22,7 @@ from poweropd.objectives.full_vocab import FullVocab
 from poweropd.objectives.sampled import Sampled
 from poweropd.objectives.selection import Dial, Random, Selected
 from poweropd.rewards import Reward
-from poweropd.sweep.demo import BASELINE, Job
+from poweropd.sweep.demo import BASELINE, shipped_recipe
 from poweropd.training.gradient_noise import fresh_batches, gradients, mean_cosine, signal_to_noise
 from poweropd.training.trainer import Trainer
 from poweropd.training.update import with_teacher
@@ -66,8 +65,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with TemporaryDirectory() as out:
-        job = Job(BASELINE, seed=0, steps=1, num_problems=1, out=Path(out))
-        trainer = Trainer(job.config(), progress=False)
+        overrides = [f"reward={{name: {BASELINE}}}", "train.steps=1", f"run.dir={out}/run"]
+        config = Config.load(shipped_recipe("demo.yaml"), overrides)
+        trainer = Trainer(config, progress=False)
         scored = fresh_batches(trainer, arguments.batches)
         teacher = trainer.models.teacher
         batches = [with_teacher(batch, teacher) for batch in scored]

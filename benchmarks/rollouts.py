@@ -30,9 +30,12 @@ from poweropd import Config, Trainer, embedded
 from poweropd.data.rollout import Request
 from poweropd.embedded import END_OF_TEXT
 from poweropd.evaluation import runner
+from poweropd.evaluation.benchmarks import load_benchmark
 from poweropd.rollouts.base import Sampling, completion_seed
 from poweropd.rollouts.transformers import TransformersEngine
-from poweropd.sweep.demo import SEEDS, Job, measure_accuracy
+from poweropd.sweep.demo import SEEDS, shipped_recipe
+from poweropd.sweep.jobs import solving
+from poweropd.sweep.process import solve
 
 PROMPTS, TOKENS, REPEATS = 64, 128, 7
 OPTIONS = {"kv_cache_memory_bytes": 1 << 28}
@@ -46,9 +49,12 @@ def random_student(out: Path, hidden: int, layers: int) -> Path:
     return build_model(out / "student", END_OF_TEXT, hidden, seed=1, **options)
 
 
-def job_config(job: Job, student: Path, teacher_url: str | None = None, **rollout: Any) -> Config:
+def demo_config(
+    out: Path, student: Path, seed: int = 0, teacher_url: str | None = None, **rollout: Any
+) -> Config:
     """The demo's recipe with another student, other rollouts and, if named, a teacher's server."""
-    tree = job.config().model_dump()
+    recipe = shipped_recipe("demo.yaml")
+    tree = Config.load(recipe, [f"train.seed={seed}", f"run.dir={out}/run"]).model_dump()
     tree["model"]["student"] = str(student)
     tree["rollout"] |= rollout
     if teacher_url is not None:
@@ -79,7 +85,7 @@ class Generate:
 def speed(student: Path, out: Path) -> list[dict[str, float]]:
     """Seconds of wall clock and CPU for 64 prompts x 128 tokens, the engines taking turns."""
     options = {"engine": "vllm", "vllm": OPTIONS, "max_new_tokens": TOKENS}
-    trainer = Trainer(job_config(Job("power", 0, 1, 1, out), student, **options), progress=False)
+    trainer = Trainer(demo_config(out, student, **options), progress=False)
     engines = {
         "transformers": TransformersEngine(trainer.student.model, vocab_size=103),
         "vllm": trainer.engine,
@@ -120,25 +126,31 @@ def show_speed(student: Path, out: Path) -> None:
 def accuracy(engine: str, url: str | None, seed: int, student: Path, out: Path) -> float:
     """Of the demo's power reward after its training, sampled by transformers whatever trained."""
     options = {"vllm": OPTIONS} if engine == "vllm" else {}
-    job = Job("power", seed, 200, 1024, out)
-    config = job_config(job, student, teacher_url=url, engine=engine, **options)
+    config = demo_config(out / f"{seed}", student, seed, url, engine=engine, **options)
     trainer = Trainer(config, progress=False)
     final = trainer.train().final
     subject = runner.load_subject(str(final), "float32")
-    return float(measure_accuracy(subject, 1024, trainer.run.evaluations / "final")["accuracy"])
+    return solved_fraction(subject, trainer.run.evaluations / "all.jsonl")
+
+
+def solved_fraction(subject: runner.Subject, path: Path) -> float:
+    """Of 1,024 problems; `path` is the file of the completions."""
+    settings = solving(Config.load(shipped_recipe("demo.yaml")))
+    return solve(subject, load_benchmark("embedded", limit=1024), settings, path)["accuracy"]
 
 
 def show_accuracy(student: Path, out: Path) -> None:
-    before = measure_accuracy(runner.load_subject(str(student), "float32"), 1024, out / "before")
-    rows = [["before", f"{before['accuracy']:.3f}", ""]]
+    before = solved_fraction(runner.load_subject(str(student), "float32"), out / "before.jsonl")
+    rows = [["before", f"{before:.3f}", ""]]
     name = "embedded:teacher"
     with VllmServer(embedded.path("teacher"), out / "log", "--served-model-name", name) as server:
         arms = [(engine, None) for engine in ENGINES] + [("transformers", server.url)]
         for i, (engine, url) in enumerate(arms):
-            found = [apart(1, accuracy, engine, url, seed, student, out / f"{i}") for seed in SEEDS]
-            seeds = " / ".join(f"{value:.3f}" for value in found)
+            seeds = range(SEEDS)
+            found = [apart(1, accuracy, engine, url, seed, student, out / f"{i}") for seed in seeds]
+            each = " / ".join(f"{value:.3f}" for value in found)
             label = engine + (", the teacher behind a server" if url else "")
-            rows.append([label, f"{statistics.fmean(found):.3f}", seeds])
+            rows.append([label, f"{statistics.fmean(found):.3f}", each])
     print_table(["accuracy after 200 steps", "mean", "seeds"], rows)
 
 
@@ -146,10 +158,9 @@ def step_seconds(staleness: int, url: str, student: Path, out: Path, steps: int)
     """Medians over steps, the trainer on core 0."""
     os.sched_setaffinity(0, {0})
     options = {"engine": "vllm_server", "server": {"url": url}, "staleness": staleness}
-    config = job_config(Job("power", 0, steps, 1, out / str(staleness)), student, **options)
-    tree = config.model_dump()
+    tree = demo_config(out / str(staleness), student, **options).model_dump()
     tree["rollout"] |= {"max_new_tokens": 64, "correction": "truncated"}
-    tree["train"]["prompts_per_step"] = 32
+    tree["train"] |= {"prompts_per_step": 32, "steps": steps}
     trainer = Trainer(Config.from_dict(tree), progress=False)
     rows = [trainer.step(step) for step in range(steps)][2:]
     keys = ("rollout", "score", "update", "sync", "step")

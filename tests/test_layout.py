@@ -32,7 +32,7 @@ MAY_IMPORT = {
         *("rollouts", "runs", "stops", "teachers"),
     },
     "report": {"config", "rewards", "runs"},
-    "sweep": {"config", "embedded", "evaluation", "grading", "report", "runs", "training"},
+    "sweep": {"config", "evaluation", "report", "runs", "training"},
     "plan": {"config", "data", "embedded", "kernels", "models", "runs", "stops"},
 }
 SEES_EVERYTHING = {"commands", "__main__", "__init__"}

@@ -17,10 +17,13 @@ from poweropd import Config, Trainer
 from poweropd.data.rollout import Request, Rollout
 from poweropd.embedded import END_OF_TEXT
 from poweropd.errors import RunError, UsageError
+from poweropd.evaluation.benchmarks import load_benchmark
 from poweropd.evaluation.runner import load_subject
 from poweropd.rollouts.base import Sampling, completion_seed
 from poweropd.rollouts.vllm import VllmEngine
-from poweropd.sweep.demo import Job, measure_accuracy
+from poweropd.sweep.demo import shipped_recipe
+from poweropd.sweep.jobs import solving
+from poweropd.sweep.process import solve
 
 # vLLM's own imports warn.
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
@@ -173,10 +176,15 @@ def test_options_that_vllm_does_not_know_are_refused(wide_student: Path) -> None
 def test_the_demos_training_gets_somewhere_with_vllm(tmp_path: Path) -> None:
     """A fifth of its steps at five times its rate; benchmarks/rollouts.py has the whole of it."""
     student = widened_student(tmp_path / "student")
-    before = measure_accuracy(load_subject(str(student), "float32"), 128, tmp_path / "before")
-    tree = Job("power", 0, 40, 128, tmp_path, learning_rate=1e-4).config().model_dump()
+    problems = load_benchmark("embedded", limit=128)
+    overrides = ["train.steps=40", "train.learning_rate=1e-4", f"run.dir={tmp_path}/run"]
+    config = Config.load(shipped_recipe("demo.yaml"), overrides)
+    settings, tree = solving(config), config.model_dump()
+    shipped = load_subject(str(student), "float32")
+    before = solve(shipped, problems, settings, tmp_path / "before.jsonl")
     tree["model"]["student"] = str(student)
     tree["rollout"] |= {"engine": "vllm", "vllm": OPTIONS}
     final = Trainer(Config.from_dict(tree), progress=False).train().final
-    after = measure_accuracy(load_subject(str(final), "float32"), 128, tmp_path / "after")
+    trained = load_subject(str(final), "float32")
+    after = solve(trained, problems, settings, tmp_path / "after.jsonl")
     assert after["accuracy"] > before["accuracy"] + 0.1

@@ -20,7 +20,7 @@ from poweropd import Config, Trainer, commands
 from poweropd.errors import RunError, UsageError
 from poweropd.runs.directory import RunDirectory, read_jsonl
 from poweropd.sweep import cells, runner
-from poweropd.sweep.progress import steps_done
+from poweropd.sweep.jobs import steps_done
 from poweropd.training import gradient_noise
 
 MAKES = Callable[..., Config]
@@ -50,7 +50,7 @@ def rows(recipe: Path) -> list[dict[str, Any]]:
 
 
 def planned(recipe: Path, over: list[str], case: list[str], seeds: int = 1) -> Any:
-    return cells.trainings(recipe, [], over, case, seeds, Path("out"))
+    return cells.trainings(recipe, [], over, case, seeds, Path("out"), lambda steps: [])
 
 
 def test_over_multiplies_and_case_adds_one(recipe_file: Path) -> None:

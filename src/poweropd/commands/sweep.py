@@ -1,5 +1,6 @@
 """Options of `poweropd sweep`, and of `poweropd sweep-run`, which is one of its processes."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -40,24 +41,33 @@ def sweep_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run.")] = False,
 ) -> None:
     """Run a recipe's variants, each with several seeds, and compare them in one table."""
-    from poweropd.sweep import cells, command, runner
+    from poweropd.sweep import cells, command
 
     folder = out or Path(f"runs/{recipe.stem}-sweep")
     trainings = cells.trainings(
-        recipe, overrides or [], over or [], case or [], seeds=seeds, out=folder
+        recipe,
+        overrides or [],
+        over or [],
+        case or [],
+        seeds=seeds,
+        out=folder,
+        measure=command.at_both_ends(snr),
     )
     if snr:
-        runner.check_snr(trainings)
+        command.check_snr(trainings)
     if dry_run:
-        command.print_trainings(trainings, snr)
+        command.print_trainings(trainings)
     else:
-        command.run_sweep(folder, trainings, parallel, snr, best)
+        raise typer.Exit(command.run_sweep(folder, trainings, parallel, snr, best))
 
 
-def sweep_run(config: Path, snr: Annotated[int, typer.Option(min=0)] = 0) -> None:
-    """One run of a sweep, by its run directory's config.yaml."""
-    from poweropd.sweep import training
+def sweep_run(
+    config: Path, measure: Annotated[list[str] | None, typer.Option(metavar="JSON")] = None
+) -> None:
+    """Train one run of a sweep, by its run directory's config.yaml, and measure it on its way."""
+    from poweropd.sweep import jobs, process
 
-    result = training.train_and_measure(config, snr)
+    wanted = [jobs.Measurement(**json.loads(text)) for text in measure or []]
+    result = process.train_and_measure(config, wanted)
     if result.interrupted_by is not None:
         raise typer.Exit(128 + result.interrupted_by)

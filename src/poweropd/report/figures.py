@@ -1,20 +1,18 @@
 """The demo's picture."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import altair
 
 from poweropd.report.theme import CONFIG, png, run_colour, write_aside
 
 WIDTH, HEIGHT = 230, 200
+Row = Mapping[str, str | float]
 
 
-def save_demo(
-    points: Sequence[dict[str, Any]], steps: Sequence[dict[str, Any]], path: Path
-) -> None:
-    """The demo's picture: accuracy, gradient SNR and reward extremes over steps, by reward.
+def save_demo(points: Sequence[Row], steps: Sequence[Row], path: Path) -> None:
+    """Writes the demo's picture: accuracy, gradient SNR and lowest reward over steps, by reward.
 
     `points`: step, reward, seed, accuracy, gradient_snr. `steps`: step, reward, seed, lowest.
     Thin lines are seeds, thick lines their means.
@@ -29,10 +27,11 @@ def save_demo(
 
 
 def _over_steps(
-    rows: Sequence[dict[str, Any]], field: str, title: str, scale: altair.Scale
+    rows: Sequence[Row], field: str, title: str, scale: altair.Scale
 ) -> altair.LayerChart:
+    """Returns a chart of one field: a thin line for each seed, a thick one for each mean."""
     named = [{**row, "run": row["reward"]} for row in rows]
-    names = list(dict.fromkeys(row["reward"] for row in rows))
+    names = list(dict.fromkeys(str(row["reward"]) for row in rows))
     base = altair.Chart(altair.Data(values=named)).encode(
         x=altair.X("step:Q", title="optimizer step"), color=run_colour(names, "reward")
     )

@@ -9,17 +9,16 @@ import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from poweropd.config import Config
 from poweropd.errors import UsageError
-from poweropd.runs.directory import RunDirectory
+from poweropd.sweep.jobs import Measurement, Training
 
 #: Keys that are the sweep's own business, and the option that sets them.
 RESERVED = {"train.seed": "--seeds", "run.dir": "--out"}
@@ -30,46 +29,18 @@ NOT_IN_NAMES = re.compile(r"[^\w.=+-]+")
 
 @dataclass(frozen=True)
 class Cell:
-    """What differs from the recipe: overrides "key=value", and the option they came from."""
+    """What differs from the recipe: overrides "key=value", and the option that they came from."""
 
     overrides: tuple[str, ...]
     option: str
 
-    def label(self, short: bool = True) -> str:
-        """Such as "alpha=0.5" or "model=Qwen3-8B"; with whole keys and paths unless `short`."""
-        return " ".join(_label(override, short) for override in self.overrides)
-
-
-@dataclass(frozen=True)
-class Training:
-    """One run of a sweep."""
-
-    cell: str  # its label
-    seed: int
-    config: Config
-
-    @property
-    def directory(self) -> RunDirectory:
-        return RunDirectory(self.config.run.dir)
-
-    @property
-    def name(self) -> str:
-        return self.directory.path.name
-
-    @property
-    def steps(self) -> int:
-        return self.config.train.steps
-
-    @property
-    def gradients_path(self) -> Path:
-        return self.directory.path / "gradients.json"
-
-    def gradients(self) -> dict[str, dict[str, float]]:
-        """What was measured of them at the "start" and the "end"; {} where nothing was."""
-        return json.loads(self.gradients_path.read_text()) if self.gradients_path.exists() else {}
-
-    def is_finished(self, snr: int) -> bool:
-        return self.directory.final.exists() and (not snr or "end" in self.gradients())
+    def label(self) -> str:
+        """Returns a short name, such as "alpha=0.5", "model=Qwen3-8B" or "clip"."""
+        pairs = [key_and_value(override) for override in self.overrides]
+        return " ".join(
+            value if key in SPEAKING else f"{key.rpartition('.')[2]}={value.rpartition('/')[2]}"
+            for key, value in pairs
+        )
 
 
 def trainings(
@@ -79,14 +50,15 @@ def trainings(
     case: Sequence[str],
     seeds: int,
     out: Path,
+    measure: Callable[[int], Sequence[Measurement]],
 ) -> list[Training]:
-    """The runs, all seeds of a cell together; the seeds are the recipe's and those after it.
+    """Returns the runs, all seeds of a cell together; the recipe's seed is the first.
 
-    Raises UsageError, naming the option, for an empty sweep or a cell that is not a valid
-    configuration or the same as another.
+    `measure`: what is measured of a training of so many steps. Raises UsageError, naming the
+    option, for an empty sweep or a cell that is not a valid configuration or the same as another.
     """
     base = Config.load(recipe, overrides)
-    if any(override_key(o) == "run.dir" for o in overrides):
+    if any(key_and_value(override)[0] == "run.dir" for override in overrides):
         raise UsageError("run.dir: a sweep names its runs' directories; use --out")
     cells = expand(over, case)
     found, seen = [], dict[str, str]()
@@ -99,7 +71,7 @@ def trainings(
                 config = Config.load(recipe, [*overrides, *own, *placed])
             except UsageError as error:
                 raise UsageError(f"{cell.option}: {error}") from None
-            found.append(Training(label, seed, config))
+            found.append(Training(label, config, measure(config.train.steps)))
         last = found[-1]
         for same in (last.config.model_dump_json(exclude={"run"}), last.config.run.dir):
             if same in seen:
@@ -109,15 +81,17 @@ def trainings(
 
 
 def expand(over: Sequence[str], case: Sequence[str]) -> list[Cell]:
-    """The product of all `over`, then one cell for each `case`."""
+    """Returns the product of all `over`, then one cell for each `case`.
+
+    Raises UsageError for an empty sweep and for texts that are no overrides or not the user's.
+    """
     if not over and not case:
         raise UsageError(
             "an empty sweep: expected --over KEY=V1,V2,... or --case 'KEY=V ...', such as "
             "--over reward.alpha=1,10,100"
         )
-    axes = [_axis(text) for text in over]
-    products = itertools.product(*axes) if axes else []
-    cells = [Cell(point, _options(point)) for point in products]
+    products = itertools.product(*map(_axis, over)) if over else []
+    cells = [Cell(point, " ".join(f"--over {one}" for one in point)) for point in products]
     for text in case:
         try:
             parts = tuple(shlex.split(text))
@@ -125,70 +99,53 @@ def expand(over: Sequence[str], case: Sequence[str]) -> list[Cell]:
             raise UsageError(f"--case {text}: {str(error).lower()}") from None
         cells.append(Cell(parts, f"--case {shlex.quote(text)}"))
     for cell in cells:
-        _check(cell)
+        check_cell(cell)
     return cells
 
 
 def whole_reward(overrides: Sequence[str], recipes: str) -> list[str]:
-    """Overrides in which another reward than the recipe's starts from that reward's defaults.
+    """Returns overrides in which another reward than the recipe's starts from its own defaults.
 
-    The recipe's alpha, say, is a parameter of its own reward and of no other.
+    The recipe's alpha, say, is a parameter of the recipe's reward and of no other.
     """
-    names = [override_value(o) for o in overrides if override_key(o) == "reward.name"]
-    if not names or names[-1] == recipes:
-        return list(overrides)
-    rest = [o for o in overrides if override_key(o) != "reward.name"]
-    return [f"reward={json.dumps({'name': names[-1]})}", *rest]
+    names = [v for k, v in map(key_and_value, overrides) if k == "reward.name" and v != recipes]
+    rest = [o for o in overrides if not names or key_and_value(o)[0] != "reward.name"]
+    return [*(f"reward={json.dumps({'name': name})}" for name in names), *rest]
 
 
 def labels(cells: Sequence[Cell]) -> list[str]:
-    """Readable and different names: short where these differ."""
+    """Returns readable and different names: short, or with whole keys if these are the same."""
     short = Counter(cell.label() for cell in cells)
-    return [cell.label(short[cell.label()] == 1) for cell in cells]
+    return [
+        cell.label() if short[cell.label()] == 1 else " ".join(cell.overrides) for cell in cells
+    ]
 
 
-def override_key(override: str) -> str:
-    return override.partition("=")[0].strip()
-
-
-def override_value(override: str) -> str:
-    return override.partition("=")[2].strip()
-
-
-def _label(override: str, short: bool) -> str:
-    if not short:
-        return override
-    if override_key(override) in SPEAKING:
-        return override_value(override)
-    return (
-        f"{override_key(override).rpartition('.')[2]}={override_value(override).rpartition('/')[2]}"
-    )
-
-
-def _options(point: Sequence[str]) -> str:
-    return " ".join(f"--over {override}" for override in point)
+def key_and_value(override: str) -> tuple[str, str]:
+    """Returns the two sides of "key=value"."""
+    key, _, value = override.partition("=")
+    return key.strip(), value.strip()
 
 
 def _axis(text: str) -> list[str]:
-    """ "key=1,2" -> ["key=1", "key=2"]; commas inside [], {} and quotes do not separate."""
+    """Turns "key=1,2" into ["key=1", "key=2"]; commas inside [], {}, quotes do not separate."""
     wanted = f"--over {text}: expected KEY=V1,V2,... with values as in YAML"
+    key, values = key_and_value(text)
     try:
-        values: list[Any] = YAML(typ="safe", pure=True).load(f"[{override_value(text)}]")
+        found: list[object] = YAML(typ="safe", pure=True).load(f"[{values}]")
     except YAMLError:
         raise UsageError(wanted) from None
-    if not override_key(text) or not values:
+    if not key or not found:
         raise UsageError(wanted)
-    return [f"{override_key(text)}={v if isinstance(v, str) else json.dumps(v)}" for v in values]
+    return [f"{key}={v if isinstance(v, str) else json.dumps(v)}" for v in found]
 
 
-def _check(cell: Cell) -> None:
-    """What `Config` cannot know: keys that are the sweep's, overrides that are none."""
+def check_cell(cell: Cell) -> None:
+    """Raises UsageError for what `Config` cannot know: no overrides, or keys of the sweep."""
     if not cell.overrides or not all("=" in o for o in cell.overrides):
         raise UsageError(f"{cell.option}: expected overrides KEY=VALUE, separated by spaces")
-    keys = [override_key(override) for override in cell.overrides]
-    for key in keys:
+    for key, count in Counter(key_and_value(o)[0] for o in cell.overrides).items():
         if key in RESERVED:
             raise UsageError(f"{cell.option}: {key} is set by {RESERVED[key]}")
-    twice = [key for key, n in Counter(keys).items() if n > 1]
-    if twice:
-        raise UsageError(f"{cell.option}: {twice[0]} is given twice")
+        if count > 1:
+            raise UsageError(f"{cell.option}: {key} is given twice")

@@ -1,82 +1,98 @@
 """What `poweropd sweep` does: runs, and then tabulates whatever there is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
-from poweropd.errors import RunError
+from poweropd.errors import RunError, UsageError
 from poweropd.runs.directory import write_atomically
 from poweropd.sweep import results, runner, table
-from poweropd.sweep.cells import Training
-from poweropd.sweep.progress import steps_done
+from poweropd.sweep.jobs import Measurement, Training
 from poweropd.sweep.runner import SweepOutcome
 
 
 def run_sweep(
     folder: Path, trainings: Sequence[Training], parallel: int, snr: int, best: bool
-) -> None:
-    """Raises RunError, after the table, where a run failed; typer.Exit where it was stopped."""
+) -> int:
+    """Runs what is not finished and prints the table; returns the exit status.
+
+    Raises RunError, after the table, if a run failed.
+    """
     with runner.locked(folder) as lock:
-        runner.claim(folder, trainings, snr)
-        outcome = runner.run_trainings(trainings, parallel, snr, lock)
-        _report(folder, trainings, snr, outcome, best)
+        runner.claim(folder, trainings, {"snr": snr})
+        outcome = runner.JobRunner(trainings, parallel, lock).run()
+        show_sweep(folder, trainings, outcome, best)
+        return exit_status(folder, outcome, len(trainings))
 
 
-def print_trainings(trainings: Sequence[Training], snr: int) -> None:
-    table = Table(title=f"{len(trainings)} runs")
-    for column in ("cell", "seed", "directory", "steps done"):
-        table.add_column(column, overflow="fold")
+def at_both_ends(snr: int) -> Callable[[int], list[Measurement]]:
+    """Returns a function of the steps of a training: its measurements of `snr` batches, if any."""
+    return lambda steps: [Measurement(step, snr, cosine=True) for step in (0, steps) if snr]
+
+
+def check_snr(trainings: Sequence[Training]) -> None:
+    """Raises UsageError if the gradients of a training cannot be compared with the exact one."""
+    for config in (training.config for training in trainings):
+        if config.teacher.place != "in process" or config.only_teacher.offload:
+            raise UsageError(
+                "--snr: the exact gradient needs a single teacher in this process, not offloaded; "
+                "leave --snr out, or change the recipe's teacher"
+            )
+
+
+def print_trainings(trainings: Sequence[Training]) -> None:
+    """Prints which runs there are and how far each is."""
+    listed = Table(title=f"{len(trainings)} runs")
+    for column in ("cell", "seed", "directory", "state"):
+        listed.add_column(column, overflow="fold")
     for training in trainings:
-        state = "finished" if training.is_finished(snr) else steps_done(training.directory)
-        table.add_row(
-            training.cell,
-            str(training.seed),
-            str(training.directory.path),
-            f"{state} of {training.steps}" if isinstance(state, int) else state,
-        )
-    Console().print(table)
+        state = "finished" if training.is_finished() else training.progress()[1]
+        listed.add_row(training.cell, str(training.seed), str(training.path), state)
+    Console().print(listed)
 
 
-def _report(
-    folder: Path,
-    trainings: Sequence[Training],
-    snr: int,
-    outcome: SweepOutcome,
-    best: bool,
+def show_sweep(
+    folder: Path, trainings: Sequence[Training], outcome: SweepOutcome, best: bool
 ) -> None:
-    """Prints the table, writes its files, and raises where the sweep is not whole."""
+    """Prints the table and what failed, and writes the table's files."""
     console = Console()
-    rows = results.table_rows(trainings, snr, outcome.failed, best)
+    rows = results.table_rows(trainings, outcome.failed, best)
     table.print_table(rows, best, console)
     for name, why in outcome.failed.items():
         console.print(f"failed: {name}: {why}", soft_wrap=True, markup=False, highlight=False)
-    problem = _problem(folder, outcome, len(trainings))
     try:
         write_atomically(folder / "sweep.md", table.markdown(rows, best))
         write_atomically(folder / "sweep.csv", table.as_csv(rows))
         write_atomically(folder / "sweep.json", table.as_json(rows, best))
     except OSError as error:
-        if problem is None:
+        if not outcome.unfinished:
             raise
         console.print(f"{error.filename}: not written: {error.strerror}", soft_wrap=True)
     else:
         console.print(f"table: {folder}/sweep.md, .csv, .json", soft_wrap=True)
-    if outcome.interrupted_by is not None:
-        typer.echo(f"{problem}; the same command goes on", err=True)
-        raise typer.Exit(128 + outcome.interrupted_by)
-    if problem is not None:
-        raise RunError(problem)
 
 
-def _problem(folder: Path, outcome: SweepOutcome, count: int) -> str | None:
+def exit_status(folder: Path, outcome: SweepOutcome, count: int) -> int:
+    """Returns 0 or, after a signal n, 128 + n; says then what is left of `count` jobs.
+
+    Raises RunError if the disk is full or a job failed.
+    """
     left = f"{len(outcome.unfinished)} of {count} runs are not finished"
     if outcome.interrupted_by is not None:
-        return f"stopped; {left}"
+        Console(stderr=True).print(
+            f"stopped; {left}; the same command goes on", soft_wrap=True, highlight=False
+        )
+        return 128 + outcome.interrupted_by
     if outcome.disk_full:
-        return f"{folder}: the disk is full: {left}; free some space and run the same command"
+        raise RunError(
+            f"{folder}: the disk is full: {left}; free some space and run the same command"
+        )
     if outcome.failed:
-        return f"{len(outcome.failed)} of {count} runs failed (logs: {folder}/RUN/train.log)"
-    return None
+        name, why = next(iter(outcome.failed.items()))
+        raise RunError(
+            f"{len(outcome.failed)} of {count} runs failed (logs: {folder}/RUN/{runner.LOG}): "
+            f"{name}: {why}"
+        )
+    return 0

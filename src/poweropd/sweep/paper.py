@@ -1,4 +1,4 @@
-"""The paper's own results (arXiv:2606.17199, Tables 2 and 3), to stand beside a sweep's."""
+"""The results of the paper (arXiv:2606.17199, Tables 2 and 3), to stand beside a sweep's."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -6,9 +6,27 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from statistics import fmean
-from typing import Any
+from typing import TypedDict
 
 from poweropd.config import Config
+
+MODELS = ("teacher.model", "model.student")
+
+
+class PaperTables(TypedDict):
+    """The content of paper.json; `rows` are one for each pair of models and way to train."""
+
+    k: int
+    rows: list["PaperRow"]
+
+
+class PaperRow(TypedDict):
+    """`cell`: the settings that a row stands for. `results`: Avg@k, Pass@k in percent, length."""
+
+    teacher: str
+    student: str
+    cell: dict[str, object]
+    results: dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -21,27 +39,28 @@ class Figures:
 
 
 @cache
-def _tables() -> dict[str, Any]:
-    return dict(json.loads(files(__package__).joinpath("paper.json").read_text("utf-8")))
+def _tables() -> PaperTables:
+    tables: PaperTables = json.loads(files(__package__).joinpath("paper.json").read_text("utf-8"))
+    return tables
 
 
 def k() -> int:
-    return int(_tables()["k"])
+    """Returns the number of completions of each problem."""
+    return _tables()["k"]
 
 
 def results(config: Config, benchmarks: Sequence[str]) -> dict[str, Figures] | None:
-    """What the paper reports for these models and this reward: benchmark -> figures.
+    """Returns what the paper reports for a configuration's models and reward, by benchmark.
 
-    Where it has all of `benchmarks`, also "mean" -> their means over these. None where it has no
-    such row. A row states the settings it stands for; the parameters that it
-    leaves open (the paper gives no temperature for tanh) are not compared.
+    If it has all of `benchmarks`, "mean" holds the means over these. None if no row fits. Settings
+    that a row leaves open (the paper gives no temperature for tanh) are not compared.
     """
     flat = config.flat()
-    pair = {"teacher": flat["teacher.model"], "student": flat["model.student"]}
-    names = {role: str(name).rstrip("/").rpartition("/")[2] for role, name in pair.items()}
+    pair = [str(flat[key]).rstrip("/").rpartition("/")[2] for key in MODELS]
     for row in _tables()["rows"]:
-        same_pair = all(row[role] == name for role, name in names.items())
-        if same_pair and all(flat.get(key) == value for key, value in row["cell"].items()):
+        if [row["teacher"], row["student"]] == pair and all(
+            flat.get(key) == value for key, value in row["cell"].items()
+        ):
             return _figures(row["results"], benchmarks)
     return None
 
@@ -49,6 +68,7 @@ def results(config: Config, benchmarks: Sequence[str]) -> dict[str, Figures] | N
 def _figures(
     results: Mapping[str, Sequence[float]], benchmarks: Sequence[str]
 ) -> dict[str, Figures]:
+    """Returns the figures as fractions and, if none of `benchmarks` is missing, their means."""
     found = {name: results[name] for name in benchmarks if name in results}
     if found and len(found) == len(benchmarks):
         found["mean"] = [fmean(column) for column in zip(*found.values(), strict=True)]

@@ -1,89 +1,61 @@
-"""How far a sweep is: a bar for all, one for each active training; lines where it is a log."""
+"""How far a sweep is: a bar for all, one for each active job; lines where it is a log."""
 
-import json
+import time
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
+from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
-from poweropd.runs.directory import RunDirectory
-from poweropd.sweep.cells import Training
-
-TAIL_BYTES = 1 << 16  # of metrics.jsonl: several rows
-SPEED_SECONDS = 3600.0  # over which the speed is taken: trainings differ
+from poweropd.sweep.jobs import Job
 
 
 class SweepProgress:
-    """Counts optimizer steps, as they appear in the run directories."""
+    """Follows jobs by the files that they write; in a log, a line every `line_seconds`.
 
-    def __init__(self, trainings: Sequence[Training]) -> None:
+    `bars` is the context in which it is shown.
+    """
+
+    def __init__(self, jobs: Sequence[Job], line_seconds: float) -> None:
         self.console = Console(stderr=True)
-        self.steps = {t.name: steps_done(t.directory) for t in trainings}
-        self.trainings = {t.name: t for t in trainings}
-        self.shown: dict[str, TaskID] = {}
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-            speed_estimate_period=SPEED_SECONDS,
-        )
-        total = sum(t.steps for t in trainings)
-        self.whole = self.bar.add_task("all", total=total, completed=sum(self.steps.values()))
+        self.done = {job.name: job.progress()[0] for job in jobs}
+        self.total, self.done_before = sum(job.work for job in jobs), sum(self.done.values())
+        self.started, self.line_seconds = time.monotonic(), line_seconds
+        self.next_line = self.started + line_seconds
+        columns = TextColumn("{task.description}"), BarColumn(bar_width=20), TaskProgressColumn()
+        self.bars = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.whole = self.bars.add_task("all", total=self.total)
+        self.shown: dict[Job, TaskID] = {}
 
-    def __enter__(self) -> Self:
-        self.bar.start()
-        return self
+    def update(self, active: Sequence[Job]) -> None:
+        """Shows the jobs that are active now, and says which began and which ended."""
+        states = {}
+        for job in [*active, *(job for job in self.shown if job not in active)]:
+            self.done[job.name], states[job] = job.progress()
+        for job in [job for job in self.shown if job not in active]:
+            self.bars.remove_task(self.shown.pop(job))
+            self.say(f"{job.name} ended: {states.pop(job)}")
+        for job, state in states.items():
+            if job not in self.shown:
+                self.shown[job] = self.bars.add_task("", total=job.work or None)
+                self.say(f"{job.name} begins: {state}")
+            text = f"{job.name} {state}"
+            self.bars.update(self.shown[job], completed=self.done[job.name], description=text)
+        done = sum(self.done.values())
+        left = self._left(done)
+        self.bars.update(self.whole, completed=done, description=f"all{left}")
+        if not self.console.is_terminal and time.monotonic() >= self.next_line:
+            self.next_line = time.monotonic() + self.line_seconds
+            text = "; ".join(f"{job.name} {state}" for job, state in states.items())
+            self.say(f"{done / self.total:.0%} done{left}: {text}")
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.bar.stop()
+    def say(self, text: str) -> None:
+        """Prints a line, above the bars where there are any."""
+        self.console.print(text, soft_wrap=True, highlight=False, markup=False)
 
-    def update(self, active: Sequence[Training]) -> None:
-        """Shows the trainings that are active now."""
-        names = [training.name for training in active]
-        for name in [name for name in self.shown if name not in names]:
-            self._read(name)
-            self.bar.remove_task(self.shown.pop(name))
-            self._say(name, f"ended after step {self.steps[name]}")
-        for name in names:
-            self._read(name)
-            if name not in self.shown:
-                self.shown[name] = self.bar.add_task(name, total=self.trainings[name].steps)
-                self._say(name, f"begins after step {self.steps[name]}")
-            self.bar.update(self.shown[name], completed=self.steps[name])
-        self.bar.update(self.whole, completed=sum(self.steps.values()))
-
-    def _read(self, name: str) -> None:
-        self.steps[name] = steps_done(self.trainings[name].directory)
-
-    def _say(self, name: str, text: str) -> None:
-        done = f"{sum(self.steps.values())}/{sum(t.steps for t in self.trainings.values())}"
-        self.console.print(f"{name} {text} ({done} of all)", soft_wrap=True, highlight=False)
-
-
-def steps_done(run: RunDirectory) -> int:
-    """The last complete row's step, from the end of a file that may be large and growing."""
-    if not run.metrics_path.exists():
-        return 0
-    with run.metrics_path.open("rb") as file:
-        file.seek(max(0, run.metrics_path.stat().st_size - TAIL_BYTES))
-        lines = file.read().split(b"\n")[:-1]
-    return int(json.loads(lines[-1])["step"]) if lines else 0
+    def _left(self, done: int) -> str:
+        """Returns the remaining time at the speed so far, for a sentence."""
+        if done == self.done_before:
+            return ""
+        speed = (done - self.done_before) / (time.monotonic() - self.started)
+        return f", about {timedelta(seconds=round((self.total - done) / speed))} left"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from poweropd.evaluation.metrics import Estimate, avg_values, estimate_over_seeds, pass_values
 from poweropd.runs.directory import RunDirectory
 from poweropd.sweep import paper
-from poweropd.sweep.cells import Training
+from poweropd.sweep.jobs import Training
 
 MEAN = "mean"  # over the benchmarks
 LAST_PART = 10  # the training's end: its last tenth of steps
@@ -51,19 +51,17 @@ class Row:
 
 
 def table_rows(
-    trainings: Sequence[Training], snr: int, failed: Mapping[str, str], best: bool = False
+    trainings: Sequence[Training], failed: Mapping[str, str], best: bool = False
 ) -> list[Row]:
     """A row for each cell; figures of each run's last step or, if `best`, of its best one."""
     cells: dict[str, list[Training]] = {}
     for training in trainings:
         cells.setdefault(training.cell, []).append(training)
-    return [_row(cell, group, snr, failed, best) for cell, group in cells.items()]
+    return [_row(cell, group, failed, best) for cell, group in cells.items()]
 
 
-def _row(
-    cell: str, group: Sequence[Training], snr: int, failed: Mapping[str, str], best: bool
-) -> Row:
-    done = [training for training in group if training.is_finished(snr)]
+def _row(cell: str, group: Sequence[Training], failed: Mapping[str, str], best: bool) -> Row:
+    done = [training for training in group if training.is_finished()]
     found = [evaluation(training, best) for training in done]
     figures = over_seeds([one for one in found if one])
     return Row(

@@ -1,8 +1,8 @@
-"""Runs the trainings of a sweep, each in a process of its own, and says how far they are.
+"""Runs the jobs of a sweep, each in a process of its own, and says how far they are.
 
-A crash ends one training and no other. SIGINT, SIGTERM and SIGHUP are passed on to the trainings,
-which write a checkpoint; the same command goes on from there. A disk that is full ends
-the sweep, since every further training would fail on it.
+A crash ends one job and no other. SIGINT, SIGTERM and SIGHUP are passed on to the trainings, which
+write a checkpoint; the same command goes on from there. A disk that is full ends the sweep, since
+every further job would fail on it.
 """
 
 import errno
@@ -14,18 +14,17 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import IO
 
 import torch
 
 from poweropd.errors import UsageError
 from poweropd.runs.directory import RunDirectory, write_atomically
-from poweropd.sweep.cells import Training
+from poweropd.sweep.jobs import Job, Training
 from poweropd.sweep.progress import SweepProgress
 
 DEFINITION = "runs.json"
@@ -40,32 +39,24 @@ PROBE_BYTES = 1 << 20
 
 @dataclass
 class SweepOutcome:
-    """How a sweep's trainings ended: name -> why, for those that failed."""
+    """How the jobs of a sweep ended."""
 
-    failed: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # name -> why
     unfinished: list[str] = field(default_factory=list)
     interrupted_by: int | None = None  # signal number
     disk_full: bool = False
 
 
-def check_snr(trainings: Sequence[Training]) -> None:
-    """UsageError where a training's gradients could not be compared with the exact one."""
-    for config in (training.config for training in trainings):
-        if config.teacher.place != "in process" or config.only_teacher.offload:
-            raise UsageError(
-                "--snr: the exact gradient needs a single teacher in this process, not offloaded; "
-                "leave --snr out, or change the recipe's teacher"
-            )
+def claim(out: Path, trainings: Sequence[Training], options: Mapping[str, int]) -> None:
+    """Takes a directory for a sweep, with all its run directories, or goes on in it.
 
-
-def claim(out: Path, trainings: Sequence[Training], snr: int) -> None:
-    """Takes a directory for this sweep, with all run directories, or goes on in it.
-
-    The same sweep may have grown by cells or seeds. Raises UsageError where `out` holds other
-    runs, or other configurations under the same names, or something else.
+    The same sweep may have grown by cells or seeds. `options` are those of the command line that
+    must stay the same and that no run's configuration shows. Raises UsageError if `out` holds
+    other runs, or other configurations under the same names, or something else.
     """
     path = out / DEFINITION
     names = [training.name for training in trainings]
+    definition = json.dumps({**options, "runs": names}, indent=2) + "\n"
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
         missing = [name for name in found["runs"] if name not in names]
@@ -74,21 +65,27 @@ def claim(out: Path, trainings: Sequence[Training], snr: int) -> None:
                 f"--out: {out} holds another sweep, with {', '.join(missing[:3])}"
                 f"{', ...' if len(missing) > 3 else ''}: name its cells too, or choose another"
             )
-        if found["snr"] != snr:
-            raise UsageError(f"--snr: the sweep in {out} was begun with --snr {found['snr']}")
-    elif out.exists() and any(p.name != LOCK for p in out.iterdir()):
+        for key, value in options.items():
+            if found[key] != value:
+                raise UsageError(f"--{key}: the sweep in {out} was begun with --{key} {found[key]}")
+    elif any(not file.name.startswith(".") for file in out.iterdir()):
         raise UsageError(f"--out: {out} exists and holds no sweep; choose another")
+    else:
+        write_atomically(path, definition)  # a kill before the last run directory is made
     for training in trainings:
         try:
             RunDirectory.open(training.config)
         except UsageError as error:
             raise UsageError(f"--out: {out} holds another sweep: {error}") from None
-    write_atomically(path, json.dumps({"snr": snr, "runs": names}, indent=2) + "\n")
+    write_atomically(path, definition)
 
 
 @contextmanager
 def locked(out: Path) -> Iterator[IO[str]]:
-    """Keeps a second sweep out. Trainings inherit the lock: one left alone by a kill holds it."""
+    """Keeps a second sweep out; trainings inherit the lock, so one that a kill left alone holds it.
+
+    Raises UsageError if the directory is in use.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with (out / LOCK).open("w") as lock:
         try:
@@ -100,91 +97,124 @@ def locked(out: Path) -> Iterator[IO[str]]:
         yield lock
 
 
-def run_trainings(
-    trainings: Sequence[Training], parallel: int, snr: int, lock: IO[str]
-) -> SweepOutcome:
-    """Runs what is not finished, `parallel` at a time, and returns how it ended."""
-    runner = _Runner([t for t in trainings if not t.is_finished(snr)], parallel, snr, lock)
-    with runner.forwarding(), SweepProgress(trainings) as progress:
-        try:
-            while runner.waiting or runner.active:
-                runner.start()
-                runner.collect()
-                progress.update([training for training, _ in runner.active.values()])
-                time.sleep(POLL_SECONDS)
-        finally:  # leaves no training behind, whatever went wrong here
-            runner.stop()
-            for _, process in runner.active.values():
-                process.wait()
-    runner.outcome.unfinished = [t.name for t in trainings if not t.is_finished(snr)]
-    return runner.outcome
+@dataclass
+class JobRunner:
+    """Runs jobs, each in a process of its own, `parallel` at a time.
 
+    lock: the processes inherit it. threads: those of each job; its share of the cores if None.
+    line_seconds: between two lines of a log that say how far the jobs are.
+    """
 
-class _Runner:
-    def __init__(self, todo: list[Training], parallel: int, snr: int, lock: IO[str]) -> None:
-        self.waiting, self.parallel, self.snr, self.lock = deque(todo), parallel, snr, lock
-        self.active: dict[int, tuple[Training, subprocess.Popen[bytes]]] = {}  # by slot
+    jobs: Sequence[Job]
+    parallel: int
+    lock: IO[str]
+    threads: int | None = None
+    line_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        self.waiting = deque(job for job in self.jobs if not job.is_finished())
+        self.active: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}  # by slot
+        self.progress = SweepProgress(self.jobs, self.line_seconds)
         self.outcome, self.stopping = SweepOutcome(), False
 
-    def start(self) -> None:
+    def run(self) -> SweepOutcome:
+        """Runs what is not finished and returns how it ended."""
+        count = f"{len(self.waiting)} of {len(self.jobs)} jobs are left, {self.parallel} at a time"
+        self.progress.say(f"{count}; each writes its output to {LOG} in its directory")
+        with self.progress.bars, received_signals() as received:
+            try:
+                while self.waiting or self.active:
+                    if received:
+                        self.outcome.interrupted_by = received[-1]
+                        received.clear()  # make and the terminal may both send one
+                        self._stop()
+                    self._start()
+                    self._collect()
+                    self.progress.update([job for job, _ in self.active.values()])
+                    time.sleep(POLL_SECONDS)
+            finally:  # leaves no process behind, whatever went wrong here
+                self._stop()
+                for _, process in self.active.values():
+                    process.wait()
+                    end_group(process)
+        self.outcome.unfinished = [job.name for job in self.jobs if not job.is_finished()]
+        return self.outcome
+
+    def _start(self) -> None:
+        """Starts waiting jobs in all free slots."""
         for slot in range(self.parallel):
-            if self.waiting and slot not in self.active:
-                training = self.waiting.popleft()
-                self.active[slot] = training, self._process(training, slot)
+            if not self.waiting or slot in self.active:
+                continue
+            job = self.waiting.popleft()
+            job.path.mkdir(parents=True, exist_ok=True)
+            with (job.path / LOG).open("ab") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "poweropd", *job.arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=process_environment(slot, self.parallel, self.threads),
+                    pass_fds=[self.lock.fileno()],
+                    start_new_session=True,  # a Ctrl-C reaches it through us, once
+                )
+            self.active[slot] = job, process
 
-    def _process(self, training: Training, slot: int) -> subprocess.Popen[bytes]:
-        run = training.directory
-        command = [sys.executable, "-m", "poweropd", "sweep-run", str(run.config_path)]
-        with (run.path / LOG).open("ab") as log:
-            return subprocess.Popen(
-                [*command, "--snr", str(self.snr)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=process_environment(slot, self.parallel),
-                pass_fds=[self.lock.fileno()],
-                start_new_session=True,  # a Ctrl-C reaches it through us, once
-            )
-
-    def collect(self) -> None:
+    def _collect(self) -> None:
         """Takes note of what ended."""
-        for slot, (training, process) in list(self.active.items()):
+        for slot, (job, process) in list(self.active.items()):
             if process.poll() is None:
                 continue
+            end_group(process)
             del self.active[slot]
             if process.returncode and not self.stopping:
-                self.outcome.failed[training.name] = reason(training, process.returncode)
-                if disk_is_full(training):
+                self.outcome.failed[job.name] = why = reason(job.path, process.returncode)
+                self.progress.say(f"{job.name} failed: {why}")
+                if disk_is_full(job.path):
                     self.outcome.disk_full = True
-                    self.stop()
+                    self._stop()
 
-    def stop(self) -> None:
+    def _stop(self) -> None:
         """Starts nothing more and asks the active trainings to write a checkpoint."""
         self.stopping = True
         self.waiting.clear()
         for _, process in self.active.values():
             process.send_signal(signal.SIGTERM)
 
-    @contextmanager
-    def forwarding(self) -> Iterator[None]:
-        def handle(number: int, frame: FrameType | None) -> None:
-            self.outcome.interrupted_by = number
-            self.stop()
 
-        # Under nohup, a hang-up is to be ignored.
-        kept = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-        previous = {number: signal.signal(number, handle) for number in {*SIGNALS} - kept}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+@contextmanager
+def received_signals() -> Iterator[list[int]]:
+    """Collects signals that ask for an end; a hang-up is left out if it is ignored, as by nohup."""
+    received: list[int] = []
+    ignored = {number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN}
+    handlers = {
+        number: signal.signal(number, lambda number, frame: received.append(number))
+        for number in {*SIGNALS} - (ignored & {signal.SIGHUP})
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-def process_environment(slot: int, parallel: int, gpus: int | None = None) -> dict[str, str]:
-    """Environment of a training: its share of the cores and, of several GPUs, its own."""
-    cores = len(os.sched_getaffinity(0))
-    shared = {"OMP_NUM_THREADS": str(max(1, cores // parallel)), **os.environ}
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """Kills what a process that has ended left behind, such as the workers of its grader."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # it began a session, so its group has its number
+
+
+def process_environment(
+    slot: int, parallel: int, threads: int | None = None, gpus: int | None = None
+) -> dict[str, str]:
+    """Returns the environment of a job: its threads and, of several GPUs, its own.
+
+    Without `threads`, OMP_NUM_THREADS is kept or, if there is none, is the job's share of the
+    cores. `gpus`: how many there are; torch is asked if None.
+    """
+    share = max(1, len(os.sched_getaffinity(0)) // parallel)
+    shared = {"OMP_NUM_THREADS": str(share), **os.environ}
+    if threads is not None:
+        shared["OMP_NUM_THREADS"] = str(threads)
     gpus = torch.cuda.device_count() if gpus is None else gpus
     if gpus < 2 or parallel == 1:
         return shared
@@ -192,19 +222,19 @@ def process_environment(slot: int, parallel: int, gpus: int | None = None) -> di
     return {**shared, "CUDA_VISIBLE_DEVICES": visible.split(",")[slot % gpus]}
 
 
-def reason(training: Training, status: int) -> str:
-    """The error that a failed training ended with."""
-    lines = _log(training).strip().splitlines() or [""]
+def reason(path: Path, status: int) -> str:
+    """Returns the error that a failed job ended with, by the log in its directory."""
+    lines = _log(path).strip().splitlines() or [""]
     said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1])
     how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
     return f"{how}: {said.removeprefix('error: ')}"
 
 
-def disk_is_full(training: Training) -> bool:
-    """Whether a failed training says so or, where even its log could not grow, a probe does."""
-    if any(os.strerror(number) in _log(training) for number in FULL):
+def disk_is_full(path: Path) -> bool:
+    """Returns whether a failed job says so or, if even its log could not grow, a probe does."""
+    if any(os.strerror(number) in _log(path) for number in FULL):
         return True
-    probe = training.directory.path / ".probe"
+    probe = path / ".probe"
     try:
         probe.write_bytes(b"0" * PROBE_BYTES)
     except OSError as error:
@@ -214,9 +244,9 @@ def disk_is_full(training: Training) -> bool:
     return False
 
 
-def _log(training: Training) -> str:
-    """The end of a training's log."""
-    path = training.directory.path / LOG
+def _log(path: Path) -> str:
+    """Returns the end of the log in a job's directory."""
+    path = path / LOG
     with path.open("rb") as log:
         log.seek(max(0, path.stat().st_size - 2**14))
         return log.read().decode("utf-8", errors="replace")

@@ -1,0 +1,128 @@
+"""The jobs of a sweep, a process each: trainings with what is measured of them, and evaluations."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from poweropd.config import Config
+from poweropd.evaluation.settings import EvaluationSettings
+from poweropd.runs.directory import RunDirectory, read_jsonl, write_atomically
+
+TAIL_BYTES = 1 << 16  # of metrics.jsonl: several rows
+STEPS_OF_A_BATCH = 4  # optimizer steps that take about as long as one batch of a measurement
+OPTIONS = ("n", "max_new_tokens", "temperature", "top_p", "top_k", "seed")  # of poweropd eval
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is measured of a training as soon as it has done `step` optimizer steps."""
+
+    step: int
+    batches: int = 0  # of fresh rollouts, for the gradient's signal-to-noise ratio
+    cosine: bool = False  # whether their gradients are also compared with the exact one
+    problems: int = 0  # of the embedded task, for the student to solve
+
+
+class Training:
+    """One run of a sweep; its measurements are in the order of their steps."""
+
+    def __init__(self, cell: str, config: Config, measurements: Sequence[Measurement] = ()) -> None:
+        self.cell, self.seed, self.config = cell, config.train.seed, config
+        self.measurements, self.steps = measurements, config.train.steps
+        self.directory = RunDirectory(config.run.dir)
+        self.path, self.name = self.directory.path, self.directory.path.name
+        self.points_path = self.path / "points.jsonl"
+        self.gradients_path = self.path / "gradients.json"
+        self.work = self.steps + STEPS_OF_A_BATCH * sum(one.batches for one in measurements)
+        wanted = [f"--measure={json.dumps(asdict(one))}" for one in measurements]
+        self.arguments = ["sweep-run", str(self.directory.config_path), *wanted]
+
+    def progress(self) -> tuple[int, str]:
+        """Returns how much of `work` is done, and the steps and the last accuracy as text."""
+        steps, points = steps_done(self.directory), self.points()
+        text = f"{steps} of {self.steps} steps"
+        for figures in [one for one in points.values() if "accuracy" in one][-1:]:
+            text += f", accuracy {figures['accuracy']:.3f}"
+        return steps + STEPS_OF_A_BATCH * sum(one.batches for one in points), text
+
+    def is_finished(self) -> bool:
+        """Returns whether the training is complete and was measured at its end."""
+        last = self.measurements[-1:]
+        return self.directory.final.exists() and all(one in self.points() for one in last)
+
+    def points(self) -> dict[Measurement, dict[str, float]]:
+        """Returns what was measured so far: each measurement's figures by their names."""
+        rows = read_jsonl(self.points_path)
+        return {Measurement(**row["measurement"]): row["figures"] for row in rows}
+
+    def gradients(self) -> dict[str, dict[str, float]]:
+        """Returns the figures of the gradients at the "start" and the "end", if measured."""
+        return json.loads(self.gradients_path.read_text()) if self.gradients_path.exists() else {}
+
+    def record(self, measurement: Measurement, figures: Mapping[str, float]) -> None:
+        """Appends a measurement; reports find the gradients of both ends in a file of their own."""
+        when = {0: "start", self.steps: "end"}.get(measurement.step)
+        quality = {key: value for key, value in figures.items() if key.startswith("gradient_")}
+        if when and quality:
+            found = self.gradients() | {when: quality}
+            write_atomically(self.gradients_path, json.dumps(found, indent=2) + "\n")
+        with self.points_path.open("a", encoding="utf-8") as file:
+            row = {"measurement": asdict(measurement), "figures": dict(figures)}
+            file.write(json.dumps(row) + "\n")
+
+    def completions_path(self, measurement: Measurement) -> Path:
+        """Returns the file with the completions of a measurement's problems."""
+        folder = self.directory.evaluations / f"step-{measurement.step}"
+        return folder / f"{measurement.problems}-problems.jsonl"
+
+
+class ShippedModel:
+    """The evaluation of an embedded model as it is shipped, by `poweropd eval`."""
+
+    work = 0  # next to nothing beside a training's
+
+    def __init__(self, name: str, path: Path, problems: int, settings: EvaluationSettings) -> None:
+        self.name, self.path, self.problems = name, path, problems
+        self.results_path = path / "results.json"
+        values = asdict(settings)
+        self.arguments = [
+            *("eval", f"embedded:{name}", "--dtype=float32"),
+            *("--benchmark=embedded", f"--limit={problems}"),
+            *(f"--{key.replace('_', '-')}={values[key]}" for key in OPTIONS),
+            *(f"--out={path}", f"--json={self.results_path}"),
+        ]
+
+    def progress(self) -> tuple[int, str]:
+        """Returns how much of `work` is done, and the number of problems as text."""
+        accuracy = f", accuracy {self.figures()['accuracy']:.3f}" if self.is_finished() else ""
+        return 0, f"{self.problems} problems{accuracy}"
+
+    def is_finished(self) -> bool:
+        """Returns whether there are figures."""
+        return self.results_path.exists()
+
+    def figures(self) -> dict[str, float]:
+        """Returns the accuracy, and the mean length of completions in tokens."""
+        found = json.loads(self.results_path.read_text("utf-8"))["results"]["embedded"]
+        accuracy, length = found["avg_at_k"]["mean"], found["mean_length"]["mean"]
+        return {"accuracy": accuracy, "mean_length": length}
+
+
+Job = Training | ShippedModel
+
+
+def solving(config: Config) -> EvaluationSettings:
+    """Returns how measurements sample: one completion a problem, from the whole vocabulary."""
+    length = config.rollout.max_new_tokens
+    return EvaluationSettings(n=1, max_new_tokens=length, top_p=1.0, top_k=0)
+
+
+def steps_done(run: RunDirectory) -> int:
+    """Returns the last complete row's step, from the end of a file that may be large and grow."""
+    if not run.metrics_path.exists():
+        return 0
+    with run.metrics_path.open("rb") as file:
+        file.seek(max(0, run.metrics_path.stat().st_size - TAIL_BYTES))
+        lines = file.read().split(b"\n")[:-1]
+    return int(json.loads(lines[-1])["step"]) if lines else 0
