@@ -1,6 +1,5 @@
 """What `poweropd eval` does, for a model or for completions from elsewhere."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from poweropd.evaluation.metrics import summarize
 from poweropd.evaluation.runner import evaluate, load_subject
 from poweropd.evaluation.settings import BATCH_SIZE, EvaluationSettings
 from poweropd.grading.grader import Grader
-from poweropd.runs.directory import write_atomically
+from poweropd.runs.files import write_json
 
 UNKNOWN_STOP = "unknown"
 
@@ -140,7 +139,7 @@ def show_results(report: Mapping[str, Any], json_file: Path | None, compare: Pat
     if compare is not None:
         console.print(results.comparison_table(found, results.read_results(compare), compare.stem))
     if json_file is not None:
-        write_atomically(json_file, json.dumps(report, indent=2) + "\n")
+        write_json(json_file, report)
         console.print(f"figures: {json_file}", soft_wrap=True)
     if "completions" in report:
         console.print(f"completions: {report['completions']}", soft_wrap=True)

@@ -51,7 +51,7 @@ class Measured:
             raise UsageError(f"--measured: {run.metrics_path} holds no step with its seconds")
         rows = rows[WARM_UP:] or rows
         return cls(
-            config=Config.load(run.config_path),
+            config=run.config(),
             rollout=_median(rows, "seconds/rollout"),
             busy=median(row["seconds/score"] + row["seconds/update"] for row in rows),
             sync=_median(rows, "seconds/sync"),

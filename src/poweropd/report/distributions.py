@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from poweropd.report.curves import Row, hovering, overlay
+from poweropd.report.curves import hovering, overlay
 from poweropd.report.runs import RecordedRun
-from poweropd.report.theme import TEXT, Figure, position_axis, signed_axis
+from poweropd.report.theme import TEXT, Figure, position_axis, rounded, signed_axis
 from poweropd.runs.bins import (
     NUM_POSITIONS,
     NUM_VALUES,
@@ -22,7 +22,8 @@ from poweropd.runs.bins import (
     quantile,
     value_ends,
 )
-from poweropd.runs.statistics import STEPS_PER_BLOCK, UNIT
+from poweropd.runs.files import JsonObject
+from poweropd.runs.statistics import STEPS_PER_BLOCK, UNIT, grouped
 
 EARLY = 16  # positions that count as early
 FAR = 4.0  # nats: the log ratio of a token beyond this is extreme
@@ -47,7 +48,7 @@ class Plot:
     key: str
     title: str
     description: str
-    rows: Callable[[RecordedRun], Iterator[Row]]
+    rows: Callable[[RecordedRun], Iterator[JsonObject]]
     x: str
     x_axis: tuple[str, str]  # kind of AXES, title
     y_axis: tuple[str, str | None] = ("signed", None)
@@ -91,76 +92,64 @@ def counts(run: RecordedRun, quantity: str) -> Counts:
     return cells
 
 
-def _rounded(value: float) -> float | None:
-    return float(f"{value:.4g}") if np.isfinite(value) else None
-
-
-def _reward_rows(run: RecordedRun) -> Iterator[Row]:
+def _reward_rows(run: RecordedRun) -> Iterator[JsonObject]:
     """From the lowest to the highest bin that is not empty; an empty one between has no share."""
     cells = counts(run, "reward").sum(0)
     filled = cells.nonzero()[0]
     lows = value_ends()[0]
     for place in range(filled.min(), filled.max() + 1) if len(filled) else []:
-        share = _rounded(cells[place] / cells.sum()) or None
-        yield {"run": run.name, "reward": _rounded(lows[place]), "value": share}
+        share = rounded(cells[place] / cells.sum()) or None
+        yield {"run": run.name, "reward": rounded(lows[place]), "value": share}
 
 
-def _tail(side: int) -> Callable[[RecordedRun], Iterator[Row]]:
+def _tail(side: int) -> Callable[[RecordedRun], Iterator[JsonObject]]:
     """Share of tokens beyond each bin edge from 2^-4 on, below minus it for side -1."""
 
-    def rows(run: RecordedRun) -> Iterator[Row]:
+    def rows(run: RecordedRun) -> Iterator[JsonObject]:
         cells = counts(run, "log_ratio").sum(0)[::side]
         beyond = np.cumsum(cells[::-1])[::-1]  # [V] tokens in this bin or further out
         for edge, number in zip(VALUE_EDGES[ZERO_BIN:], beyond[ZERO_BIN + 1 :], strict=True):
             if edge >= 2**-4 and number:
-                share = _rounded(number / cells.sum())
-                yield {"run": run.name, "x": _rounded(edge), "value": share}
+                share = rounded(number / cells.sum())
+                yield {"run": run.name, "x": rounded(edge), "value": share}
 
     return rows
 
 
-def _totals(run: RecordedRun) -> list[dict[str, Any]]:
-    """Of each position bin over all steps."""
-    table = run.rewards.positions
-    ways = [
-        (name, name[-3:] if name.endswith(("_min", "_max")) else "sum")
-        for name in table.column_names
-        if name not in ("step", "position")
-    ]
-    grouped = table.group_by("position").aggregate(ways).sort_by("position").to_pylist()
-    named = {f"{name}_{way}": name for name, way in ways} | {"position": "position"}
-    return [{named[key]: value for key, value in row.items()} for row in grouped]
+def _totals(run: RecordedRun) -> list[JsonObject]:
+    """Returns the statistics of each position bin over all steps."""
+    return grouped(run.rewards.positions.drop_columns("step"), ["position"]).to_pylist()
 
 
-def _extremes(end: str, q: float) -> Callable[[RecordedRun], Iterator[Row]]:
-    def rows(run: RecordedRun) -> Iterator[Row]:
+def _extremes(end: str, q: float) -> Callable[[RecordedRun], Iterator[JsonObject]]:
+    def rows(run: RecordedRun) -> Iterator[JsonObject]:
         cells = dict(zip(POSITION_STARTS.tolist(), counts(run, "reward"), strict=True))
         for row in _totals(run):
             base = {"run": run.name, "position": row["position"]}
-            inner = _rounded(quantile(cells[row["position"]], q))
+            inner = rounded(quantile(cells[row["position"]], q))
             yield {**base, "kind": f"{q:.0%} quantile", "value": inner}
-            yield {**base, "kind": "extreme", "value": _rounded(row[f"reward_{end}"])}
+            yield {**base, "kind": "extreme", "value": rounded(row[f"reward_{end}"])}
 
     return rows
 
 
-def _entropies(run: RecordedRun) -> Iterator[Row]:
+def _entropies(run: RecordedRun) -> Iterator[JsonObject]:
     for row in _totals(run):
         base = {"run": run.name, "position": row["position"]}
         mean = row["entropy_sum"] * UNIT / row["count"]
-        yield {**base, "kind": "student", "value": _rounded(mean)}
+        yield {**base, "kind": "student", "value": rounded(mean)}
         if row["teacher_count"]:
             mean = row["teacher_entropy_sum"] * UNIT / row["teacher_count"]
-            yield {**base, "kind": "teacher", "value": _rounded(mean)}
+            yield {**base, "kind": "teacher", "value": rounded(mean)}
 
 
-def _agreement(run: RecordedRun) -> Iterator[Row]:
+def _agreement(run: RecordedRun) -> Iterator[JsonObject]:
     for row in _totals(run):
         base = {"run": run.name, "position": row["position"]}
         if row["teacher_count"]:
             both = row["both_top1"] / row["teacher_count"]
-            yield {**base, "kind": "both", "value": _rounded(both)}
-        yield {**base, "kind": "student", "value": _rounded(row["top1"] / row["count"])}
+            yield {**base, "kind": "both", "value": rounded(both)}
+        yield {**base, "kind": "student", "value": rounded(row["top1"] / row["count"])}
 
 
 def _buckets(steps: NDArray[Any]) -> NDArray[Any]:
@@ -172,16 +161,16 @@ def _buckets(steps: NDArray[Any]) -> NDArray[Any]:
 
 def _early_and_later(
     run: RecordedRun, table: pa.Table, of: Callable[[NDArray[np.bool_]], float]
-) -> Iterator[Row]:
+) -> Iterator[JsonObject]:
     """`of` a table's rows of early and of later positions, in each bucket of steps."""
     buckets, early = _buckets(table["step"].to_numpy()), table["position"].to_numpy() < EARLY
     for kind, where in ((f"positions 0-{EARLY - 1}", early), ("later positions", ~early)):
         for bucket in np.unique(buckets[where]).tolist():
-            value = _rounded(of(where & (buckets == bucket)))
+            value = rounded(of(where & (buckets == bucket)))
             yield {"run": run.name, "kind": kind, "step": bucket, "value": value}
 
 
-def _far(run: RecordedRun) -> Iterator[Row]:
+def _far(run: RecordedRun) -> Iterator[JsonObject]:
     table = run.rewards.histogram
     table = table.filter(pc.equal(table["quantity"], "log_ratio"))
     low, high = value_ends()
@@ -190,7 +179,7 @@ def _far(run: RecordedRun) -> Iterator[Row]:
     return _early_and_later(run, table, lambda own: far[own].sum() / number[own].sum())
 
 
-def _lowest(run: RecordedRun) -> Iterator[Row]:
+def _lowest(run: RecordedRun) -> Iterator[JsonObject]:
     table = run.rewards.positions
     lowest = table["reward_min"].to_numpy()
     return _early_and_later(run, table, lambda own: lowest[own].min())

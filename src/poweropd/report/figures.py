@@ -2,19 +2,17 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import altair
 
-from poweropd.report.theme import CONFIG, png, run_colour, write_aside
+from poweropd.report.theme import CONFIG, png, run_colour
+from poweropd.runs.files import JsonObject, write_atomically
 
 WIDTH, HEIGHT = 230, 200
 
 
-def save_demo(
-    points: Sequence[dict[str, Any]], steps: Sequence[dict[str, Any]], path: Path
-) -> None:
-    """The demo's picture: accuracy, gradient SNR and reward extremes over steps, by reward.
+def save_demo(points: Sequence[JsonObject], steps: Sequence[JsonObject], path: Path) -> None:
+    """Draws the demo's picture: accuracy, gradient SNR and reward extremes over steps, by reward.
 
     `points`: step, reward, seed, accuracy, gradient_snr. `steps`: step, reward, seed, lowest.
     Thin lines are seeds, thick lines their means.
@@ -25,11 +23,11 @@ def save_demo(
         _over_steps(steps, "lowest", "lowest reward of a step", altair.Scale(type="symlog")),
     ]
     chart = altair.hconcat(*charts).resolve_scale(color="shared")
-    write_aside(path, png(chart.to_dict() | {"config": CONFIG}))
+    write_atomically(path, png(chart.to_dict() | {"config": CONFIG}))
 
 
 def _over_steps(
-    rows: Sequence[dict[str, Any]], field: str, title: str, scale: altair.Scale
+    rows: Sequence[JsonObject], field: str, title: str, scale: altair.Scale
 ) -> altair.LayerChart:
     named = [{**row, "run": row["reward"]} for row in rows]
     names = list(dict.fromkeys(row["reward"] for row in rows))

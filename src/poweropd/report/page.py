@@ -12,8 +12,8 @@ from markupsafe import Markup
 
 from poweropd.report import curves, distributions, heatmaps, samples, tables
 from poweropd.report.runs import RecordedRun, read_runs
-from poweropd.report.theme import COLOURS, Figure, write_aside
-from poweropd.runs.directory import write_atomically
+from poweropd.report.theme import COLOURS, Figure
+from poweropd.runs.files import write_atomically
 
 Section = tuple[str, str, list[Figure]]  # heading, introduction, figures
 
@@ -123,5 +123,5 @@ def write_report(paths: Sequence[Path], out: Path, png: Path | None) -> list[Pat
         png.mkdir(parents=True, exist_ok=True)
         for figure in (figure for _, _, figures in made for figure in figures):
             written.append(png / f"{figure.key}.png")
-            write_aside(written[-1], figure.png())
+            write_atomically(written[-1], figure.png())
     return written

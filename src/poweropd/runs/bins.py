@@ -1,9 +1,10 @@
 """Fixed bins of completion positions and of token values, the same in every run and on every shard.
 
-Counts in fixed bins merge by addition, so statistics of parts of a step are exactly those of the
-whole. Positions have a bin each up to 32 and four per octave from there; values (rewards, log
-ratios) four per octave of magnitude from 2^-14 to 2^10, one for what is nearer to 0, and one for
-what lies beyond either end. A quantile is thus known to 19% of its magnitude, or to 2^-13 near 0.
+Counts in fixed bins merge by addition, so the statistics of the parts of a step add up to exactly
+those of the whole. Every position below 32 has its own bin; from there on, an octave has four bins.
+Values (rewards, log ratios) have four bins per octave of magnitude from 2^-14 to 2^10, one bin for
+what is nearer to 0, and one for what lies beyond either end. So a quantile is known to 19% of its
+magnitude, or to 2^-13 near 0.
 """
 
 import numpy as np
@@ -39,17 +40,17 @@ _STARTS, _EDGES = torch.from_numpy(POSITION_STARTS), torch.from_numpy(VALUE_EDGE
 
 
 def position_bins(positions: Tensor) -> Tensor:
-    """[N] bin of each completion position >= 0, int64."""
+    """Returns the [N] bins of completion positions >= 0, int64."""
     return torch.bucketize(positions.long(), _STARTS, right=True) - 1
 
 
 def value_bins(values: Tensor) -> Tensor:
-    """[N] bin of each float32 value, int64; infinities are in the open bins."""
+    """Returns the [N] bins of float32 values, int64; infinities are in the open bins."""
     return torch.bucketize(values, _EDGES, right=True)
 
 
 def value_ends() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """[V] lower and upper end of each value bin; the open ones end where they begin."""
+    """Returns the [V] lower and upper ends of the value bins; open bins end where they begin."""
     return (
         np.concatenate([VALUE_EDGES[:1], VALUE_EDGES]),
         np.concatenate([VALUE_EDGES, VALUE_EDGES[-1:]]),
@@ -57,10 +58,10 @@ def value_ends() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 
 
 def quantile(counts: ArrayLike, q: float) -> float:
-    """The q-quantile of values whose bins hold `counts` [V]; NaN where they hold none.
+    """Returns the q-quantile of values whose bins hold `counts` [V]; NaN if they hold none.
 
-    It lies in the bin of the exact one (the smallest value with at least q of all values not above
-    it), interpolated within, so it is off by less than that bin's width.
+    It is interpolated within the bin of the exact quantile (the smallest value with at least q of
+    all values not above it), so it is off by less than that bin's width.
     """
     cumulative = np.cumsum(np.asarray(counts, dtype=np.int64))
     total = cumulative[-1]

@@ -18,7 +18,7 @@ from pyarrow import parquet
 from torch import Tensor
 
 from poweropd.runs import statistics
-from poweropd.runs.directory import replaced_directory
+from poweropd.runs.files import replaced_directory
 from poweropd.runs.statistics import TrainedTokens
 
 STEPS_PER_PART = 100  # at most: a part also ends at a checkpoint, and when training ends

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from poweropd.runs.bins import NUM_POSITIONS, NUM_VALUES, POSITION_STARTS, position_bins, value_bins
 
-UNIT = 2.0**-30  # of all sums
-LARGEST_IN_SUMS = 2.0**16  # larger values, such as a teacher's minus infinity, count as this
-STEPS_PER_BLOCK = 10  # of the histograms, which would be large if they were kept for every step
+UNIT = 2.0**-30  # the unit of all sums
+LARGEST_IN_SUMS = 2.0**16  # a larger magnitude, such as that of minus infinity, counts as this
+STEPS_PER_BLOCK = 10  # one histogram for so many steps; one for each step would be large
 
 
 class TrainedTokens(Protocol):
-    """What is recorded of N trained tokens: [N] on the CPU each, float32 but for `positions`."""
+    """What is recorded of N trained tokens: [N] tensors on the CPU, float32 except `positions`."""
 
     @property
     def positions(self) -> Tensor: ...
@@ -41,8 +41,8 @@ class TrainedTokens(Protocol):
 
 
 #: One row per optimizer step (from 1) and bin of positions, named by its first position.
-#: `top1` counts tokens that are the student's most probable ones; `teacher_*` and `both_top1` are
-#: null where the teacher gave log-probabilities alone, else about `teacher_count` tokens.
+#: `top1` counts the tokens that the student finds most probable. `teacher_*` and `both_top1` are
+#: about `teacher_count` tokens, and null where the teacher gave log-probabilities alone.
 POSITIONS = pa.schema(
     [
         *((name, pa.int32()) for name in ("step", "position", "count")),
@@ -72,13 +72,13 @@ _KEYS = {"step", "position", "quantity", "value_bin"}
 
 
 def log_ratios(tokens: TrainedTokens) -> Tensor:
-    """[N] ln t - ln p, 0 where they are equal, be it minus infinity."""
+    """Returns [N] ln t - ln p, which is 0 where they are equal, even at minus infinity."""
     t, p = tokens.teacher_log_probs, tokens.student_log_probs
     return torch.where(t == p, 0.0, t - p)
 
 
 def position_table(step: int, tokens: TrainedTokens) -> pa.Table:
-    """Statistics of one step's tokens by completion position; schema POSITIONS."""
+    """Returns statistics of one step's tokens by completion position, with schema POSITIONS."""
     sums = _Sums(position_bins(tokens.positions))
     known = ~tokens.teacher_entropy.isnan()
     top1, teacher_top1 = tokens.top1 > 0, known & (tokens.teacher_top1 > 0)
@@ -105,21 +105,23 @@ def position_table(step: int, tokens: TrainedTokens) -> pa.Table:
 
 
 class _Sums:
-    """Of [N] values in [P] bins."""
+    """Sums and extremes of [N] values in [P] bins, which `bins` [N] names."""
 
     def __init__(self, bins: Tensor) -> None:
         self.bins = bins
 
     def of(self, values: Tensor) -> Tensor:
+        """Returns the [P] sums of the values, as integers."""
         return torch.zeros(NUM_POSITIONS, dtype=torch.int64).index_add_(0, self.bins, values.long())
 
     def extreme(self, values: Tensor, which: str) -> Tensor:
+        """Returns the [P] lowest ("amin") or highest ("amax") values; 0 in an empty bin."""
         start = torch.zeros(NUM_POSITIONS, dtype=values.dtype)
         return start.scatter_reduce_(0, self.bins, values, which, include_self=False)
 
 
 def _table(columns: Mapping[str, Tensor], present: Tensor, unknown: Tensor) -> pa.Table:
-    """The bins that are present, without the teacher's statistics where they are unknown."""
+    """Returns the bins that are present, with nulls for the teacher where it is unknown."""
     arrays = []
     for field in POSITIONS:
         mask = unknown[present].numpy() if field.name in _OF_TEACHER else None
@@ -128,13 +130,13 @@ def _table(columns: Mapping[str, Tensor], present: Tensor, unknown: Tensor) -> p
 
 
 def _fixed(values: Tensor) -> Tensor:
-    """Float values as integers in units of UNIT; NaN is 0."""
+    """Returns float values as integers in units of UNIT; NaN becomes 0."""
     limited = values.double().nan_to_num(0.0).clamp(-LARGEST_IN_SUMS, LARGEST_IN_SUMS)
     return (limited / UNIT).round().long()
 
 
 def histogram_table(step: int, tokens: TrainedTokens) -> pa.Table:
-    """How many of one step's tokens lie in each cell of position and value; schema HISTOGRAM."""
+    """Counts one step's tokens in each cell of position and value, with schema HISTOGRAM."""
     positions = position_bins(tokens.positions)
     block = (step - 1) // STEPS_PER_BLOCK * STEPS_PER_BLOCK + 1
     parts = []
@@ -156,16 +158,21 @@ def histogram_table(step: int, tokens: TrainedTokens) -> pa.Table:
 
 
 def merge(tables: Sequence[pa.Table], schema: pa.Schema) -> pa.Table:
-    """One table of several, or of none: a row for each cell, in the order of the keys."""
+    """Merges any number of tables into one: a row for each cell, in the order of the keys."""
     if not tables:
         return schema.empty_table()
     keys = [name for name in schema.names if name in _KEYS]
-    ways = [(name, _way(name)) for name in schema.names if name not in _KEYS]
-    grouped = pa.concat_tables(tables).group_by(keys, use_threads=False).aggregate(ways)
-    columns = [grouped[name] for name in keys] + [grouped[f"{name}_{way}"] for name, way in ways]
-    ordered = pa.table(columns, names=[*keys, *(name for name, _ in ways)])
-    return ordered.select(schema.names).sort_by([(k, "ascending") for k in keys]).cast(schema)
+    return grouped(pa.concat_tables(tables), keys).select(schema.names).cast(schema)
 
 
-def _way(name: str) -> str:
-    return name[-3:] if name.endswith(("_min", "_max")) else "sum"
+def grouped(table: pa.Table, keys: Sequence[str]) -> pa.Table:
+    """Returns one row for each value of the keys, in their order.
+
+    A column whose name ends in _min or _max keeps its extreme; every other one is added up.
+    """
+    names = [name for name in table.column_names if name not in keys]
+    ways = [name[-3:] if name.endswith(("_min", "_max")) else "sum" for name in names]
+    pairs = list(zip(names, ways, strict=True))
+    found = table.group_by(list(keys), use_threads=False).aggregate(pairs)
+    columns = [found[key] for key in keys] + [found[f"{name}_{way}"] for name, way in pairs]
+    return pa.table(columns, names=[*keys, *names]).sort_by([(k, "ascending") for k in keys])

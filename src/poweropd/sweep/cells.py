@@ -60,16 +60,8 @@ class Training:
     def steps(self) -> int:
         return self.config.train.steps
 
-    @property
-    def gradients_path(self) -> Path:
-        return self.directory.path / "gradients.json"
-
-    def gradients(self) -> dict[str, dict[str, float]]:
-        """What was measured of them at the "start" and the "end"; {} where nothing was."""
-        return json.loads(self.gradients_path.read_text()) if self.gradients_path.exists() else {}
-
     def is_finished(self, snr: int) -> bool:
-        return self.directory.final.exists() and (not snr or "end" in self.gradients())
+        return self.directory.final.exists() and (not snr or "end" in self.directory.gradients())
 
 
 def trainings(

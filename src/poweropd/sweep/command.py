@@ -8,10 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from poweropd.errors import RunError
-from poweropd.runs.directory import write_atomically
+from poweropd.runs.files import write_atomically
 from poweropd.sweep import results, runner, table
 from poweropd.sweep.cells import Training
-from poweropd.sweep.progress import steps_done
 from poweropd.sweep.runner import SweepOutcome
 
 
@@ -30,7 +29,7 @@ def print_trainings(trainings: Sequence[Training], snr: int) -> None:
     for column in ("cell", "seed", "directory", "steps done"):
         table.add_column(column, overflow="fold")
     for training in trainings:
-        state = "finished" if training.is_finished(snr) else steps_done(training.directory)
+        state = "finished" if training.is_finished(snr) else training.directory.steps_done()
         table.add_row(
             training.cell,
             str(training.seed),

@@ -31,8 +31,8 @@ from poweropd.evaluation.metrics import paired_bootstrap, problem_values
 from poweropd.evaluation.settings import EvaluationSettings
 from poweropd.grading.grader import Grader
 from poweropd.report import figures
-from poweropd.runs import directory
-from poweropd.runs.directory import write_atomically
+from poweropd.runs import files
+from poweropd.runs.files import write_json
 from poweropd.training import gradient_noise
 from poweropd.training.trainer import Trainer
 
@@ -110,7 +110,7 @@ def run_demo(out: Path, steps: int | None, num_problems: int, json_file: Path | 
     points, steps_taken = ([row for run in runs for row in run[key]] for key in ("points", "steps"))
     figures.save_demo(points, steps_taken, picture)
     for path in {out / "demo.json", json_file or out / "demo.json"}:
-        write_atomically(path, json.dumps(numbers, indent=2) + "\n")
+        write_json(path, numbers)
     console.print(demo_table(numbers))
     console.print(
         f"{time.perf_counter() - started:.0f} s in all\nrun directories: {out}/REWARD-seedN\n"
@@ -171,7 +171,7 @@ def train_job(job: Job) -> dict[str, Any]:
     started = time.perf_counter()
     trainer = Trainer(job.config(), progress=False)
     path = trainer.run.path / "points.jsonl"
-    measured = {point["step"] for point in directory.recover_jsonl(path)}
+    measured = {point["step"] for point in files.recover_jsonl(path)}
     for part in range(CURVE_POINTS + 1):
         step = job.steps * part // CURVE_POINTS
         if trainer.train(until=step).interrupted_by is not None:
@@ -180,11 +180,13 @@ def train_job(job: Job) -> dict[str, Any]:
             with path.open("a") as file:
                 file.write(json.dumps(measure_point(trainer, job)) + "\n")
             measured.add(step)
-    rows, points = trainer.run.metrics(), directory.read_jsonl(path)
+    rows, points = trainer.run.metrics(), files.read_jsonl(path)
     return {
         "reward": job.reward,
         "seed": job.seed,
-        **measure_accuracy(trainer.subject(), job.num_problems, trainer.run.evaluations / "final"),
+        **measure_accuracy(
+            trainer.subject(), job.num_problems, trainer.run.evaluations_path / "final"
+        ),
         "median_grad_norm": statistics.median(row["grad_norm"] for row in rows),
         "gradient_snr": points[0]["gradient_snr"],
         "gradient_cosine": points[0]["gradient_cosine"],
@@ -200,7 +202,7 @@ def train_job(job: Job) -> dict[str, Any]:
 def measure_point(trainer: Trainer, job: Job) -> dict[str, Any]:
     """A run at one of its steps: accuracy on a few problems, quality of its reward's gradient."""
     step = trainer.steps_done
-    folder = trainer.run.evaluations / f"step-{step}"
+    folder = trainer.run.evaluation_folder(step)
     solving = measure_accuracy(trainer.subject(), min(CURVE_PROBLEMS, job.num_problems), folder)
     start = step == 0  # where all runs are the same model
     quality = gradient_noise.measure_gradient(

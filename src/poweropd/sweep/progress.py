@@ -1,6 +1,5 @@
 """How far a sweep is: a bar for all, one for each active training; lines where it is a log."""
 
-import json
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
@@ -16,10 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from poweropd.runs.directory import RunDirectory
 from poweropd.sweep.cells import Training
 
-TAIL_BYTES = 1 << 16  # of metrics.jsonl: several rows
 SPEED_SECONDS = 3600.0  # over which the speed is taken: trainings differ
 
 
@@ -28,7 +25,7 @@ class SweepProgress:
 
     def __init__(self, trainings: Sequence[Training]) -> None:
         self.console = Console(stderr=True)
-        self.steps = {t.name: steps_done(t.directory) for t in trainings}
+        self.steps = {t.name: t.directory.steps_done() for t in trainings}
         self.trainings = {t.name: t for t in trainings}
         self.shown: dict[str, TaskID] = {}
         self.bar = Progress(
@@ -72,18 +69,8 @@ class SweepProgress:
         self.bar.update(self.whole, completed=sum(self.steps.values()))
 
     def _read(self, name: str) -> None:
-        self.steps[name] = steps_done(self.trainings[name].directory)
+        self.steps[name] = self.trainings[name].directory.steps_done()
 
     def _say(self, name: str, text: str) -> None:
         done = f"{sum(self.steps.values())}/{sum(t.steps for t in self.trainings.values())}"
         self.console.print(f"{name} {text} ({done} of all)", soft_wrap=True, highlight=False)
-
-
-def steps_done(run: RunDirectory) -> int:
-    """The last complete row's step, from the end of a file that may be large and growing."""
-    if not run.metrics_path.exists():
-        return 0
-    with run.metrics_path.open("rb") as file:
-        file.seek(max(0, run.metrics_path.stat().st_size - TAIL_BYTES))
-        lines = file.read().split(b"\n")[:-1]
-    return int(json.loads(lines[-1])["step"]) if lines else 0

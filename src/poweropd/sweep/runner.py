@@ -24,7 +24,8 @@ from typing import IO
 import torch
 
 from poweropd.errors import UsageError
-from poweropd.runs.directory import RunDirectory, write_atomically
+from poweropd.runs.directory import RunDirectory
+from poweropd.runs.files import write_json
 from poweropd.sweep.cells import Training
 from poweropd.sweep.progress import SweepProgress
 
@@ -83,7 +84,7 @@ def claim(out: Path, trainings: Sequence[Training], snr: int) -> None:
             RunDirectory.open(training.config)
         except UsageError as error:
             raise UsageError(f"--out: {out} holds another sweep: {error}") from None
-    write_atomically(path, json.dumps({"snr": snr, "runs": names}, indent=2) + "\n")
+    write_json(path, {"snr": snr, "runs": names})
 
 
 @contextmanager

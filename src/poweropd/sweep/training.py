@@ -1,11 +1,8 @@
 """One training of a sweep, in its own process; its gradients measured at both ends if wanted."""
 
-import json
 from pathlib import Path
 
 from poweropd.config import Config
-from poweropd.runs.directory import write_atomically
-from poweropd.sweep.cells import Training
 from poweropd.training import gradient_noise
 from poweropd.training.trainer import Result, Trainer
 
@@ -22,6 +19,4 @@ def train_and_measure(config_path: Path, snr: int) -> Result:
 
 
 def _measure(trainer: Trainer, when: str, batches: int) -> None:
-    training = Training("", trainer.config.train.seed, trainer.config)
-    found = training.gradients() | {when: gradient_noise.measure_gradient(trainer, batches)}
-    write_atomically(training.gradients_path, json.dumps(found, indent=2) + "\n")
+    trainer.run.write_gradients(when, gradient_noise.measure_gradient(trainer, batches))

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from poweropd.runs.directory import replaced_directory
+from poweropd.runs.files import replaced_directory
 
 WEIGHTS, OPTIMIZER, STATE = "student.safetensors", "optimizer.pt", "state.json"
 NAME = re.compile(r"step-(\d+)")

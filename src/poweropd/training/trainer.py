@@ -1,12 +1,11 @@
 """The loop: prompts -> rollout -> score -> update -> sync, one optimizer step at a time."""
 
 import logging
-import math
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
@@ -18,19 +17,16 @@ from poweropd.errors import RunError
 from poweropd.evaluation.runner import Subject
 from poweropd.models.loading import context_length
 from poweropd.models.sharding import collected, load_optimizer_state, optimizer_state
-from poweropd.objectives.base import TokenRecord
 from poweropd.rollouts.base import completion_seed
 from poweropd.runs import card
-from poweropd.runs.directory import (
-    RunDirectory,
-    completion_metrics,
-    distribution,
-    replaced_directory,
-)
+from poweropd.runs.directory import RunDirectory
+from poweropd.runs.files import replaced_directory
+from poweropd.runs.metrics import MetricRow, tracked
 from poweropd.runs.recorder import RewardRecorder
 from poweropd.training import build, checkpoint, signals, trackers
 from poweropd.training.accounting import StepClock
 from poweropd.training.build import RunInputs
+from poweropd.training.metrics import completion_metrics, sampler_metrics, token_metrics
 from poweropd.training.progress import TrainingProgress
 from poweropd.training.update import UpdateOutcome
 
@@ -123,7 +119,7 @@ class Trainer:
         self._end_trackers()
         return Result(self.run.path, self.steps_done, self.run.final)
 
-    def step(self, step: int) -> dict[str, Any]:
+    def step(self, step: int) -> MetricRow:
         """One optimizer step, counted from 0; returns its metrics."""
         clock = StepClock(self.accelerator.device)
         reward = self.reward.at(step)
@@ -238,11 +234,11 @@ class Trainer:
         task_rewards: list[float],
         outcome: UpdateOutcome | None,
         clock: StepClock,
-    ) -> dict[str, Any]:
+    ) -> MetricRow:
         ends = gather_object([(len(r.completion_ids), r.stopped) for r in rollouts])
         completions = completion_metrics([n for n, _ in ends], [stopped for _, stopped in ends])
         learning_rate = self.updater.learning_rate(step)
-        row = {"step": step + 1, **completions, "learning_rate": learning_rate}
+        row: MetricRow = {"step": step + 1, **completions, "learning_rate": learning_rate}
         if self.task_rewards is not None:
             found = gather_object(task_rewards)
             row["task_reward/mean"] = sum(found) / len(found)
@@ -281,14 +277,13 @@ class Trainer:
             return {}
         metrics = self.validation.evaluate(self.subject(), self.steps_done)
         if self.validation.is_best(metrics, self.steps_done):
-            self._export(self.run.path / "best")
+            self._export(self.run.best_student)
         return metrics
 
-    def _record(self, metrics: dict[str, Any]) -> None:
+    def _record(self, metrics: MetricRow) -> None:
         if self.accelerator.is_main_process:
             self.run.append_metrics(metrics)
-        numbers = {key: value for key, value in metrics.items() if value is not None}
-        self.accelerator.log(numbers, step=numbers.pop("step"))
+        self.accelerator.log(tracked(metrics), step=metrics["step"])
 
     def _end_trackers(self) -> None:
         if self.accelerator.num_processes > 1 and self.config.rollout.engine != "vllm":
@@ -349,40 +344,3 @@ class Trainer:
                 self.inputs.tokenizer.save_pretrained(temporary)
                 card.write_card(temporary, self.config, self.steps_done)
         self.accelerator.wait_for_everyone()
-
-
-def token_metrics(outcome: UpdateOutcome | None) -> dict[str, Any]:
-    """What the run reports of a step's trained tokens; None where a number is not finite."""
-    if outcome is None:
-        return {"num_tokens": 0}
-    record = outcome.record
-    log_ratio = distribution(record.teacher_log_probs - record.student_log_probs)
-    metrics = {
-        "loss": outcome.loss,
-        "grad_norm": outcome.grad_norm,
-        **{f"reward/{key}": value for key, value in distribution(record.rewards).items()},
-        "reward/zero_fraction": (record.rewards == 0).double().mean().item(),
-        **{f"log_ratio/{key}": log_ratio[key] for key in ("mean", "min", "max")},
-        "reverse_kl": -log_ratio["mean"],
-        "entropy": record.entropy.double().mean().item(),
-        "select/fraction": outcome.selected_fraction,
-    }
-    finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-    return {"num_tokens": outcome.num_tokens, **finite}
-
-
-def sampler_metrics(record: TokenRecord) -> dict[str, float]:
-    """How far the sampler is from the student; {} where the engine gave no log-probs.
-
-    The effective sample size, (sum w)^2 / (N sum w^2), is a share of the N tokens.
-    """
-    known = record.sampler_log_ratios.double()
-    known = known[~known.isnan()]
-    if not len(known):
-        return {}
-    weights = record.weights.double()
-    size = weights.sum() ** 2 / (len(weights) * weights.square().sum())
-    return {
-        "sampler/mean_abs_difference": known.abs().mean().item(),
-        "sampler/effective_sample_size": size.item(),
-    }
