@@ -23,7 +23,7 @@ from poweropd.runs.bins import (
     value_ends,
 )
 from poweropd.runs.files import JsonObject
-from poweropd.runs.statistics import STEPS_PER_BLOCK, UNIT, grouped
+from poweropd.runs.statistics import STEPS_PER_BLOCK, UNIT, totals
 
 EARLY = 16  # positions that count as early
 FAR = 4.0  # nats: the log ratio of a token beyond this is extreme
@@ -118,7 +118,7 @@ def _tail(side: int) -> Callable[[RecordedRun], Iterator[JsonObject]]:
 
 def _totals(run: RecordedRun) -> list[JsonObject]:
     """Returns the statistics of each position bin over all steps."""
-    return grouped(run.rewards.positions.drop_columns("step"), ["position"]).to_pylist()
+    return totals(run.rewards.positions.drop_columns("step"), ["position"]).to_pylist()
 
 
 def _extremes(end: str, q: float) -> Callable[[RecordedRun], Iterator[JsonObject]]:

@@ -12,7 +12,7 @@ from poweropd.report.runs import RecordedRun
 from poweropd.report.theme import WIDTH, Figure, named_rows, position_axis, rounded
 from poweropd.runs.bins import POSITION_STARTS
 from poweropd.runs.files import JsonObject
-from poweropd.runs.statistics import UNIT, grouped
+from poweropd.runs.statistics import UNIT, totals
 
 STEPS = 40  # columns of a heatmap, at most
 GRID = 40  # probabilities along each axis of the plane
@@ -63,7 +63,7 @@ def _cells(run: RecordedRun) -> Iterator[JsonObject]:
     width = max(1, -(-int(steps.max(initial=1)) // STEPS))
     blocks = table.drop_columns("step").append_column("step", [(steps - 1) // width * width + 1])
     ends = dict(zip(POSITION_STARTS[:-1].tolist(), POSITION_STARTS[1:].tolist(), strict=True))
-    for row in grouped(blocks, ["step", "position"]).to_pylist():
+    for row in totals(blocks, ["step", "position"]).to_pylist():
         yield {
             "step": row["step"],
             "step_end": row["step"] + width,

@@ -8,20 +8,20 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple
 
 from poweropd.config import Config
 from poweropd.config.recipe_file import read_yaml
-from poweropd.errors import RunError, UsageError
+from poweropd.errors import UsageError
 from poweropd.runs.environment import describe_environment
-from poweropd.runs.files import JsonObject, write_atomically, write_json
+from poweropd.runs.files import JsonObject, read_json, read_jsonl, write_atomically, write_json
 from poweropd.runs.metrics import MetricRow
 
 _EVALUATED = re.compile(r"step-(\d+)")
 _TAIL_BYTES = 1 << 16  # of metrics.jsonl: several rows
 
 
-class BestStep(TypedDict):
+class BestStep(NamedTuple):
     """The content of best.json: the evaluated step with the best value of a metric."""
 
     metric: str
@@ -86,8 +86,11 @@ class RunDirectory:
         return read_yaml(self.config_path)
 
     def environment(self) -> JsonObject:
-        """Returns the content of environment.json, which `open` writes."""
-        return self._json("environment.json", required=True)
+        """Returns versions and hardware, as `open` found them."""
+        return self._read("environment.json")
+
+    def _read(self, name: str) -> JsonObject:
+        return read_json(self.path / name, self.notes)
 
     # Metrics.
 
@@ -98,20 +101,7 @@ class RunDirectory:
 
     def metrics(self) -> list[MetricRow]:
         """Returns the rows of the finished steps; a last line cut short by a kill is left out."""
-        content = self.metrics_path.read_bytes() if self.metrics_path.exists() else b""
-        *lines, cut = content.split(b"\n")
-        rows, damaged = dict[int, MetricRow](), 1 if cut else 0
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line or b"{}")
-                rows |= {int(row["step"]): row} if row else {}
-            except (ValueError, TypeError, KeyError) as error:
-                if self.notes is None:
-                    raise RunError(f"{self.metrics_path}:{number}: damaged ({error})") from None
-                damaged += 1
-        if damaged and self.notes is not None:
-            lines_ = f"{damaged} line{'s' * (damaged > 1)}"
-            self.notes.append(f"{self.metrics_path.name}: {lines_} cut short or damaged, left out")
+        rows = {r["step"]: r for r in read_jsonl(self.metrics_path, self.notes) if "step" in r}
         return [rows[step] for step in sorted(rows)]
 
     def truncate_metrics(self, steps: int) -> None:
@@ -137,8 +127,8 @@ class RunDirectory:
 
     def evaluation(self, step: int) -> dict[str, JsonObject]:
         """Returns benchmark -> results of the evaluation at this step; {} if there was none."""
-        path = self.evaluation_folder(step) / "results.json"
-        return self._json(str(path.relative_to(self.path))).get("results", {})
+        found = read_json(self.evaluation_folder(step) / "results.json", self.notes)
+        return found.get("results", {})
 
     def evaluations(self) -> dict[int, dict[str, JsonObject]]:
         """Returns step -> benchmark -> results, in the order of steps."""
@@ -153,20 +143,18 @@ class RunDirectory:
 
     def best(self) -> BestStep | None:
         """Returns the best step so far, or None before the first evaluation."""
-        found = self._json("best.json")
-        if not found:
-            return None
-        return BestStep(metric=found["metric"], value=found["value"], step=found["step"])
+        found = self._read("best.json")
+        return BestStep(found["metric"], found["value"], found["step"]) if found else None
 
     def write_best(self, metric: str, value: float, step: int) -> None:
         """Writes which step is the best so far, by which metric."""
-        write_json(self.path / "best.json", BestStep(metric=metric, value=value, step=step))
+        write_json(self.path / "best.json", BestStep(metric, value, step)._asdict())
 
     # What is measured beside training.
 
     def gradients(self) -> dict[str, dict[str, float]]:
         """Returns the gradients' quality at the "start" and the "end"; {} if never measured."""
-        return self._json("gradients.json")
+        return self._read("gradients.json")
 
     def write_gradients(self, when: str, quality: Mapping[str, float]) -> None:
         """Writes the gradients' quality at the "start" or the "end", beside the other one."""
@@ -174,24 +162,11 @@ class RunDirectory:
 
     def quantization(self, domain: str = "") -> dict[str, float]:
         """Returns what quantizing a domain's teacher does to rewards; {} if it was not measured."""
-        return self._json(_quantization_name(domain))
+        return self._read(_quantization_name(domain))
 
     def write_quantization(self, effect: Mapping[str, float], domain: str = "") -> None:
         """Writes what quantizing a domain's teacher does to rewards."""
         write_json(self.path / _quantization_name(domain), effect)
-
-    def _json(self, name: str, required: bool = False) -> JsonObject:
-        """Returns the object of a JSON file; {} if there is none and it is not required."""
-        path = self.path / name
-        if not required and not path.exists():
-            return {}
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            if self.notes is None:
-                raise RunError(f"{path}: cannot be read ({error})") from None
-            self.notes.append(f"{name}: cannot be read ({type(error).__name__})")
-            return {}
 
 
 def _quantization_name(domain: str) -> str:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from poweropd.errors import RunError
+
 #: An object of a JSON file, as `json` reads it.
 JsonObject = dict[str, Any]
 
@@ -52,20 +54,43 @@ def flush(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_jsonl(path: Path) -> list[JsonObject]:
-    """Returns the objects of a file's complete lines; [] if there is no such file."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1] if line.strip()]
+def read_json(path: Path, notes: list[str] | None = None) -> JsonObject:
+    """Returns the object of a JSON file; {} if there is no such file.
+
+    A damaged file raises RunError or, if `notes` is given, is left out and named in that list.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
+        if notes is None:
+            raise RunError(f"{path}: cannot be read ({error})") from None
+        notes.append(f"{path.name}: cannot be read ({type(error).__name__})")
+        return {}
+
+
+def read_jsonl(path: Path, notes: list[str] | None = None) -> list[JsonObject]:
+    """Returns the objects of a file's complete lines; [] if there is no such file.
+
+    A damaged line raises RunError or, if `notes` is given, is left out and counted in that list.
+    """
+    *lines, cut = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    rows, left_out = list[JsonObject](), 1 if cut else 0
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [dict(json.loads(line))] if line.strip() else []
+        except (ValueError, TypeError) as error:
+            if notes is None:
+                raise RunError(f"{path}:{number}: damaged ({error})") from None
+            left_out += 1
+    if left_out and notes is not None:
+        count = f"{left_out} line{'s' * (left_out > 1)}"
+        notes.append(f"{path.name}: {count} cut short or damaged, left out")
+    return rows
 
 
 def recover_jsonl(path: Path) -> list[JsonObject]:
     """Returns the objects of a file's complete lines and cuts off an incomplete last one."""
     rows = read_jsonl(path)
     if path.exists():
-        content = path.read_bytes()
-        complete = content.rfind(b"\n") + 1
-        if complete < len(content):
-            os.truncate(path, complete)
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     return rows

@@ -8,7 +8,6 @@ and the trackers are filters over these rows.
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 #: One line of metrics.jsonl: key -> number, or None if a number was not finite.
@@ -16,7 +15,7 @@ MetricRow = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Summary:
+class Aggregate:
     """How the values of a run become one number: `combine` over the last 1/`part` of its steps."""
 
     combine: Callable[[Sequence[float]], float]
@@ -29,9 +28,9 @@ class Summary:
         return self.combine(values) if values else None
 
 
-END_MEAN = Summary(statistics.fmean, part=10)
-END_MEDIAN = Summary(statistics.median, part=10)
-MEDIAN, TOTAL, LARGEST = Summary(statistics.median), Summary(sum), Summary(max)
+END_MEAN = Aggregate(statistics.fmean, part=10)
+END_MEDIAN = Aggregate(statistics.median, part=10)
+MEDIAN, TOTAL, LARGEST = Aggregate(statistics.median), Aggregate(sum), Aggregate(max)
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Shown:
 
     heading: str
     format: str
-    summary: Summary = END_MEAN
+    summary: Aggregate = END_MEAN
     factor: float = 1.0  # from the metric's unit to the heading's
 
     def text(self, value: float | None, absent: str = "\N{EN DASH}") -> str:
@@ -55,17 +54,17 @@ class Metric:
     key: str  # in metrics.jsonl; * stands for any text
     title: str
     unit: str = ""
+    column: str = ""  # its name in sweep.csv and sweep.json
     progress: Shown | None = None  # in the line that training prints
-    curve: Literal["linear", "log"] | None = None  # in the report, over steps, on such an axis
     table: Shown | None = None  # in the report's summary of runs
     sweep: Shown | None = None  # in the table of a sweep
-    column: str = ""  # its name in sweep.csv and sweep.json
-    card: str = ""  # its format in the model card
-    lower_is_better: bool = False
+    curve: Literal["linear", "log"] | None = None  # in the report: its axis over steps
+    card: str = ""  # in the model card: its format
+    better: Literal["higher", "lower"] = "higher"  # of two evaluations
 
     @property
     def heading(self) -> str:
-        """The title with the unit."""
+        """Returns the title with the unit."""
         return f"{self.title}, {self.unit}" if self.unit else self.title
 
     def of(self, benchmark: str) -> str:
@@ -76,32 +75,27 @@ class Metric:
 #: The metrics that a training step writes, in the order in which they are shown.
 OF_STEPS = (
     Metric("step", "optimizer step"),
+    Metric("reward/mean", "mean reward", progress=Shown("reward", "+.3f"), curve="linear", card=".4g"),
     Metric(
-        "reward/mean", "mean reward",
-        progress=Shown("reward", "+.3f"), curve="linear", card=".4g",
+        "reverse_kl", "reverse KL", "nats per token", "reverse_kl", progress=Shown("kl", ".3f"),
+        table=Shown("reverse KL", ".4f"), sweep=Shown("KL", ".3f"), curve="linear", card=".4g",
     ),
     Metric(
-        "reverse_kl", "reverse KL", "nats per token",
-        progress=Shown("kl", ".3f"), curve="linear", table=Shown("reverse KL", ".4f"),
-        sweep=Shown("KL", ".3f"), column="reverse_kl", card=".4g",
-    ),
-    Metric(
-        "grad_norm", "gradient norm",
-        progress=Shown("grad", ".2g"), curve="log",
-        table=Shown("gradient norm", ".3g", END_MEDIAN),
-        sweep=Shown("grad norm", ".3g", MEDIAN), column="grad_norm", card=".4g",
+        "grad_norm", "gradient norm", "", "grad_norm", progress=Shown("grad", ".2g"),
+        table=Shown("gradient norm", ".3g", END_MEDIAN), sweep=Shown("grad norm", ".3g", MEDIAN),
+        curve="log", card=".4g",
     ),
     Metric("loss", "loss", curve="linear"),
     Metric("entropy", "student's entropy", "nats", curve="linear", card=".4g"),
     Metric(
-        "completions/mean_length", "mean completion length", "tokens",
-        progress=Shown("len", ".0f"), curve="linear", table=Shown("length", ".0f"),
-        sweep=Shown("len", ".0f"), column="length", card=".4g",
+        "completions/mean_length", "mean completion length", "tokens", "length",
+        progress=Shown("len", ".0f"), table=Shown("length", ".0f"), sweep=Shown("len", ".0f"),
+        curve="linear", card=".4g",
     ),
     Metric(
-        "completions/truncated_fraction", "truncated completions", "share",
-        curve="linear", table=Shown("truncated, %", ".1f", factor=100.0),
-        sweep=Shown("cut", ".2f"), column="truncated", card=".4g",
+        "completions/truncated_fraction", "truncated completions", "share", "truncated",
+        table=Shown("truncated, %", ".1f", factor=100.0), sweep=Shown("cut", ".2f"),
+        curve="linear", card=".4g",
     ),
     Metric("completions/stop_fraction", "completions that ended by a stop token", "share"),
     Metric("reward/zero_fraction", "tokens with a reward of zero", "share", curve="linear"),
@@ -121,9 +115,8 @@ OF_STEPS = (
     Metric("mfu", "model FLOPs utilisation", "share", curve="linear"),
     Metric("tokens_per_second", "sampled tokens per second", curve="linear"),
     Metric(
-        "seconds/step", "seconds of a step", "s",
+        "seconds/step", "seconds of a step", "s", "seconds",
         table=Shown("seconds a step", ".3g", MEDIAN), sweep=Shown("s", ".0f", TOTAL),
-        column="seconds",
     ),
     Metric("seconds/*", "seconds of a phase of the step", "s"),
     Metric(
@@ -138,39 +131,20 @@ OF_BENCHMARKS = {
     "avg_at_k": Metric("eval/*/avg_at_k", "Avg@k", sweep=Shown("Avg@", ".2f", factor=100.0)),
     "pass_at_k": Metric("eval/*/pass_at_k", "Pass@k", sweep=Shown("Pass@", ".2f", factor=100.0)),
     "maj_at_k": Metric("eval/*/maj_at_k", "Maj@k"),
-    "mean_length": Metric(
-        "eval/*/mean_length", "mean completion length", "tokens", lower_is_better=True
-    ),
-    "truncated_fraction": Metric(
-        "eval/*/truncated_fraction", "truncated completions", "share", lower_is_better=True
-    ),
+    "mean_length": Metric("eval/*/mean_length", "mean length", "tokens", better="lower"),
+    "truncated_fraction": Metric("eval/*/truncated_fraction", "truncated", "share", better="lower"),
 }
 
-#: The quality of gradients at both ends of a training, by their dotted keys in gradients.json.
-OF_GRADIENTS = (
+#: The quality of gradients at both ends of a training, by its dotted keys in gradients.json.
+OF_GRADIENTS = tuple(
     Metric(
-        "start.gradient_snr", "gradient SNR at the start", column="snr_start",
-        table=Shown("gradient SNR at the start", ".3g"), sweep=Shown("SNR start", ".2f"),
-    ),
-    Metric(
-        "end.gradient_snr", "gradient SNR at the end", column="snr_end",
-        table=Shown("gradient SNR at the end", ".3g"), sweep=Shown("SNR end", ".2f"),
-    ),
-    Metric(
-        "start.gradient_cosine", "gradient cosine at the start", column="cosine_start",
-        sweep=Shown("cos start", ".2f"),
-    ),
-    Metric(
-        "end.gradient_cosine", "gradient cosine at the end", column="cosine_end",
-        sweep=Shown("cos end", ".2f"),
-    ),
+        f"{when}.gradient_{name}", f"{title} at the {when}", "", f"{name}_{when}",
+        table=Shown(f"{title} at the {when}", ".3g") if name == "snr" else None,
+        sweep=Shown(f"{short} {when}", ".2f"),
+    )
+    for name, title, short in (("snr", "gradient SNR", "SNR"), ("cosine", "gradient cosine", "cos"))
+    for when in ("start", "end")
 )  # fmt: skip
-
-
-def find(key: str) -> Metric | None:
-    """Returns the registry's row for a key of metrics.jsonl, or None if there is none."""
-    every = (*OF_STEPS, *OF_BENCHMARKS.values())
-    return next((metric for metric in every if fnmatchcase(key, metric.key)), None)
 
 
 def tracked(row: MetricRow) -> dict[str, float]:

@@ -4,40 +4,19 @@ Counts and sums are integers (sums in units of 2^-30), minima and maxima are flo
 order and any grouping gives the same bits.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
+from poweropd.objectives.base import TokenRecord
 from poweropd.runs.bins import NUM_POSITIONS, NUM_VALUES, POSITION_STARTS, position_bins, value_bins
 
 UNIT = 2.0**-30  # the unit of all sums
 LARGEST_IN_SUMS = 2.0**16  # a larger magnitude, such as that of minus infinity, counts as this
 STEPS_PER_BLOCK = 10  # one histogram for so many steps; one for each step would be large
-
-
-class TrainedTokens(Protocol):
-    """What is recorded of N trained tokens: [N] tensors on the CPU, float32 except `positions`."""
-
-    @property
-    def positions(self) -> Tensor: ...
-    @property
-    def rewards(self) -> Tensor: ...
-    @property
-    def student_log_probs(self) -> Tensor: ...
-    @property
-    def teacher_log_probs(self) -> Tensor: ...
-    @property
-    def entropy(self) -> Tensor: ...
-    @property
-    def top1(self) -> Tensor: ...
-    @property
-    def teacher_entropy(self) -> Tensor: ...
-    @property
-    def teacher_top1(self) -> Tensor: ...
 
 
 #: One row per optimizer step (from 1) and bin of positions, named by its first position.
@@ -71,62 +50,36 @@ HISTOGRAM = pa.schema(
 _KEYS = {"step", "position", "quantity", "value_bin"}
 
 
-def log_ratios(tokens: TrainedTokens) -> Tensor:
+def log_ratios(tokens: TokenRecord) -> Tensor:
     """Returns [N] ln t - ln p, which is 0 where they are equal, even at minus infinity."""
     t, p = tokens.teacher_log_probs, tokens.student_log_probs
     return torch.where(t == p, 0.0, t - p)
 
 
-def position_table(step: int, tokens: TrainedTokens) -> pa.Table:
+def position_table(step: int, tokens: TokenRecord) -> pa.Table:
     """Returns statistics of one step's tokens by completion position, with schema POSITIONS."""
-    sums = _Sums(position_bins(tokens.positions))
-    known = ~tokens.teacher_entropy.isnan()
+    known, log_ratio = ~tokens.teacher_entropy.isnan(), log_ratios(tokens)
     top1, teacher_top1 = tokens.top1 > 0, known & (tokens.teacher_top1 > 0)
-    log_ratio = log_ratios(tokens)
-    count, teacher_count = sums.of(torch.ones_like(known)), sums.of(known)
     columns = {
-        "step": torch.full_like(count, step),
-        "position": torch.from_numpy(POSITION_STARTS),
-        "count": count,
-        "reward_sum": sums.of(_fixed(tokens.rewards)),
-        "log_ratio_sum": sums.of(_fixed(log_ratio)),
-        "entropy_sum": sums.of(_fixed(tokens.entropy)),
-        "reward_min": sums.extreme(tokens.rewards, "amin"),
-        "reward_max": sums.extreme(tokens.rewards, "amax"),
-        "log_ratio_min": sums.extreme(log_ratio, "amin"),
-        "log_ratio_max": sums.extreme(log_ratio, "amax"),
-        "top1": sums.of(top1),
-        "teacher_count": teacher_count,
-        "teacher_entropy_sum": sums.of(_fixed(tokens.teacher_entropy)),
-        "teacher_top1": sums.of(teacher_top1),
-        "both_top1": sums.of(top1 & teacher_top1),
+        "step": torch.full_like(known, step, dtype=torch.int32),
+        "position": torch.from_numpy(POSITION_STARTS)[position_bins(tokens.positions)],
+        "count": torch.ones_like(known),
+        "reward_sum": _fixed(tokens.rewards),
+        "log_ratio_sum": _fixed(log_ratio),
+        "entropy_sum": _fixed(tokens.entropy),
+        **{f"reward_{end}": tokens.rewards for end in ("min", "max")},
+        **{f"log_ratio_{end}": log_ratio for end in ("min", "max")},
+        "top1": top1,
+        "teacher_count": known,
+        "teacher_entropy_sum": _fixed(tokens.teacher_entropy),
+        "teacher_top1": teacher_top1,
+        "both_top1": top1 & teacher_top1,
     }
-    return _table(columns, count > 0, unknown=teacher_count == 0)
-
-
-class _Sums:
-    """Sums and extremes of [N] values in [P] bins, which `bins` [N] names."""
-
-    def __init__(self, bins: Tensor) -> None:
-        self.bins = bins
-
-    def of(self, values: Tensor) -> Tensor:
-        """Returns the [P] sums of the values, as integers."""
-        return torch.zeros(NUM_POSITIONS, dtype=torch.int64).index_add_(0, self.bins, values.long())
-
-    def extreme(self, values: Tensor, which: str) -> Tensor:
-        """Returns the [P] lowest ("amin") or highest ("amax") values; 0 in an empty bin."""
-        start = torch.zeros(NUM_POSITIONS, dtype=values.dtype)
-        return start.scatter_reduce_(0, self.bins, values, which, include_self=False)
-
-
-def _table(columns: Mapping[str, Tensor], present: Tensor, unknown: Tensor) -> pa.Table:
-    """Returns the bins that are present, with nulls for the teacher where it is unknown."""
     arrays = []
     for field in POSITIONS:
-        mask = unknown[present].numpy() if field.name in _OF_TEACHER else None
-        arrays.append(pa.array(columns[field.name][present].numpy(), mask=mask).cast(field.type))
-    return pa.table(arrays, schema=POSITIONS)
+        unknown = ~known.numpy() if field.name in _OF_TEACHER else None
+        arrays.append(pa.array(columns[field.name].numpy(), mask=unknown).cast(field.type))
+    return merge([pa.table(arrays, schema=POSITIONS)], POSITIONS)
 
 
 def _fixed(values: Tensor) -> Tensor:
@@ -135,7 +88,7 @@ def _fixed(values: Tensor) -> Tensor:
     return (limited / UNIT).round().long()
 
 
-def histogram_table(step: int, tokens: TrainedTokens) -> pa.Table:
+def histogram_table(step: int, tokens: TokenRecord) -> pa.Table:
     """Counts one step's tokens in each cell of position and value, with schema HISTOGRAM."""
     positions = position_bins(tokens.positions)
     block = (step - 1) // STEPS_PER_BLOCK * STEPS_PER_BLOCK + 1
@@ -162,10 +115,10 @@ def merge(tables: Sequence[pa.Table], schema: pa.Schema) -> pa.Table:
     if not tables:
         return schema.empty_table()
     keys = [name for name in schema.names if name in _KEYS]
-    return grouped(pa.concat_tables(tables), keys).select(schema.names).cast(schema)
+    return totals(pa.concat_tables(tables), keys).select(schema.names).cast(schema)
 
 
-def grouped(table: pa.Table, keys: Sequence[str]) -> pa.Table:
+def totals(table: pa.Table, keys: Sequence[str]) -> pa.Table:
     """Returns one row for each value of the keys, in their order.
 
     A column whose name ends in _min or _max keeps its extreme; every other one is added up.

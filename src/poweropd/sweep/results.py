@@ -71,7 +71,7 @@ def _row(
 def evaluation(training: Training, best: bool) -> dict[str, JsonObject]:
     """Returns benchmark -> results of a run's last or best step; {} if it was not evaluated."""
     found = training.directory.best() if best else None
-    return training.directory.evaluation(found["step"] if found else training.steps)
+    return training.directory.evaluation(found.step if found else training.steps)
 
 
 def over_seeds(found: Sequence[JsonObject]) -> dict[str, BenchmarkFigures]:

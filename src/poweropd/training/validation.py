@@ -86,8 +86,8 @@ class Validation:
         metric = OF_BENCHMARKS[name]
         value = sum(metrics[metric.of(b)] for b in self.problems) / len(self.problems)
         best = self._best()
-        sign = -1 if metric.lower_is_better else 1
-        if best is not None and sign * value <= sign * best["value"] and steps_done != best["step"]:
+        sign = -1 if metric.better == "lower" else 1
+        if best is not None and sign * value <= sign * best.value and steps_done != best.step:
             return False
         if self.accelerator.is_main_process:
             self.run.write_best(name, value, steps_done)
