@@ -28,11 +28,12 @@ from poweropd.runs.statistics import STEPS_PER_BLOCK, UNIT, totals
 EARLY = 16  # positions that count as early
 FAR = 4.0  # nats: the log ratio of a token beyond this is extreme
 TAIL = 0.01  # the quantile that stands for "low" and "high"
-POINTS = 60  # of a curve over training, at most
+POINTS = 60  # at most, of a curve over training
 Counts = NDArray[np.int64]
 Values = Sequence[float]
+RunRows = Callable[[RecordedRun], Iterator[JsonObject]]
 
-# How an axis is drawn, by its kind, from all values on it.
+#: Kind of axis -> how it is drawn, from all values on it and its title.
 AXES: dict[str, Callable[[Values, str | None], dict[str, Any]]] = {
     "signed": signed_axis,
     "linear": lambda values, title: {"title": title, "scale": altair.Scale(zero=False)},
@@ -43,19 +44,19 @@ AXES: dict[str, Callable[[Values, str | None], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """One figure of lines. A run's rows have `x`, `y` and, for two lines a run, `kind`."""
+    """One figure of lines. A run's rows have `x`, `value` and, for two lines a run, `kind`."""
 
     key: str
     title: str
     description: str
-    rows: Callable[[RecordedRun], Iterator[JsonObject]]
+    rows: RunRows
     x: str
     x_axis: tuple[str, str]  # kind of AXES, title
     y_axis: tuple[str, str | None] = ("signed", None)
     interpolate: Any = "linear"
 
     def figures(self, runs: Sequence[RecordedRun]) -> list[Figure]:
-        """The figure, or none where no run has anything to draw."""
+        """Draws the figure; there is none if no run has anything to draw."""
         found = [row for run in runs for row in self.rows(run)]
         if not found:
             return []
@@ -79,11 +80,12 @@ class Plot:
 
 
 def figures(runs: Sequence[RecordedRun], plots: Sequence[Plot]) -> list[Figure]:
+    """Draws the plots for which any of the runs has something to draw."""
     return [figure for plot in plots for figure in plot.figures(runs)]
 
 
 def counts(run: RecordedRun, quantity: str) -> Counts:
-    """[positions, values] tokens in each cell, over all steps."""
+    """Returns the [positions, values] tokens in each cell, over all steps."""
     table = run.rewards.histogram
     table = table.filter(pc.equal(table["quantity"], quantity))
     places = np.searchsorted(POSITION_STARTS, table["position"].to_numpy())
@@ -93,7 +95,7 @@ def counts(run: RecordedRun, quantity: str) -> Counts:
 
 
 def _reward_rows(run: RecordedRun) -> Iterator[JsonObject]:
-    """From the lowest to the highest bin that is not empty; an empty one between has no share."""
+    """Yields the bins from the lowest to the highest filled one; an empty one has no share."""
     cells = counts(run, "reward").sum(0)
     filled = cells.nonzero()[0]
     lows = value_ends()[0]
@@ -102,8 +104,8 @@ def _reward_rows(run: RecordedRun) -> Iterator[JsonObject]:
         yield {"run": run.name, "reward": rounded(lows[place]), "value": share}
 
 
-def _tail(side: int) -> Callable[[RecordedRun], Iterator[JsonObject]]:
-    """Share of tokens beyond each bin edge from 2^-4 on, below minus it for side -1."""
+def _tail(side: int) -> RunRows:
+    """Returns rows of the share of tokens beyond each bin edge from 2^-4 on; side -1: below minus it."""
 
     def rows(run: RecordedRun) -> Iterator[JsonObject]:
         cells = counts(run, "log_ratio").sum(0)[::side]
@@ -116,44 +118,46 @@ def _tail(side: int) -> Callable[[RecordedRun], Iterator[JsonObject]]:
     return rows
 
 
-def _totals(run: RecordedRun) -> list[JsonObject]:
-    """Returns the statistics of each position bin over all steps."""
-    return totals(run.rewards.positions.drop_columns("step"), ["position"]).to_pylist()
+def _by_position(values: Callable[[JsonObject, Counts], dict[str, float]]) -> RunRows:
+    """Returns rows of kind -> value at each position.
 
+    `values` makes them of the position's statistics over all steps and its [V] counts of rewards.
+    """
 
-def _extremes(end: str, q: float) -> Callable[[RecordedRun], Iterator[JsonObject]]:
     def rows(run: RecordedRun) -> Iterator[JsonObject]:
         cells = dict(zip(POSITION_STARTS.tolist(), counts(run, "reward"), strict=True))
-        for row in _totals(run):
+        table = totals(run.rewards.positions.drop_columns("step"), ["position"])
+        for row in table.to_pylist():
             base = {"run": run.name, "position": row["position"]}
-            inner = rounded(quantile(cells[row["position"]], q))
-            yield {**base, "kind": f"{q:.0%} quantile", "value": inner}
-            yield {**base, "kind": "extreme", "value": rounded(row[f"reward_{end}"])}
+            for kind, value in values(row, cells[row["position"]]).items():
+                yield {**base, "kind": kind, "value": rounded(value)}
 
     return rows
 
 
-def _entropies(run: RecordedRun) -> Iterator[JsonObject]:
-    for row in _totals(run):
-        base = {"run": run.name, "position": row["position"]}
-        mean = row["entropy_sum"] * UNIT / row["count"]
-        yield {**base, "kind": "student", "value": rounded(mean)}
-        if row["teacher_count"]:
-            mean = row["teacher_entropy_sum"] * UNIT / row["teacher_count"]
-            yield {**base, "kind": "teacher", "value": rounded(mean)}
+def _extremes(end: str, q: float) -> RunRows:
+    return _by_position(
+        lambda row, rewards: {
+            f"{q:.0%} quantile": quantile(rewards, q),
+            "extreme": row[f"reward_{end}"],
+        }
+    )
 
 
-def _agreement(run: RecordedRun) -> Iterator[JsonObject]:
-    for row in _totals(run):
-        base = {"run": run.name, "position": row["position"]}
-        if row["teacher_count"]:
-            both = row["both_top1"] / row["teacher_count"]
-            yield {**base, "kind": "both", "value": rounded(both)}
-        yield {**base, "kind": "student", "value": rounded(row["top1"] / row["count"])}
+def _entropies(row: JsonObject, rewards: Counts) -> dict[str, float]:
+    found = {"student": row["entropy_sum"] * UNIT / row["count"]}
+    if row["teacher_count"]:
+        found["teacher"] = row["teacher_entropy_sum"] * UNIT / row["teacher_count"]
+    return found
 
 
-def _buckets(steps: NDArray[Any]) -> NDArray[Any]:
-    """The first step of each step's bucket: at most POINTS of them, of whole histogram blocks."""
+def _agreement(row: JsonObject, rewards: Counts) -> dict[str, float]:
+    both = {"both": row["both_top1"] / row["teacher_count"]} if row["teacher_count"] else {}
+    return both | {"student": row["top1"] / row["count"]}
+
+
+def _buckets(steps: Counts) -> Counts:
+    """Returns the first step of each step's bucket; at most POINTS buckets, of whole blocks."""
     blocks = -(-int(steps.max(initial=1)) // (STEPS_PER_BLOCK * POINTS))
     width = blocks * STEPS_PER_BLOCK
     return (steps - 1) // width * width + 1
@@ -162,7 +166,7 @@ def _buckets(steps: NDArray[Any]) -> NDArray[Any]:
 def _early_and_later(
     run: RecordedRun, table: pa.Table, of: Callable[[NDArray[np.bool_]], float]
 ) -> Iterator[JsonObject]:
-    """`of` a table's rows of early and of later positions, in each bucket of steps."""
+    """Yields what `of` makes of a table's early and later positions, in each bucket of steps."""
     buckets, early = _buckets(table["step"].to_numpy()), table["position"].to_numpy() < EARLY
     for kind, where in ((f"positions 0-{EARLY - 1}", early), ("later positions", ~early)):
         for bucket in np.unique(buckets[where]).tolist():
@@ -222,13 +226,13 @@ BY_POSITION = [
         "entropy-by-position", "Entropy by position, nats",
         "Mean entropy of the student's (solid) and, where known, the teacher's (dashed) next token "
         f"{_EVERYWHERE}",
-        _entropies, "position", _POSITION, ("linear", None),
+        _by_position(_entropies), "position", _POSITION, ("linear", None),
     ),
     Plot(
         "top1-by-position", "Top-1 agreement by position",
         "Share of tokens that are the most likely one to both models (solid), and to the student "
         f"(dashed), {_EVERYWHERE}",
-        _agreement, "position", _POSITION, ("linear", None),
+        _by_position(_agreement), "position", _POSITION, ("linear", None),
     ),
 ]  # fmt: skip
 PERSISTENCE = [

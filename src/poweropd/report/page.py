@@ -1,4 +1,4 @@
-"""One HTML page that holds everything: figures, data, drawing code. It asks the network nothing."""
+"""One HTML page with all figures, their data and the drawing code; it loads nothing else."""
 
 import base64
 import functools
@@ -19,7 +19,7 @@ Section = tuple[str, str, list[Figure]]  # heading, introduction, figures
 
 
 def sections(runs: Sequence[RecordedRun]) -> tuple[list[Section], list[str]]:
-    """All figures by section, and notes on those that could not be made."""
+    """Returns all figures by section, and notes on those that could not be made."""
     planes, notes = heatmaps.plane(runs)
     width = curves.bucket_width(runs)
     thinned = (
@@ -61,7 +61,7 @@ def sections(runs: Sequence[RecordedRun]) -> tuple[list[Section], list[str]]:
 
 
 def render(runs: Sequence[RecordedRun], sections_: Sequence[Section], notes: Sequence[str]) -> str:
-    """The page as HTML. Text of runs is escaped wherever it stands."""
+    """Renders the page as HTML; text of runs is escaped wherever it stands."""
     environment = Environment(
         loader=PackageLoader("poweropd.report"),
         autoescape=True,
@@ -94,7 +94,7 @@ def render(runs: Sequence[RecordedRun], sections_: Sequence[Section], notes: Seq
 
 @functools.cache
 def _bundle() -> str:
-    """Vega, Vega-Lite and vega-embed, as vl-convert carries them."""
+    """Returns Vega, Vega-Lite and vega-embed, as vl-convert carries them."""
     import vl_convert
 
     return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")).replace(
@@ -107,13 +107,13 @@ def _resource(name: str) -> str:
 
 
 def _hash(script: str) -> str:
-    """As a content security policy names a script: no other may run."""
+    """Returns the name of a script in a content security policy, by which no other may run."""
     digest = hashlib.sha256(script.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"
 
 
 def write_report(paths: Sequence[Path], out: Path, png: Path | None) -> list[Path]:
-    """Reads runs, writes the page and, into the folder `png`, its figures; returns their paths."""
+    """Writes the page of runs and, into the folder `png`, its figures; returns all paths."""
     found = read_runs(paths)
     made, notes = sections(found)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -38,17 +38,17 @@ class RecordedRun:
 
     @property
     def config(self) -> JsonObject:
-        """Every setting under its dotted key."""
+        """Returns every setting under its dotted key."""
         return flatten(self.recipe)
 
     @property
     def steps(self) -> int:
-        """The number of optimizer steps that are done."""
+        """Returns the number of optimizer steps that are done."""
         return self.metrics[-1]["step"] if self.metrics else 0
 
     @property
     def status(self) -> str:
-        """Whether the run is complete and, if not, how far it is."""
+        """Says whether the run is complete and, if not, how far it is."""
         if self.complete:
             return "complete"
         if not self.steps:

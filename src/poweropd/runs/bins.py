@@ -17,22 +17,14 @@ PER_OCTAVE = 4
 SMALLEST, LARGEST = -14, 10  # exponents of 2
 
 
-def _position_starts() -> NDArray[np.int64]:
-    octaves = np.log2(LONGEST / EXACT_POSITIONS)
-    later = EXACT_POSITIONS * 2 ** (np.arange(octaves * PER_OCTAVE) / PER_OCTAVE)
-    return np.concatenate([np.arange(EXACT_POSITIONS), later.round()]).astype(np.int64)
-
-
-def _value_edges() -> NDArray[np.float32]:
-    exponents = np.arange(SMALLEST * PER_OCTAVE, LARGEST * PER_OCTAVE + 1) / PER_OCTAVE
-    magnitudes = 2.0**exponents
-    return np.concatenate([-magnitudes[::-1], magnitudes]).astype(np.float32)
-
+_OCTAVES = np.arange(PER_OCTAVE * np.log2(LONGEST / EXACT_POSITIONS)) / PER_OCTAVE
+_LATER = (EXACT_POSITIONS * 2**_OCTAVES).round()
+_MAGNITUDES = 2.0 ** (np.arange(SMALLEST * PER_OCTAVE, LARGEST * PER_OCTAVE + 1) / PER_OCTAVE)
 
 #: [P] first position of each bin; the last one is open.
-POSITION_STARTS = _position_starts()
+POSITION_STARTS = np.concatenate([np.arange(EXACT_POSITIONS), _LATER]).astype(np.int64)
 #: [V - 1] bin i holds edge[i - 1] <= value < edge[i]; the first and the last bin are open.
-VALUE_EDGES = _value_edges()
+VALUE_EDGES = np.concatenate([-_MAGNITUDES[::-1], _MAGNITUDES]).astype(np.float32)
 NUM_POSITIONS, NUM_VALUES = len(POSITION_STARTS), len(VALUE_EDGES) + 1
 ZERO_BIN = NUM_VALUES // 2
 

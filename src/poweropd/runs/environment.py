@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -18,30 +19,20 @@ PACKAGES = (
 
 
 def describe_environment() -> JsonObject:
-    """Returns versions, hardware, the number of processes and the code's git commit."""
-    installed = {d.metadata["Name"] for d in metadata.distributions()}
-    cuda = torch.cuda.is_available()
+    """Returns versions, hardware, the number of processes and this package's git commit."""
+    versions = {found.metadata["Name"]: found.version for found in metadata.distributions()}
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    checkout = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = ""
+    if shutil.which("git"):  # which prints no commit if the package is installed without checkout
+        commit = subprocess.run(checkout, capture_output=True, text=True, check=False).stdout
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "packages": {name: metadata.version(name) for name in PACKAGES if name in installed},
+        "packages": {name: versions[name] for name in PACKAGES if name in versions},
         "cpu_count": os.cpu_count(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),  # the launcher sets it
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        if cuda
-        else ["cpu"],
-        "cuda": torch.version.cuda if cuda else None,
-        "git_commit": _git_commit(),
+        "devices": gpus or ["cpu"],
+        "cuda": torch.version.cuda if gpus else None,
+        "git_commit": commit.strip() or None,
     }
-
-
-def _git_commit() -> str | None:
-    """Returns the commit of the source checkout that this package runs from, if there is one."""
-    folder = Path(__file__).parent
-    try:
-        result = subprocess.run(
-            ["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return result.stdout.strip()

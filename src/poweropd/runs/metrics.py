@@ -75,7 +75,9 @@ class Metric:
 #: The metrics that a training step writes, in the order in which they are shown.
 OF_STEPS = (
     Metric("step", "optimizer step"),
-    Metric("reward/mean", "mean reward", progress=Shown("reward", "+.3f"), curve="linear", card=".4g"),
+    Metric(
+        "reward/mean", "mean reward", progress=Shown("reward", "+.3f"), curve="linear", card=".4g"
+    ),
     Metric(
         "reverse_kl", "reverse KL", "nats per token", "reverse_kl", progress=Shown("kl", ".3f"),
         table=Shown("reverse KL", ".4f"), sweep=Shown("KL", ".3f"), curve="linear", card=".4g",

@@ -41,11 +41,10 @@ COMPLETIONS = pa.schema(
         *((name, _FLOATS) for name in ("rewards", "student_log_probs", "teacher_log_probs")),
     ]
 )
-SCHEMAS = {
-    "positions": statistics.POSITIONS,
-    "histogram": statistics.HISTOGRAM,
-    "completions": COMPLETIONS,
-}
+NONE_KEPT = COMPLETIONS.empty_table()
+STATISTICS = {"positions": statistics.POSITIONS, "histogram": statistics.HISTOGRAM}
+SCHEMAS = {**STATISTICS, "completions": COMPLETIONS}
+Tables = dict[str, pa.Table]  # by the names of SCHEMAS
 
 
 class RewardRecorder(AbstractContextManager["RewardRecorder"]):
@@ -58,7 +57,7 @@ class RewardRecorder(AbstractContextManager["RewardRecorder"]):
 
     def _clear(self) -> None:
         self._steps: list[int] = []
-        self._tables: dict[str, list[pa.Table]] = {name: [] for name in SCHEMAS}
+        self._parts: list[Tables] = []
 
     def wants(self, step: int, completion: Rollout) -> bool:
         """Tells whether this completion of step `step`, counted from 1, is to be kept."""
@@ -69,11 +68,15 @@ class RewardRecorder(AbstractContextManager["RewardRecorder"]):
         """Adds step `step`, counted from 1, with all its tokens and the completions to keep."""
         start = time.perf_counter()
         self._steps.append(step)
-        self._tables["positions"].append(statistics.position_table(step, tokens))
-        self._tables["histogram"].append(statistics.histogram_table(step, tokens))
         kept = sorted(completions, key=lambda c: (c.prompt_index, c.sample_index))
         rows = [_completion_row(step, completion, tokens, self.decode) for completion in kept]
-        self._tables["completions"].append(pa.Table.from_pylist(rows, COMPLETIONS))
+        self._parts.append(
+            {
+                "positions": statistics.position_table(step, tokens),
+                "histogram": statistics.histogram_table(step, tokens),
+                "completions": pa.Table.from_pylist(rows, COMPLETIONS),
+            }
+        )
         self.seconds += time.perf_counter() - start
         if len(self._steps) >= STEPS_PER_PART:
             self.write()
@@ -85,14 +88,13 @@ class RewardRecorder(AbstractContextManager["RewardRecorder"]):
         start = time.perf_counter()
         name = f"steps-{self._steps[0]:08d}-{self._steps[-1]:08d}"
         with replaced_directory(self.folder / name) as temporary:
-            for table, parts in self._tables.items():
-                path = temporary / f"{table}.parquet"
-                parquet.write_table(_merged(table, parts), path, compression="zstd")
+            for table, merged in _merged(self._parts).items():
+                parquet.write_table(merged, temporary / f"{table}.parquet", compression="zstd")
         self._clear()
         self.seconds += time.perf_counter() - start
 
     def take_seconds(self) -> float:
-        """Returns the seconds of recording since the last call; a part counts to the step after it."""
+        """Returns the seconds since the last call; writing a part counts to the step after it."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds
 
@@ -111,10 +113,11 @@ class RewardRecorder(AbstractContextManager["RewardRecorder"]):
         self.write()
 
 
-def _merged(name: str, parts: Sequence[pa.Table]) -> pa.Table:
-    if name != "completions":
-        return statistics.merge(parts, SCHEMAS[name])
-    return pa.concat_tables([COMPLETIONS.empty_table(), *parts])
+def _merged(parts: Sequence[Tables]) -> Tables:
+    """Returns the tables of all parts as one of each; empty ones if there is no part."""
+    tables = {name: [part[name] for part in parts] for name in SCHEMAS}
+    merged = {name: statistics.merge(tables[name], SCHEMAS[name]) for name in STATISTICS}
+    return merged | {"completions": pa.concat_tables([NONE_KEPT, *tables["completions"]])}
 
 
 def _completion_row(
@@ -163,19 +166,11 @@ class RewardRecords:
     @classmethod
     def read(cls, folder: Path) -> "RewardRecords":
         """Reads the parts in a folder; the tables are empty if there is none."""
-        found = sorted(folder.iterdir()) if folder.is_dir() else []
-        tables: dict[str, list[pa.Table]] = {name: [] for name in SCHEMAS}
-        unreadable = []
-        for path in (p for p in found if NAME.fullmatch(p.name)):
+        parts, unreadable = list[Tables](), list[str]()
+        for path in sorted(p for p in folder.glob("*") if NAME.fullmatch(p.name)):
+            files = {name: path / f"{name}.parquet" for name in SCHEMAS}
             try:
-                part = {
-                    name: parquet.read_table(path / f"{name}.parquet", schema=schema)
-                    for name, schema in SCHEMAS.items()
-                }
+                parts.append({n: parquet.read_table(files[n], schema=SCHEMAS[n]) for n in SCHEMAS})
             except (OSError, pa.ArrowException) as error:
                 unreadable.append(f"{path.name} ({type(error).__name__})")
-                continue
-            for name, table in part.items():
-                tables[name].append(table)
-        merged = {name: _merged(name, parts) for name, parts in tables.items()}
-        return cls(**merged, unreadable=unreadable)
+        return cls(**_merged(parts), unreadable=unreadable)

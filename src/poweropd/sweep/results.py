@@ -48,10 +48,10 @@ def table_rows(
     cells: dict[str, list[Training]] = {}
     for training in trainings:
         cells.setdefault(training.cell, []).append(training)
-    return [_row(cell, group, snr, failed, best) for cell, group in cells.items()]
+    return [_cell_row(cell, group, snr, failed, best) for cell, group in cells.items()]
 
 
-def _row(
+def _cell_row(
     cell: str, group: Sequence[Training], snr: int, failed: Mapping[str, str], best: bool
 ) -> Row:
     done = [training for training in group if training.is_finished(snr)]
@@ -81,7 +81,7 @@ def over_seeds(found: Sequence[JsonObject]) -> dict[str, BenchmarkFigures]:
     names = list(found[0])
     averages, passes = {}, {}
     for name in names:
-        correct = [_correct(one[name]) for one in found]
+        correct = [_grades(one[name]) for one in found]
         averages[name] = np.array([avg_values(c) for c in correct])
         passes[name] = np.array([pass_values(c) for c in correct])
     groups = {name: [name] for name in names} | ({MEAN: names} if len(names) > 1 else {})
@@ -97,7 +97,7 @@ def over_seeds(found: Sequence[JsonObject]) -> dict[str, BenchmarkFigures]:
     }
 
 
-def _correct(result: JsonObject) -> NDArray[np.bool_]:
+def _grades(result: JsonObject) -> NDArray[np.bool_]:
     """Returns [problems, n] grades in the order of the problems' ids.
 
     They come from each problem's correct fraction: which of the n completions were correct is not

@@ -50,7 +50,7 @@ def print_table(rows: Sequence[Row], best: bool, console: Console) -> None:
 def _accuracies(rows: Sequence[Row], best: bool) -> Table:
     names = evaluated(rows)
     detailed = MEAN if MEAN in names else names[0]
-    table = _table(f"▲ best, △ second best. {accuracy_caption(best)}")
+    table = _empty_table(f"▲ best, △ second best. {accuracy_caption(best)}")
     ranks = {
         (name, key): ranking(rows, name, key) for name in names for key in _metrics(rows, name)
     }
@@ -80,7 +80,7 @@ def _accuracies(rows: Sequence[Row], best: bool) -> Table:
 
 def _trainings(rows: Sequence[Row]) -> Table:
     columns = training_columns(rows)
-    table = _table(training_caption(rows))
+    table = _empty_table(training_caption(rows))
     for column in columns:
         table.add_column(TRAINING[column].heading.replace(" ", "\n"), justify="right", no_wrap=True)
     for row in rows:
@@ -88,7 +88,7 @@ def _trainings(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _table(caption: str) -> Table:
+def _empty_table(caption: str) -> Table:
     """Returns an empty, narrow table whose first column is for the cells."""
     table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=0)
     table.add_column("", overflow="fold", min_width=20)
