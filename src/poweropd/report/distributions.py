@@ -105,7 +105,10 @@ def _reward_rows(run: RecordedRun) -> Iterator[JsonObject]:
 
 
 def _tail(side: int) -> RunRows:
-    """Returns rows of the share of tokens beyond each bin edge from 2^-4 on; side -1: below minus it."""
+    """Returns rows of the share of tokens beyond each bin edge from 2^-4 on.
+
+    With side -1 it is the share below minus the edge.
+    """
 
     def rows(run: RecordedRun) -> Iterator[JsonObject]:
         cells = counts(run, "log_ratio").sum(0)[::side]

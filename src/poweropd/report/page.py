@@ -28,33 +28,19 @@ def sections(runs: Sequence[RecordedRun]) -> tuple[list[Section], list[str]]:
         if width > 1
         else "Every step is drawn."
     )
+    drawn = functools.partial(distributions.figures, runs)
+    every = "Of all trained tokens of all steps. The log ratio is ln t - ln p under any reward."
+    where = "Where in a completion extremes sit, and where the models are sure and agree."
+    earned = "What a token earns if the teacher gives it probability t and the student p."
+    decay = "Whether extremes decay as the student learns."
+    heatmap = heatmaps.position_and_step(runs)
     found: list[Section] = [
         ("Training", thinned, curves.training(runs)),
-        (
-            "Distribution of rewards",
-            "Of all trained tokens of all steps. The log ratio is ln t - ln p under any reward.",
-            distributions.figures(runs, distributions.DISTRIBUTIONS),
-        ),
-        (
-            "Position in the completion",
-            "Where in a completion extremes sit, and where the models are sure and agree.",
-            distributions.figures(runs, distributions.BY_POSITION),
-        ),
-        (
-            "Persistence",
-            "Whether extremes decay as the student learns.",
-            distributions.figures(runs, distributions.PERSISTENCE),
-        ),
-        (
-            "Rewards by position and step",
-            "Each run has colours of its own range.",
-            heatmaps.position_and_step(runs),
-        ),
-        (
-            "The reward as a function",
-            "What a token earns if the teacher gives it probability t and the student p.",
-            planes,
-        ),
+        ("Distribution of rewards", every, drawn(distributions.DISTRIBUTIONS)),
+        ("Position in the completion", where, drawn(distributions.BY_POSITION)),
+        ("Persistence", decay, drawn(distributions.PERSISTENCE)),
+        ("Rewards by position and step", "Each run has colours of its own range.", heatmap),
+        ("The reward as a function", earned, planes),
         ("Time", "", curves.phases(runs)),
     ]
     return [section for section in found if section[2]], notes

@@ -24,7 +24,7 @@ def describe_environment() -> JsonObject:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     checkout = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = ""
-    if shutil.which("git"):  # which prints no commit if the package is installed without checkout
+    if shutil.which("git"):  # it prints nothing if this package does not run from a checkout
         commit = subprocess.run(checkout, capture_output=True, text=True, check=False).stdout
     return {
         "python": sys.version.split()[0],
