@@ -18,7 +18,6 @@ UNIT = 2.0**-30  # the unit of all sums
 LARGEST_IN_SUMS = 2.0**16  # a larger magnitude, such as that of minus infinity, counts as this
 STEPS_PER_BLOCK = 10  # one histogram for so many steps; one for each step would be large
 
-
 #: One row per optimizer step (from 1) and bin of positions, named by its first position.
 #: `top1` counts the tokens that the student finds most probable. `teacher_*` and `both_top1` are
 #: about `teacher_count` tokens, and null where the teacher gave log-probabilities alone.
