@@ -1,6 +1,5 @@
 """Run directories for the tests of reports: two real ones, and one full of markup."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,9 +36,7 @@ def train(folder: Path, models: Sequence[Path], prompts: Path, reward: str, step
     )
     run = Trainer(config, progress=False).train().run_dir
     for step in (steps // 2, steps):
-        path = run / "eval" / f"step-{step}" / "results.json"
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps({"results": {"sums": BENCHMARK}}))
+        RunDirectory(run).write_evaluation(step, {"sums": BENCHMARK})
     return run
 
 

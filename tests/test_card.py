@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from poweropd import Config, Trainer
 from poweropd.evaluation.metrics import problem_values
 from poweropd.runs import card
-from poweropd.runs.directory import read_jsonl
+from poweropd.runs.files import read_jsonl
 
 MAKES = Callable[..., Config]
 EVALUATE = {"every": 2, "benchmarks": ["embedded"], "n": 2, "limit": 4, "max_new_tokens": 8}

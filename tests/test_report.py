@@ -1,6 +1,5 @@
 """Reports: what they say of whole, unfinished, broken and different runs; figures as files."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,12 +58,10 @@ def rendered(paths: list[Path]) -> str:
 
 def test_the_summary_has_the_numbers_of_each_run(make_run: Callable[..., Path]) -> None:
     one, two = make_run("one"), make_run("two", steps=10)
-    folder = one / "eval" / "step-20"
-    folder.mkdir(parents=True)
-    gradients = {"start": {"gradient_snr": 0.5}, "end": {"gradient_snr": 0.25}}
-    (one / "gradients.json").write_text(json.dumps(gradients))
+    for when, snr in (("start", 0.5), ("end", 0.25)):
+        RunDirectory(one).write_gradients(when, {"gradient_snr": snr})
     found = {"sums": {"avg_at_k": {"mean": 0.5, "low": 0.4, "high": 0.625}}}
-    (folder / "results.json").write_text(json.dumps({"results": found}))
+    RunDirectory(one).write_evaluation(20, found)
     table = tables.summary_table(read_runs([one, two]))
     rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
     assert rows[0]["Avg@k on sums"] == "50.0% [40.0, 62.5] at step 20"

@@ -18,9 +18,9 @@ import typer
 
 from poweropd import Config, Trainer, commands
 from poweropd.errors import RunError, UsageError
-from poweropd.runs.directory import RunDirectory, read_jsonl
+from poweropd.runs.directory import RunDirectory
+from poweropd.runs.files import read_jsonl
 from poweropd.sweep import cells, runner
-from poweropd.sweep.jobs import steps_done
 from poweropd.training import gradient_noise
 
 MAKES = Callable[..., Config]
@@ -191,7 +191,7 @@ def test_a_signal_is_passed_on_and_the_same_command_goes_on(recipe_file: Path) -
     steps = len(read_jsonl(run / "metrics.jsonl"))
     assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step-{steps}"]
     assert not (run.parent / "alpha=100-seed42" / "metrics.jsonl").exists()
-    assert steps_done(RunDirectory(run)) == steps
+    assert RunDirectory(run).steps_done() == steps
 
 
 @pytest.fixture

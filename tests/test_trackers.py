@@ -13,7 +13,7 @@ import pytest
 
 from poweropd import Config, Trainer
 from poweropd.errors import UsageError
-from poweropd.runs.directory import read_jsonl
+from poweropd.runs.files import read_jsonl
 from poweropd.training import trackers
 
 Rows = dict[int, dict[str, float]]

@@ -1,6 +1,5 @@
 """Does the work of `poweropd eval`, for a model or for completions from elsewhere."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from poweropd.evaluation.metrics import GradedRow, Summary, summarize
 from poweropd.evaluation.runner import evaluate, load_subject
 from poweropd.evaluation.settings import BATCH_SIZE, EvaluationSettings
 from poweropd.grading.grader import Grader
-from poweropd.runs.directory import write_atomically
+from poweropd.runs.files import write_json
 
 UNKNOWN_STOP = "unknown"
 
@@ -149,7 +148,7 @@ def show_report(report: Report, json_file: Path | None, compare: Path | None) ->
         solved = results.read_solved(compare)
         console.print(results.comparison_table(report.results, solved, compare.stem))
     if json_file is not None:
-        write_atomically(json_file, json.dumps(report.to_dict(), indent=2) + "\n")
+        write_json(json_file, report.to_dict())
         console.print(f"figures: {json_file}", soft_wrap=True)
     if "completions" in report.facts:
         console.print(f"completions: {report.facts['completions']}", soft_wrap=True)

@@ -33,7 +33,7 @@ from poweropd.grading.grader import Grade, Grader
 from poweropd.models import loading
 from poweropd.rollouts.base import RolloutEngine, Sampling, completion_seed
 from poweropd.rollouts.transformers import TransformersEngine
-from poweropd.runs import directory
+from poweropd.runs import files
 
 logger = logging.getLogger("poweropd")
 
@@ -74,7 +74,7 @@ class Evaluation:
         self.settings_path = folder / f"{name}.settings.json"
         folder.mkdir(parents=True, exist_ok=True)
         self._claim()
-        self.rows = cast(list[GradedRow], directory.recover_jsonl(self.path))
+        self.rows = cast(list[GradedRow], files.recover_jsonl(self.path))
         self.done = {(row["id"], row["sample"]) for row in self.rows}
 
     def _claim(self) -> None:
@@ -84,7 +84,7 @@ class Evaluation:
         asked = {"model": self.model, "problems": digest, "count": len(texts)}
         asked |= json.loads(json.dumps(asdict(self.settings)))
         if not self.settings_path.exists():
-            directory.write_atomically(self.settings_path, json.dumps(asked, indent=2))
+            files.write_json(self.settings_path, asked)
             return
         found = json.loads(self.settings_path.read_text(encoding="utf-8"))
         differing = [

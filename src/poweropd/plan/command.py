@@ -1,6 +1,5 @@
 """Makes the plan of `poweropd plan`: all that is known of a run before it starts."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from poweropd.plan import checks
 from poweropd.plan.estimate import Advice, CostEstimate, Scenario, Workload
 from poweropd.plan.memory import GIB
 from poweropd.plan.throughput import Measured, Throughput
-from poweropd.runs.directory import write_atomically
+from poweropd.runs.files import write_json
 
 PAPER_PROMPT = 128  # tokens, as Appendix B of arXiv:2606.17199 counts them
 
@@ -93,7 +92,7 @@ class Plan:
         }
 
     def write(self, path: Path) -> None:
-        write_atomically(path, json.dumps(self.to_dict(), indent=2) + "\n")
+        write_json(path, self.to_dict())
 
 
 def make_plan(config: Config, options: Options) -> Plan:

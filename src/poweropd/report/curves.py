@@ -1,63 +1,40 @@
-"""Figures over training: metrics of all runs overlaid, accuracy, and where the time went."""
+"""Figures over training: the metrics of all runs overlaid, accuracy, and the time of a step."""
 
-import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import altair
 import numpy as np
 
-from poweropd.report.runs import RecordedRun
-from poweropd.report.theme import HEIGHT, WIDTH, Figure, named_rows, run_colour
+from poweropd.report.runs import RecordedRun, benchmarks
+from poweropd.report.theme import HEIGHT, WIDTH, Figure, named_rows, rounded, run_colour
+from poweropd.runs.files import JsonObject
+from poweropd.runs.metrics import MEDIAN, OF_STEPS, Metric
 
 POINTS = 250  # of a curve, at most; longer ones are drawn by buckets of steps
-Row = dict[str, Any]
 ScaleType = Literal["linear", "log"]
 
 
-@dataclass(frozen=True)
-class Curve:
-    metric: str
-    title: str
-    scale: ScaleType = "linear"
-
-
-CURVES = [
-    Curve("reverse_kl", "Reverse KL, nats per token"),
-    Curve("reward/mean", "Mean reward"),
-    Curve("grad_norm", "Gradient norm", "log"),
-    Curve("loss", "Loss"),
-    Curve("entropy", "Student's entropy, nats"),
-    Curve("completions/mean_length", "Completion length, tokens"),
-    Curve("completions/truncated_fraction", "Truncated completions, share"),
-    Curve("reward/zero_fraction", "Tokens with a reward of zero, share"),
-    Curve("mfu", "Model FLOPs utilisation, share"),
-    Curve("tokens_per_second", "Sampled tokens per second"),
-]
-
-
 def training(runs: Sequence[RecordedRun]) -> list[Figure]:
-    """One figure for each metric that a run has, and accuracy where it was measured."""
-    width = bucket_width(runs)
-    figures = []
-    for curve in CURVES:
-        found = [row for run in runs for row in curve_rows(run, curve.metric, width, curve.scale)]
+    """Returns one figure for each metric that a run has, and accuracy where it was measured."""
+    width, names = bucket_width(runs), [run.name for run in runs]
+    figures = accuracy(runs)
+    for metric, scale in ((m, m.curve) for m in OF_STEPS if m.curve):
+        found = [row for run in runs for row in curve_rows(run, metric.key, width, scale)]
         if found:
-            title, names = curve.title, [run.name for run in runs]
-            figures.append(curve_figure(curve.metric, title, names, found, curve.scale, width))
-    return [*accuracy(runs), *figures]
+            figures.append(curve_figure(metric, names, found, width))
+    return figures
 
 
 def bucket_width(runs: Sequence[RecordedRun]) -> int:
-    """Steps that share a point."""
+    """Returns the number of steps that share a point."""
     return max(1, -(-max(run.steps for run in runs) // POINTS))
 
 
 def curve_rows(
     run: RecordedRun, metric: str, width: int, scale: ScaleType = "linear"
-) -> Iterator[Row]:
-    """Mean, lowest and highest value of each bucket of `width` steps."""
+) -> Iterator[JsonObject]:
+    """Yields mean, lowest and highest value of each bucket of `width` steps."""
     steps, values = (np.array(column) for column in run.series(metric))
     keep = np.isfinite(values) & ((values > 0) | (scale != "log"))
     steps, values = steps[keep], values[keep]
@@ -73,15 +50,16 @@ def curve_rows(
     )
     for step, mean, low, high in zip(*(column.tolist() for column in columns), strict=True):
         row = {"mean": mean, "low": low, "high": high}
-        yield {"run": run.name, "step": step, **{k: float(f"{v:.5g}") for k, v in row.items()}}
+        yield {"run": run.name, "step": step, **{k: rounded(v, 5) for k, v in row.items()}}
 
 
 def curve_figure(
-    metric: str, title: str, names: Sequence[str], found: list[Row], scale: ScaleType, width: int
+    metric: Metric, names: Sequence[str], found: list[JsonObject], width: int
 ) -> Figure:
-    """Lines of the mean, bands from the lowest to the highest of a bucket, values on hovering."""
+    """Draws the mean as a line in a band from the lowest to the highest value of a bucket."""
+    title = metric.heading[0].upper() + metric.heading[1:]
     base = overlay(names).encode(x=altair.X("step:Q", title="optimizer step"))
-    axis = altair.Scale(type="log") if scale == "log" else altair.Scale(zero=False)
+    axis = altair.Scale(type="log") if metric.curve == "log" else altair.Scale(zero=False)
     band = base.mark_area(opacity=0.15).encode(
         y=altair.Y("low:Q", title=None, scale=axis), y2="high:Q"
     )
@@ -89,7 +67,7 @@ def curve_figure(
     layers = [band, line] if width > 1 else [line]
     said = f", mean of every {width} steps, with the range of their values" if width > 1 else ""
     return Figure(
-        key=metric.replace("/", "-"),
+        key=metric.key.replace("/", "-"),
         title=title,
         description=f"{title} over optimizer steps, one line a run{said}.",
         chart=hovering(layers, line),
@@ -99,17 +77,18 @@ def curve_figure(
 
 
 def overlay(names: Sequence[str]) -> altair.Chart:
-    """A chart of runs, coloured, without those that the reader has switched off."""
+    """Returns a chart in the colours of the runs, without those that the reader switched off."""
     shown = altair.Chart(named_rows()).transform_filter("indexof(hidden_runs, datum.run) < 0")
     return shown.encode(color=run_colour(names))
 
 
 def hovering(layers: Sequence[altair.Chart], line: altair.Chart) -> altair.LayerChart:
-    """The layers, and a point of `line` with its row under the pointer."""
+    """Returns the layers with a point of `line` and its row under the pointer."""
     near = altair.selection_point(
         name="near", nearest=True, on="pointermove", clear="pointerout", empty=False
     )
-    # All of the row: of single fields Vega-Lite 6.4 loses the names on a nearest point.
+    # The tooltip shows the whole row: Vega-Lite 6.4 loses the names of single fields on a nearest
+    # point.
     points = line.mark_point(filled=True, size=60, tooltip=altair.TooltipContent("data")).encode(
         opacity=altair.condition(near, altair.value(1), altair.value(0))
     )
@@ -120,16 +99,14 @@ def hovering(layers: Sequence[altair.Chart], line: altair.Chart) -> altair.Layer
 
 
 def accuracy(runs: Sequence[RecordedRun]) -> list[Figure]:
-    """Avg@k of each benchmark over steps, with its 95% interval over problems."""
+    """Returns a figure for each benchmark: Avg@k over steps with 95% intervals over problems."""
     figures = []
     names = [run.name for run in runs]
-    benchmarks = dict.fromkeys(e.benchmark for run in runs for e in run.evaluations)
-    for benchmark in benchmarks:
+    for benchmark in benchmarks(runs):
         found = [
-            {"run": run.name, "step": e.step, **e.result["avg_at_k"]}
+            {"run": run.name, "step": step, **result["avg_at_k"]}
             for run in runs
-            for e in run.evaluations
-            if e.benchmark == benchmark
+            for step, result in run.results(benchmark)
         ]
         base = overlay(names).encode(x=altair.X("step:Q", title="optimizer step"))
         percent, scale = altair.Axis(format=".0%"), altair.Scale(zero=False)
@@ -146,13 +123,13 @@ def accuracy(runs: Sequence[RecordedRun]) -> list[Figure]:
 
 
 def phases(runs: Sequence[RecordedRun]) -> list[Figure]:
-    """Median seconds of a step's phases, stacked."""
+    """Returns the figure of a step's phases: their median seconds, stacked."""
     found = []
     for run in runs:
         keys = dict.fromkeys(key for row in run.metrics for key in row if "seconds/" in key)
-        medians = {key.removeprefix("seconds/"): _median(run, key) for key in keys}
+        medians = {k.removeprefix("seconds/"): MEDIAN.of(run.metrics, k) or 0.0 for k in keys}
         whole = medians.pop("step", 0.0)
-        if "record" in medians:  # the last thing a step does
+        if "record" in medians:  # the last thing that a step does
             medians["record"] = medians.pop("record")
         medians["other"] = max(0.0, whole - sum(medians.values()))
         found += [
@@ -182,7 +159,3 @@ def phases(runs: Sequence[RecordedRun]) -> list[Figure]:
     )
     description = "Median seconds of each phase of a step, stacked, one bar a run."
     return [Figure("phases", "Where the time of a step goes", description, chart, found)]
-
-
-def _median(run: RecordedRun, key: str) -> float:
-    return statistics.median(run.series(key)[1])

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from poweropd.report.curves import Row, hovering, overlay
+from poweropd.report.curves import hovering, overlay
 from poweropd.report.runs import RecordedRun
-from poweropd.report.theme import TEXT, Figure, position_axis, signed_axis
+from poweropd.report.theme import TEXT, Figure, position_axis, rounded, signed_axis
 from poweropd.runs.bins import (
     NUM_POSITIONS,
     NUM_VALUES,
@@ -22,16 +22,18 @@ from poweropd.runs.bins import (
     quantile,
     value_ends,
 )
-from poweropd.runs.statistics import STEPS_PER_BLOCK, UNIT
+from poweropd.runs.files import JsonObject
+from poweropd.runs.statistics import STEPS_PER_BLOCK, UNIT, totals
 
 EARLY = 16  # positions that count as early
 FAR = 4.0  # nats: the log ratio of a token beyond this is extreme
 TAIL = 0.01  # the quantile that stands for "low" and "high"
-POINTS = 60  # of a curve over training, at most
+POINTS = 60  # at most, of a curve over training
 Counts = NDArray[np.int64]
 Values = Sequence[float]
+RunRows = Callable[[RecordedRun], Iterator[JsonObject]]
 
-# How an axis is drawn, by its kind, from all values on it.
+#: Kind of axis -> how it is drawn, from all values on it and its title.
 AXES: dict[str, Callable[[Values, str | None], dict[str, Any]]] = {
     "signed": signed_axis,
     "linear": lambda values, title: {"title": title, "scale": altair.Scale(zero=False)},
@@ -42,19 +44,19 @@ AXES: dict[str, Callable[[Values, str | None], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Plot:
-    """One figure of lines. A run's rows have `x`, `y` and, for two lines a run, `kind`."""
+    """One figure of lines. A run's rows have `x`, `value` and, for two lines a run, `kind`."""
 
     key: str
     title: str
     description: str
-    rows: Callable[[RecordedRun], Iterator[Row]]
+    rows: RunRows
     x: str
     x_axis: tuple[str, str]  # kind of AXES, title
     y_axis: tuple[str, str | None] = ("signed", None)
     interpolate: Any = "linear"
 
     def figures(self, runs: Sequence[RecordedRun]) -> list[Figure]:
-        """The figure, or none where no run has anything to draw."""
+        """Draws the figure; there is none if no run has anything to draw."""
         found = [row for run in runs for row in self.rows(run)]
         if not found:
             return []
@@ -78,11 +80,12 @@ class Plot:
 
 
 def figures(runs: Sequence[RecordedRun], plots: Sequence[Plot]) -> list[Figure]:
+    """Draws the plots for which any of the runs has something to draw."""
     return [figure for plot in plots for figure in plot.figures(runs)]
 
 
 def counts(run: RecordedRun, quantity: str) -> Counts:
-    """[positions, values] tokens in each cell, over all steps."""
+    """Returns the [positions, values] tokens in each cell, over all steps."""
     table = run.rewards.histogram
     table = table.filter(pc.equal(table["quantity"], quantity))
     places = np.searchsorted(POSITION_STARTS, table["position"].to_numpy())
@@ -91,80 +94,73 @@ def counts(run: RecordedRun, quantity: str) -> Counts:
     return cells
 
 
-def _rounded(value: float) -> float | None:
-    return float(f"{value:.4g}") if np.isfinite(value) else None
-
-
-def _reward_rows(run: RecordedRun) -> Iterator[Row]:
-    """From the lowest to the highest bin that is not empty; an empty one between has no share."""
+def _reward_rows(run: RecordedRun) -> Iterator[JsonObject]:
+    """Yields the bins from the lowest to the highest filled one; an empty one has no share."""
     cells = counts(run, "reward").sum(0)
     filled = cells.nonzero()[0]
     lows = value_ends()[0]
     for place in range(filled.min(), filled.max() + 1) if len(filled) else []:
-        share = _rounded(cells[place] / cells.sum()) or None
-        yield {"run": run.name, "reward": _rounded(lows[place]), "value": share}
+        share = rounded(cells[place] / cells.sum()) or None
+        yield {"run": run.name, "reward": rounded(lows[place]), "value": share}
 
 
-def _tail(side: int) -> Callable[[RecordedRun], Iterator[Row]]:
-    """Share of tokens beyond each bin edge from 2^-4 on, below minus it for side -1."""
+def _tail(side: int) -> RunRows:
+    """Returns rows of the share of tokens beyond each bin edge from 2^-4 on.
 
-    def rows(run: RecordedRun) -> Iterator[Row]:
+    With side -1 it is the share below minus the edge.
+    """
+
+    def rows(run: RecordedRun) -> Iterator[JsonObject]:
         cells = counts(run, "log_ratio").sum(0)[::side]
         beyond = np.cumsum(cells[::-1])[::-1]  # [V] tokens in this bin or further out
         for edge, number in zip(VALUE_EDGES[ZERO_BIN:], beyond[ZERO_BIN + 1 :], strict=True):
             if edge >= 2**-4 and number:
-                share = _rounded(number / cells.sum())
-                yield {"run": run.name, "x": _rounded(edge), "value": share}
+                share = rounded(number / cells.sum())
+                yield {"run": run.name, "x": rounded(edge), "value": share}
 
     return rows
 
 
-def _totals(run: RecordedRun) -> list[dict[str, Any]]:
-    """Of each position bin over all steps."""
-    table = run.rewards.positions
-    ways = [
-        (name, name[-3:] if name.endswith(("_min", "_max")) else "sum")
-        for name in table.column_names
-        if name not in ("step", "position")
-    ]
-    grouped = table.group_by("position").aggregate(ways).sort_by("position").to_pylist()
-    named = {f"{name}_{way}": name for name, way in ways} | {"position": "position"}
-    return [{named[key]: value for key, value in row.items()} for row in grouped]
+def _by_position(values: Callable[[JsonObject, Counts], dict[str, float]]) -> RunRows:
+    """Returns rows of kind -> value at each position.
 
+    `values` makes them of the position's statistics over all steps and its [V] counts of rewards.
+    """
 
-def _extremes(end: str, q: float) -> Callable[[RecordedRun], Iterator[Row]]:
-    def rows(run: RecordedRun) -> Iterator[Row]:
+    def rows(run: RecordedRun) -> Iterator[JsonObject]:
         cells = dict(zip(POSITION_STARTS.tolist(), counts(run, "reward"), strict=True))
-        for row in _totals(run):
+        table = totals(run.rewards.positions.drop_columns("step"), ["position"])
+        for row in table.to_pylist():
             base = {"run": run.name, "position": row["position"]}
-            inner = _rounded(quantile(cells[row["position"]], q))
-            yield {**base, "kind": f"{q:.0%} quantile", "value": inner}
-            yield {**base, "kind": "extreme", "value": _rounded(row[f"reward_{end}"])}
+            for kind, value in values(row, cells[row["position"]]).items():
+                yield {**base, "kind": kind, "value": rounded(value)}
 
     return rows
 
 
-def _entropies(run: RecordedRun) -> Iterator[Row]:
-    for row in _totals(run):
-        base = {"run": run.name, "position": row["position"]}
-        mean = row["entropy_sum"] * UNIT / row["count"]
-        yield {**base, "kind": "student", "value": _rounded(mean)}
-        if row["teacher_count"]:
-            mean = row["teacher_entropy_sum"] * UNIT / row["teacher_count"]
-            yield {**base, "kind": "teacher", "value": _rounded(mean)}
+def _extremes(end: str, q: float) -> RunRows:
+    return _by_position(
+        lambda row, rewards: {
+            f"{q:.0%} quantile": quantile(rewards, q),
+            "extreme": row[f"reward_{end}"],
+        }
+    )
 
 
-def _agreement(run: RecordedRun) -> Iterator[Row]:
-    for row in _totals(run):
-        base = {"run": run.name, "position": row["position"]}
-        if row["teacher_count"]:
-            both = row["both_top1"] / row["teacher_count"]
-            yield {**base, "kind": "both", "value": _rounded(both)}
-        yield {**base, "kind": "student", "value": _rounded(row["top1"] / row["count"])}
+def _entropies(row: JsonObject, rewards: Counts) -> dict[str, float]:
+    found = {"student": row["entropy_sum"] * UNIT / row["count"]}
+    if row["teacher_count"]:
+        found["teacher"] = row["teacher_entropy_sum"] * UNIT / row["teacher_count"]
+    return found
 
 
-def _buckets(steps: NDArray[Any]) -> NDArray[Any]:
-    """The first step of each step's bucket: at most POINTS of them, of whole histogram blocks."""
+def _agreement(row: JsonObject, rewards: Counts) -> dict[str, float]:
+    both = {"both": row["both_top1"] / row["teacher_count"]} if row["teacher_count"] else {}
+    return both | {"student": row["top1"] / row["count"]}
+
+
+def _buckets(steps: Counts) -> Counts:
+    """Returns the first step of each step's bucket; at most POINTS buckets, of whole blocks."""
     blocks = -(-int(steps.max(initial=1)) // (STEPS_PER_BLOCK * POINTS))
     width = blocks * STEPS_PER_BLOCK
     return (steps - 1) // width * width + 1
@@ -172,16 +168,16 @@ def _buckets(steps: NDArray[Any]) -> NDArray[Any]:
 
 def _early_and_later(
     run: RecordedRun, table: pa.Table, of: Callable[[NDArray[np.bool_]], float]
-) -> Iterator[Row]:
-    """`of` a table's rows of early and of later positions, in each bucket of steps."""
+) -> Iterator[JsonObject]:
+    """Yields what `of` makes of a table's early and later positions, in each bucket of steps."""
     buckets, early = _buckets(table["step"].to_numpy()), table["position"].to_numpy() < EARLY
     for kind, where in ((f"positions 0-{EARLY - 1}", early), ("later positions", ~early)):
         for bucket in np.unique(buckets[where]).tolist():
-            value = _rounded(of(where & (buckets == bucket)))
+            value = rounded(of(where & (buckets == bucket)))
             yield {"run": run.name, "kind": kind, "step": bucket, "value": value}
 
 
-def _far(run: RecordedRun) -> Iterator[Row]:
+def _far(run: RecordedRun) -> Iterator[JsonObject]:
     table = run.rewards.histogram
     table = table.filter(pc.equal(table["quantity"], "log_ratio"))
     low, high = value_ends()
@@ -190,7 +186,7 @@ def _far(run: RecordedRun) -> Iterator[Row]:
     return _early_and_later(run, table, lambda own: far[own].sum() / number[own].sum())
 
 
-def _lowest(run: RecordedRun) -> Iterator[Row]:
+def _lowest(run: RecordedRun) -> Iterator[JsonObject]:
     table = run.rewards.positions
     lowest = table["reward_min"].to_numpy()
     return _early_and_later(run, table, lambda own: lowest[own].min())
@@ -233,13 +229,13 @@ BY_POSITION = [
         "entropy-by-position", "Entropy by position, nats",
         "Mean entropy of the student's (solid) and, where known, the teacher's (dashed) next token "
         f"{_EVERYWHERE}",
-        _entropies, "position", _POSITION, ("linear", None),
+        _by_position(_entropies), "position", _POSITION, ("linear", None),
     ),
     Plot(
         "top1-by-position", "Top-1 agreement by position",
         "Share of tokens that are the most likely one to both models (solid), and to the student "
         f"(dashed), {_EVERYWHERE}",
-        _agreement, "position", _POSITION, ("linear", None),
+        _by_position(_agreement), "position", _POSITION, ("linear", None),
     ),
 ]  # fmt: skip
 PERSISTENCE = [

@@ -1,18 +1,18 @@
 """The demo's picture."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import altair
 
-from poweropd.report.theme import CONFIG, png, run_colour, write_aside
+from poweropd.report.theme import CONFIG, png, run_colour
+from poweropd.runs.files import JsonObject, write_atomically
 
 WIDTH, HEIGHT = 230, 200
-Row = Mapping[str, str | float]
 
 
-def save_demo(points: Sequence[Row], steps: Sequence[Row], path: Path) -> None:
-    """Writes the demo's picture: accuracy, gradient SNR and lowest reward over steps, by reward.
+def save_demo(points: Sequence[JsonObject], steps: Sequence[JsonObject], path: Path) -> None:
+    """Draws the demo's picture: accuracy, gradient SNR and reward extremes over steps, by reward.
 
     `points`: step, reward, seed, accuracy, gradient_snr. `steps`: step, reward, seed, lowest.
     Thin lines are seeds, thick lines their means.
@@ -23,15 +23,14 @@ def save_demo(points: Sequence[Row], steps: Sequence[Row], path: Path) -> None:
         _over_steps(steps, "lowest", "lowest reward of a step", altair.Scale(type="symlog")),
     ]
     chart = altair.hconcat(*charts).resolve_scale(color="shared")
-    write_aside(path, png(chart.to_dict() | {"config": CONFIG}))
+    write_atomically(path, png(chart.to_dict() | {"config": CONFIG}))
 
 
 def _over_steps(
-    rows: Sequence[Row], field: str, title: str, scale: altair.Scale
+    rows: Sequence[JsonObject], field: str, title: str, scale: altair.Scale
 ) -> altair.LayerChart:
-    """Returns a chart of one field: a thin line for each seed, a thick one for each mean."""
     named = [{**row, "run": row["reward"]} for row in rows]
-    names = list(dict.fromkeys(str(row["reward"]) for row in rows))
+    names = list(dict.fromkeys(row["reward"] for row in rows))
     base = altair.Chart(altair.Data(values=named)).encode(
         x=altair.X("step:Q", title="optimizer step"), color=run_colour(names, "reward")
     )

@@ -2,24 +2,24 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import altair
 import numpy as np
 import torch
 
 from poweropd import rewards
-from poweropd.report.curves import Row
 from poweropd.report.runs import RecordedRun
-from poweropd.report.theme import WIDTH, Figure, named_rows, position_axis
+from poweropd.report.theme import WIDTH, Figure, named_rows, position_axis, rounded
 from poweropd.runs.bins import POSITION_STARTS
+from poweropd.runs.files import JsonObject
+from poweropd.runs.statistics import UNIT, totals
 
 STEPS = 40  # columns of a heatmap, at most
 GRID = 40  # probabilities along each axis of the plane
 
 
 def position_and_step(runs: Sequence[RecordedRun]) -> list[Figure]:
-    """Mean reward over completion position and step, one figure a run."""
+    """Returns figures of the mean reward over completion position and step, one for each run."""
     figures = []
     for number, run in enumerate(runs, 1):
         found = list(_cells(run))
@@ -57,39 +57,27 @@ def _diverging(field: str, largest: float) -> altair.Color:
     return altair.Color(field, title=None, scale=scale, legend=altair.Legend(gradientLength=150))
 
 
-def _cells(run: RecordedRun) -> Iterator[Row]:
+def _cells(run: RecordedRun) -> Iterator[JsonObject]:
     table = run.rewards.positions
     steps = table["step"].to_numpy()
     width = max(1, -(-int(steps.max(initial=1)) // STEPS))
-    column = (steps - 1) // width * width + 1
-    grouped = (
-        table.append_column("column", [column])
-        .group_by(["column", "position"])
-        .aggregate([("count", "sum"), ("reward_sum", "sum"), ("reward_min", "min"),
-                    ("reward_max", "max")])
-        .to_pylist()
-    )  # fmt: skip
+    blocks = table.drop_columns("step").append_column("step", [(steps - 1) // width * width + 1])
     ends = dict(zip(POSITION_STARTS[:-1].tolist(), POSITION_STARTS[1:].tolist(), strict=True))
-    for row in grouped:
-        mean = row["reward_sum_sum"] * 2.0**-30 / row["count_sum"]
+    for row in totals(blocks, ["step", "position"]).to_pylist():
         yield {
-            "step": row["column"],
-            "step_end": row["column"] + width,
+            "step": row["step"],
+            "step_end": row["step"] + width,
             "position": row["position"],
             "position_end": ends.get(row["position"], 2 * row["position"]),
-            "mean": float(f"{mean:.4g}"),
-            "low": _finite(row["reward_min_min"]),
-            "high": _finite(row["reward_max_max"]),
-            "tokens": row["count_sum"],
+            "mean": rounded(row["reward_sum"] * UNIT / row["count"]),
+            "low": rounded(row["reward_min"]),
+            "high": rounded(row["reward_max"]),
+            "tokens": row["count"],
         }
 
 
-def _finite(value: float) -> float | None:
-    return float(f"{value:.4g}") if np.isfinite(value) else None
-
-
 def plane(runs: Sequence[RecordedRun]) -> tuple[list[Figure], list[str]]:
-    """Each reward of the runs over (t, p), and notes about those that cannot be drawn."""
+    """Returns figures of the runs' rewards over (t, p), and notes on those that cannot be drawn."""
     settings: dict[str, list[RecordedRun]] = {}
     for run in runs:
         text = json.dumps(run.recipe.get("reward", {}), sort_keys=True, default=str)
@@ -107,12 +95,12 @@ def plane(runs: Sequence[RecordedRun]) -> tuple[list[Figure], list[str]]:
 
 
 def _plane_figure(
-    number: int, reward: rewards.Reward, given: dict[str, Any], names: list[str]
+    number: int, reward: rewards.Reward, given: JsonObject, names: list[str]
 ) -> Figure:
     grid = torch.linspace(1 / GRID, 1, GRID, dtype=torch.float64) - 0.5 / GRID
     values = reward(grid.log()[:, None], grid.log()[None, :])  # [t, p]
     found = [
-        {"t": t, "p": p, "reward": float(f"{value:.4g}"), "half": 0.5 / GRID}
+        {"t": t, "p": p, "reward": rounded(value), "half": 0.5 / GRID}
         for t, line in zip(grid.tolist(), values.tolist(), strict=True)
         for p, value in zip(grid.tolist(), line, strict=True)
     ]

@@ -1,4 +1,4 @@
-"""One HTML page that holds everything: figures, data, drawing code. It asks the network nothing."""
+"""One HTML page with all figures, their data and the drawing code; it loads nothing else."""
 
 import base64
 import functools
@@ -12,14 +12,14 @@ from markupsafe import Markup
 
 from poweropd.report import curves, distributions, heatmaps, samples, tables
 from poweropd.report.runs import RecordedRun, read_runs
-from poweropd.report.theme import COLOURS, Figure, write_aside
-from poweropd.runs.directory import write_atomically
+from poweropd.report.theme import COLOURS, Figure
+from poweropd.runs.files import write_atomically
 
 Section = tuple[str, str, list[Figure]]  # heading, introduction, figures
 
 
 def sections(runs: Sequence[RecordedRun]) -> tuple[list[Section], list[str]]:
-    """All figures by section, and notes on those that could not be made."""
+    """Returns all figures by section, and notes on those that could not be made."""
     planes, notes = heatmaps.plane(runs)
     width = curves.bucket_width(runs)
     thinned = (
@@ -28,40 +28,26 @@ def sections(runs: Sequence[RecordedRun]) -> tuple[list[Section], list[str]]:
         if width > 1
         else "Every step is drawn."
     )
+    drawn = functools.partial(distributions.figures, runs)
+    every = "Of all trained tokens of all steps. The log ratio is ln t - ln p under any reward."
+    where = "Where in a completion extremes sit, and where the models are sure and agree."
+    earned = "What a token earns if the teacher gives it probability t and the student p."
+    decay = "Whether extremes decay as the student learns."
+    heatmap = heatmaps.position_and_step(runs)
     found: list[Section] = [
         ("Training", thinned, curves.training(runs)),
-        (
-            "Distribution of rewards",
-            "Of all trained tokens of all steps. The log ratio is ln t - ln p under any reward.",
-            distributions.figures(runs, distributions.DISTRIBUTIONS),
-        ),
-        (
-            "Position in the completion",
-            "Where in a completion extremes sit, and where the models are sure and agree.",
-            distributions.figures(runs, distributions.BY_POSITION),
-        ),
-        (
-            "Persistence",
-            "Whether extremes decay as the student learns.",
-            distributions.figures(runs, distributions.PERSISTENCE),
-        ),
-        (
-            "Rewards by position and step",
-            "Each run has colours of its own range.",
-            heatmaps.position_and_step(runs),
-        ),
-        (
-            "The reward as a function",
-            "What a token earns if the teacher gives it probability t and the student p.",
-            planes,
-        ),
+        ("Distribution of rewards", every, drawn(distributions.DISTRIBUTIONS)),
+        ("Position in the completion", where, drawn(distributions.BY_POSITION)),
+        ("Persistence", decay, drawn(distributions.PERSISTENCE)),
+        ("Rewards by position and step", "Each run has colours of its own range.", heatmap),
+        ("The reward as a function", earned, planes),
         ("Time", "", curves.phases(runs)),
     ]
     return [section for section in found if section[2]], notes
 
 
 def render(runs: Sequence[RecordedRun], sections_: Sequence[Section], notes: Sequence[str]) -> str:
-    """The page as HTML. Text of runs is escaped wherever it stands."""
+    """Renders the page as HTML; text of runs is escaped wherever it stands."""
     environment = Environment(
         loader=PackageLoader("poweropd.report"),
         autoescape=True,
@@ -94,7 +80,7 @@ def render(runs: Sequence[RecordedRun], sections_: Sequence[Section], notes: Seq
 
 @functools.cache
 def _bundle() -> str:
-    """Vega, Vega-Lite and vega-embed, as vl-convert carries them."""
+    """Returns Vega, Vega-Lite and vega-embed, as vl-convert carries them."""
     import vl_convert
 
     return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")).replace(
@@ -107,13 +93,13 @@ def _resource(name: str) -> str:
 
 
 def _hash(script: str) -> str:
-    """As a content security policy names a script: no other may run."""
+    """Returns the name of a script in a content security policy, by which no other may run."""
     digest = hashlib.sha256(script.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"
 
 
 def write_report(paths: Sequence[Path], out: Path, png: Path | None) -> list[Path]:
-    """Reads runs, writes the page and, into the folder `png`, its figures; returns their paths."""
+    """Writes the page of runs and, into the folder `png`, its figures; returns all paths."""
     found = read_runs(paths)
     made, notes = sections(found)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -123,5 +109,5 @@ def write_report(paths: Sequence[Path], out: Path, png: Path | None) -> list[Pat
         png.mkdir(parents=True, exist_ok=True)
         for figure in (figure for _, _, figures in made for figure in figures):
             written.append(png / f"{figure.key}.png")
-            write_aside(written[-1], figure.png())
+            write_atomically(written[-1], figure.png())
     return written

@@ -1,21 +1,21 @@
 """Completions of a report, each token with the colour of its reward."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from poweropd.report.distributions import counts
 from poweropd.report.runs import RecordedRun
 from poweropd.runs.bins import NUM_VALUES, ZERO_BIN, quantile
+from poweropd.runs.files import JsonObject
 
-LEVELS = 4  # shades to either side of zero
-WORST = 3  # tokens named below a completion
+LEVELS = 4  # shades on either side of zero
+WORST = 3  # tokens with the lowest rewards, which are named below a completion
 
 _QUANTILE = 0.95
 
 
 @dataclass(frozen=True)
 class Token:
-    """`level` from -LEVELS to LEVELS, None where the token was not trained."""
+    """A token as text; `level` is from -LEVELS to LEVELS, or None if it was not trained."""
 
     text: str
     level: int | None
@@ -26,7 +26,7 @@ class Token:
 class Sample:
     run: str
     step: int
-    number: int  # of the prompt in its step, from 1
+    number: int  # the prompt's number in its step, from 1
     prompt: str
     tokens: list[Token]
     ending: str
@@ -34,7 +34,7 @@ class Sample:
 
 
 def scale(run: RecordedRun) -> float:
-    """The |reward| that has the strongest colour: the 95% quantile of those that are not near 0."""
+    """Returns the |reward| of the strongest colour: the 95% quantile of those not near 0."""
     cells = counts(run, "reward").sum(0)
     magnitudes = [0] * NUM_VALUES
     for place, count in enumerate(cells.tolist()):
@@ -45,14 +45,14 @@ def scale(run: RecordedRun) -> float:
 
 
 def samples(run: RecordedRun) -> list[Sample]:
-    """The completions kept at the first and at the last of the steps that have some."""
+    """Returns the completions that were kept at the first and at the last step with any."""
     kept = run.rewards.completions.to_pylist()
     shown = {kept[0]["step"], kept[-1]["step"]} if kept else set()
     strongest = scale(run)
-    return [_sample(run.name, row, strongest) for row in kept if row["step"] in shown]
+    return [_marked_sample(run.name, row, strongest) for row in kept if row["step"] in shown]
 
 
-def _sample(name: str, row: dict[str, Any], strongest: float) -> Sample:
+def _marked_sample(name: str, row: JsonObject, strongest: float) -> Sample:
     columns = (row["pieces"], row["rewards"], row["teacher_log_probs"], row["student_log_probs"])
     tokens = [_token(*values, strongest) for values in zip(*columns, strict=True)]
     trained = [(r, t) for r, t in zip(row["rewards"], tokens, strict=True) if r is not None]

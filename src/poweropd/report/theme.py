@@ -1,15 +1,15 @@
-"""How every figure looks, on a page and as a PNG file: one theme, one way to draw."""
+"""How every figure looks on a page and as a PNG file: there is one theme and one way to draw."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import altair
 
-# Okabe and Ito's colours, which most colour-blind readers tell apart, the light ones darkened to a
-# contrast of 3 on white; the last two are ours.
+# The colours of Okabe and Ito, which most colour-blind readers can tell apart. The light ones are
+# darkened to a contrast of 3 on white, and the last two are our own.
 COLOURS = [
     *("#D55E00", "#0072B2", "#008A65", "#B5608F", "#A87000", "#2E86B5", "#000000", "#7A4FBF"),
 ]
@@ -36,17 +36,17 @@ CONFIG: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart and its data, apart: altair would check every number of it."""
+    """A chart with its data apart from it, since altair would check every number of the data."""
 
     key: str  # file name and id
     title: str
-    description: str  # what is drawn, as caption and for who cannot see it
+    description: str  # what is drawn: the caption, also for readers who cannot see the figure
     chart: Any  # an altair chart of the named data "rows"
     rows: Sequence[Mapping[str, Any]]
-    by_run: bool = False  # drawn once for each run, with colours that the page explains
+    by_run: bool = False  # whether each run has its own lines, in colours that the page explains
 
     def spec(self) -> dict[str, Any]:
-        """Vega-Lite, with the data."""
+        """Returns the Vega-Lite specification, with the data."""
         return {
             **self.chart.to_dict(validate=True),
             "config": CONFIG,
@@ -55,25 +55,26 @@ class Figure:
         }
 
     def png(self) -> bytes:
+        """Draws the figure, with its title, as a PNG file."""
         return png(self.spec() | {"title": self.title})
 
 
 def named_rows() -> altair.NamedData:
-    """The data of a figure, by its name."""
+    """Returns the data of a figure, by its name."""
     return altair.NamedData(name="rows")
 
 
 def run_colour(names: Sequence[str], title: str = "run") -> altair.Color:
-    """The colour of each run or reward, the same in all figures."""
+    """Returns the colour of each run or reward, the same in all figures."""
     colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]
     scale = altair.Scale(domain=list(names), range=colours)
     return altair.Color("run:N", title=title, sort=list(names), scale=scale)
 
 
 def signed_axis(values: Sequence[float], title: str | None = None) -> dict[str, Any]:
-    """Scale and axis of values of either sign and any magnitude; ticks at 1 and 3 of each decade.
+    """Returns the axis of values of either sign and any magnitude; ticks at 1 and 3 of a decade.
 
-    Vega places few of its own on such a scale. Values too close for three ticks get a linear one.
+    Vega itself places few ticks on such a scale. Values too close for three ticks get a linear one.
     """
     low, high = min(values, default=0.0), max(values, default=0.0)
     sizes = [base * 10.0**k for k in range(-2, 5) for base in (1, 3)]
@@ -85,7 +86,7 @@ def signed_axis(values: Sequence[float], title: str | None = None) -> dict[str, 
 
 
 def position_axis(values: Sequence[float], title: str | None = None) -> dict[str, Any]:
-    """Scale and axis of completion positions: nearly linear at the start, then logarithmic."""
+    """Returns the axis of completion positions: nearly linear at the start, then logarithmic."""
     ticks = [0, 4, 8, *(2**k for k in range(4, 21))]
     shown = [t for t in ticks if t <= max(values, default=0.0)]
     scale = altair.Scale(type="symlog", constant=8, nice=False)
@@ -93,13 +94,12 @@ def position_axis(values: Sequence[float], title: str | None = None) -> dict[str
 
 
 def png(spec: Mapping[str, Any]) -> bytes:
+    """Draws a Vega-Lite specification as a PNG file."""
     import vl_convert
 
     return bytes(vl_convert.vegalite_to_png(json.dumps(spec), scale=2))
 
 
-def write_aside(path: Path, content: bytes) -> None:
-    """Writes a file under another name and renames it into place."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+def rounded(value: float, digits: int = 4) -> float | None:
+    """Returns a number with so many significant digits, or None if it is not finite."""
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None

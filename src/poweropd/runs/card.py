@@ -1,35 +1,26 @@
 """The model card of a trained student: what it is, how it was made, what was measured."""
 
-import json
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from poweropd.config import Config
 from poweropd.config.sections import RolloutServerConfig, RunConfig, TeacherConfig
-from poweropd.runs.directory import RunDirectory, write_atomically
+from poweropd.runs.directory import RunDirectory
+from poweropd.runs.files import JsonObject, write_atomically
+from poweropd.runs.metrics import OF_STEPS, MetricRow
 
 TEMPLATE = "card.md"
 TAGS = ["poweropd", "on-policy-distillation", "knowledge-distillation"]
-#: Of the last step, as the card names them.
-METRICS = {
-    "reverse_kl": "KL to the teacher, per sampled token (nats)",
-    "entropy": "entropy (nats)",
-    "reward/mean": "mean reward",
-    "grad_norm": "gradient norm",
-    "completions/mean_length": "mean completion length (tokens)",
-    "completions/truncated_fraction": "completions cut at the limit (fraction)",
-}
 
 
 def write_card(folder: Path, config: Config, step: int) -> None:
     """Writes README.md into a directory that holds the student after `step` steps."""
     run = RunDirectory(config.run.dir)
     adapter = config.model.lora is not None and not config.model.lora.merge
-    evaluation = latest_evaluation(run, step)
+    evaluation = run.evaluation(step)
     rows = [row for row in run.metrics() if row["step"] <= step]
     card = ModelCard.from_template(
         _data(config, run.path.name, adapter, evaluation),
@@ -46,15 +37,15 @@ def write_card(folder: Path, config: Config, step: int) -> None:
         steps=config.train.steps,
         recipe=_public(config).to_yaml(),
         metrics=_last_metrics(rows),
-        evaluation=[_line(name, result) for name, result in evaluation.items()],
-        environment=json.loads((run.path / "environment.json").read_text("utf-8")),
+        evaluation=[_evaluation_line(name, result) for name, result in evaluation.items()],
+        environment=run.environment(),
     )
     write_atomically(folder / "README.md", str(card).rstrip() + "\n")
 
 
 def _public(config: Config) -> Config:
-    """Without paths and addresses of the machines that it ran on: they are nobody's business."""
-    unknown: dict[str, Any] = {"servers": [], "api_key_env": None}
+    """Returns the recipe without paths and addresses of machines, which are private."""
+    unknown: JsonObject = {"servers": [], "api_key_env": None}
     teachers = {k: t.model_copy(update=unknown) for k, t in config.teachers.items()}
     one = isinstance(config.teacher, TeacherConfig)
     teacher = teachers[""] if one else config.teacher.model_copy(update=teachers)
@@ -62,14 +53,10 @@ def _public(config: Config) -> Config:
     return config.model_copy(update={"run": RunConfig(), "teacher": teacher, "rollout": rollout})
 
 
-def latest_evaluation(run: RunDirectory, step: int) -> dict[str, Any]:
-    """benchmark -> figures of the evaluation at this step; {} where there was none."""
-    path = run.evaluations / f"step-{step}" / "results.json"
-    return json.loads(path.read_text("utf-8"))["results"] if path.exists() else {}
-
-
-def _data(config: Config, name: str, adapter: bool, evaluation: Mapping[str, Any]) -> ModelCardData:
-    """The front matter. What is no address on the Hub is left out of it; a license is not known."""
+def _data(
+    config: Config, name: str, adapter: bool, evaluation: Mapping[str, JsonObject]
+) -> ModelCardData:
+    """Returns the front matter, without a license and without models and data outside the Hub."""
     results = [
         EvalResult(
             task_type="text-generation",
@@ -92,19 +79,20 @@ def _data(config: Config, name: str, adapter: bool, evaluation: Mapping[str, Any
 
 
 def _hub(address: str) -> str | None:
-    """An owner/name of the Hub; None for a path, a file or something embedded."""
+    """Returns an owner/name of the Hub; None for a path, a file or something embedded."""
     local = ":" in address or address.startswith((".", "/", "~")) or Path(address).exists()
     return None if local else address
 
 
-def _last_metrics(rows: list[dict[str, Any]]) -> dict[str, str]:
-    last = rows[-1] if rows else {}
-    return {
-        title: f"{last[key]:.4g}" for key, title in METRICS.items() if last.get(key) is not None
-    }
+def _last_metrics(rows: list[MetricRow]) -> dict[str, str]:
+    """Returns heading -> text for the metrics of the last step that the card shows."""
+    shown = [(m, rows[-1].get(m.key)) for m in OF_STEPS if m.card] if rows else []
+    return {m.heading: f"{value:{m.card}}" for m, value in shown if value is not None}
 
 
-def _line(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
+def _evaluation_line(name: str, result: JsonObject) -> JsonObject:
+    """Returns what the card's line of a benchmark says; accuracies in percent."""
+
     def percent(key: str) -> str:
         found = result[key]
         mean, low, high = (100 * found[part] for part in ("mean", "low", "high"))

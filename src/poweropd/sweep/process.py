@@ -10,7 +10,7 @@ from poweropd.evaluation.benchmarks import Problem, load_benchmark
 from poweropd.evaluation.metrics import problem_values
 from poweropd.evaluation.runner import Subject, evaluate
 from poweropd.evaluation.settings import EvaluationSettings
-from poweropd.runs.directory import recover_jsonl
+from poweropd.runs.files import recover_jsonl
 from poweropd.sweep.jobs import Measurement, Training, solving
 from poweropd.training.gradient_noise import measure_gradient
 from poweropd.training.trainer import Result, Trainer

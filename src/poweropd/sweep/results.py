@@ -1,45 +1,35 @@
-"""What the runs of a sweep say, cell by cell: figures of benchmarks, and of the training itself."""
+"""The results of a sweep, cell by cell: accuracies on benchmarks, and metrics of the training."""
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from poweropd.evaluation.metrics import Estimate, avg_values, estimate_over_seeds, pass_values
-from poweropd.runs.directory import RunDirectory
+from poweropd.runs.files import JsonObject
+from poweropd.runs.metrics import OF_GRADIENTS, OF_STEPS
 from poweropd.sweep import paper
 from poweropd.sweep.jobs import Training
 
-MEAN = "mean"  # over the benchmarks
-LAST_PART = 10  # the training's end: its last tenth of steps
-
-#: Column -> (metric, whether it is of the training's last tenth, else the median of all steps).
-OF_TRAINING = {
-    "reverse_kl": ("reverse_kl", True),
-    "length": ("completions/mean_length", True),
-    "truncated": ("completions/truncated_fraction", True),
-    "grad_norm": ("grad_norm", False),
-}
+MEAN = "mean"  # the name of the mean over the benchmarks
 
 
 @dataclass(frozen=True)
 class BenchmarkFigures:
-    """A cell's figures on one benchmark, or the means over all; fractions and tokens."""
+    """The figures of a cell on one benchmark, or their means over all; fractions and tokens."""
 
     k: int
     avg_at_k: Estimate
     pass_at_k: Estimate
     mean_length: float
-    seeds: list[float]  # Avg@k of each
+    seeds: list[float]  # Avg@k of each seed
 
 
 @dataclass(frozen=True)
 class Row:
-    """One cell, over those of its seeds that are finished."""
+    """The results of one cell, over those of its seeds that are finished."""
 
     cell: str
     seeds: int
@@ -53,7 +43,7 @@ class Row:
 def table_rows(
     trainings: Sequence[Training], failed: Mapping[str, str], best: bool = False
 ) -> list[Row]:
-    """A row for each cell; figures of each run's last step or, if `best`, of its best one."""
+    """Returns a row for each cell, from each run's last step or, if `best`, from its best one."""
     cells: dict[str, list[Training]] = {}
     for training in trainings:
         cells.setdefault(training.cell, []).append(training)
@@ -75,24 +65,20 @@ def _row(cell: str, group: Sequence[Training], failed: Mapping[str, str], best: 
     )
 
 
-def evaluation(training: Training, best: bool) -> dict[str, Any]:
-    """A run's results, benchmark -> figures, as its evaluation wrote them; {} without one."""
-    run: RunDirectory = training.directory
-    step = training.steps
-    if best and (run.path / "best.json").exists():
-        step = json.loads((run.path / "best.json").read_text())["step"]
-    path = run.evaluations / f"step-{step}" / "results.json"
-    return json.loads(path.read_text())["results"] if path.exists() else {}
+def evaluation(training: Training, best: bool) -> dict[str, JsonObject]:
+    """Returns benchmark -> results of a run's last or best step; {} if it was not evaluated."""
+    found = training.directory.best() if best else None
+    return training.directory.evaluation(found.step if found else training.steps)
 
 
-def over_seeds(found: Sequence[Mapping[str, Any]]) -> dict[str, BenchmarkFigures]:
-    """benchmark -> its figures over seeds and, of several benchmarks, "mean" -> theirs."""
+def over_seeds(found: Sequence[JsonObject]) -> dict[str, BenchmarkFigures]:
+    """Returns benchmark -> its figures over seeds and, for several benchmarks, "mean" -> theirs."""
     if not found:
         return {}
     names = list(found[0])
     averages, passes = {}, {}
     for name in names:
-        correct = [_correct(one[name]) for one in found]
+        correct = [_grades(one[name]) for one in found]
         averages[name] = np.array([avg_values(c) for c in correct])
         passes[name] = np.array([pass_values(c) for c in correct])
     groups = {name: [name] for name in names} | ({MEAN: names} if len(names) > 1 else {})
@@ -108,10 +94,11 @@ def over_seeds(found: Sequence[Mapping[str, Any]]) -> dict[str, BenchmarkFigures
     }
 
 
-def _correct(result: Mapping[str, Any]) -> NDArray[np.bool_]:
-    """[problems, n] grades, in the order of the problems' ids, from each one's correct fraction.
+def _grades(result: JsonObject) -> NDArray[np.bool_]:
+    """Returns [problems, n] grades in the order of the problems' ids.
 
-    Which of the n were correct is not kept, and no figure at k = n depends on it.
+    They come from each problem's correct fraction: which of the n completions were correct is not
+    kept, and no figure at k = n depends on it.
     """
     n = result["n"]
     counts = np.rint(np.array([result["solved"][id] for id in sorted(result["solved"])]) * n)
@@ -119,18 +106,11 @@ def _correct(result: Mapping[str, Any]) -> NDArray[np.bool_]:
 
 
 def of_training(training: Training) -> dict[str, float]:
-    """What a finished run's metrics and gradients say, column -> number."""
-    metrics = training.directory.metrics()
-    last = metrics[-max(1, len(metrics) // LAST_PART) :]
-    found = {}
-    for column, (key, at_end) in OF_TRAINING.items():
-        values = [m[key] for m in (last if at_end else metrics) if m.get(key) is not None]
-        if values:
-            found[column] = statistics.fmean(values) if at_end else statistics.median(values)
-    found["seconds"] = sum(m["seconds/step"] for m in metrics)
-    for when, measured in training.gradients().items():
-        found |= {f"{key.removeprefix('gradient_')}_{when}": v for key, v in measured.items()}
-    return found
+    """Returns column -> number for a finished run, from its metrics and its gradients' quality."""
+    rows, gradients = training.directory.metrics(), training.directory.gradient_figures()
+    found = {m.column: m.sweep.summary.of(rows, m.key) for m in OF_STEPS if m.sweep}
+    found |= {m.column: gradients.get(m.key) for m in OF_GRADIENTS}
+    return {column: value for column, value in found.items() if value is not None}
 
 
 def _mean_by_key(found: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -23,7 +23,8 @@ from typing import IO
 import torch
 
 from poweropd.errors import UsageError
-from poweropd.runs.directory import RunDirectory, write_atomically
+from poweropd.runs.directory import RunDirectory
+from poweropd.runs.files import write_atomically
 from poweropd.sweep.jobs import Job, Training
 from poweropd.sweep.progress import SweepProgress
 

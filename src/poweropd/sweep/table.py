@@ -1,4 +1,4 @@
-"""The table of a sweep, as the paper's Tables 2 and 3: for a terminal, in Markdown, CSV, JSON."""
+"""The table of a sweep, like the paper's Tables 2 and 3: for a terminal, Markdown, CSV, JSON."""
 
 import csv
 import io
@@ -11,23 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from poweropd.evaluation.metrics import Estimate
+from poweropd.runs.metrics import OF_BENCHMARKS, OF_GRADIENTS, OF_STEPS
 from poweropd.sweep import paper
 from poweropd.sweep.results import MEAN, BenchmarkFigures, Row
 
-#: Metric of a benchmark -> its name in headings.
-ACCURACIES = {"avg_at_k": "Avg@", "pass_at_k": "Pass@"}
-#: Column of the training -> heading, format.
-TRAINING = {
-    "reverse_kl": ("KL", ".3f"),
-    "length": ("len", ".0f"),
-    "truncated": ("cut", ".2f"),
-    "grad_norm": ("grad norm", ".3g"),
-    "snr_start": ("SNR start", ".2f"),
-    "snr_end": ("SNR end", ".2f"),
-    "cosine_start": ("cos start", ".2f"),
-    "cosine_end": ("cos end", ".2f"),
-    "seconds": ("s", ".0f"),
-}
+#: Metric of a benchmark -> how the table shows it.
+ACCURACIES = {key: metric.sweep for key, metric in OF_BENCHMARKS.items() if metric.sweep}
+#: Column of the training -> how the table shows it.
+TRAINING = {m.column: m.sweep for m in (*OF_STEPS, *OF_GRADIENTS) if m.sweep}
 NO_EVALUATION = (
     "There are no accuracies, for the runs were not evaluated: give the recipe a section such as "
     "evaluate: {every: 500, benchmarks: [math500], n: 8}"
@@ -45,8 +36,8 @@ def _emphasis(text: str, rank: int) -> str:
 
 
 def print_table(rows: Sequence[Row], best: bool, console: Console) -> None:
-    """Accuracies (intervals of the only benchmark, or of the mean over all), then training."""
-    tables = [_accuracies(rows, best)] if benchmarks(rows) else []
+    """Prints accuracies (intervals for the only benchmark, or the mean over all), then training."""
+    tables = [_accuracies(rows, best)] if evaluated(rows) else []
     if training_columns(rows):
         tables.append(_trainings(rows))
     for table in tables:
@@ -57,9 +48,9 @@ def print_table(rows: Sequence[Row], best: bool, console: Console) -> None:
 
 
 def _accuracies(rows: Sequence[Row], best: bool) -> Table:
-    names = benchmarks(rows)
+    names = evaluated(rows)
     detailed = MEAN if MEAN in names else names[0]
-    table = _table(f"▲ best, △ second best. {accuracy_caption(best)}")
+    table = _empty_table(f"▲ best, △ second best. {accuracy_caption(best)}")
     ranks = {
         (name, key): ranking(rows, name, key) for name in names for key in _metrics(rows, name)
     }
@@ -89,22 +80,23 @@ def _accuracies(rows: Sequence[Row], best: bool) -> Table:
 
 def _trainings(rows: Sequence[Row]) -> Table:
     columns = training_columns(rows)
-    table = _table(training_caption(rows))
+    table = _empty_table(training_caption(rows))
     for column in columns:
-        table.add_column(TRAINING[column][0].replace(" ", "\n"), justify="right", no_wrap=True)
+        table.add_column(TRAINING[column].heading.replace(" ", "\n"), justify="right", no_wrap=True)
     for row in rows:
         table.add_row(_name(row), *_training(row, columns))
     return table
 
 
-def _table(caption: str) -> Table:
-    """An empty one, narrow, its first column for the cells."""
+def _empty_table(caption: str) -> Table:
+    """Returns an empty, narrow table whose first column is for the cells."""
     table = Table(caption=caption, caption_justify="left", box=SIMPLE_HEAD, padding=0)
     table.add_column("", overflow="fold", min_width=20)
     return table
 
 
 def accuracy_caption(best: bool) -> str:
+    """Returns what the accuracies are, and of which step."""
     return (
         f"Accuracy in %, of each run's {'best evaluated' if best else 'last'} step: mean over "
         "seeds [95% interval over problems and seeds]. Len: mean completion length there."
@@ -112,6 +104,7 @@ def accuracy_caption(best: bool) -> str:
 
 
 def training_caption(rows: Sequence[Row]) -> str:
+    """Returns what the columns of the training are and, if there are no accuracies, why."""
     text = (
         "KL to the teacher, length of completions, fraction cut at the limit: in the last tenth of "
         "training. Grad norm: median of all steps. s: seconds of all steps."
@@ -121,16 +114,16 @@ def training_caption(rows: Sequence[Row]) -> str:
             " SNR: signal-to-noise ratio of a batch's gradient; cos: its mean cosine to the exact, "
             "full-vocabulary gradient of the same reward."
         )
-    return text if benchmarks(rows) else f"{text}\n{NO_EVALUATION}"
+    return text if evaluated(rows) else f"{text}\n{NO_EVALUATION}"
 
 
 def markdown(rows: Sequence[Row], best: bool) -> str:
-    """One table: every mean with its interval; best bold, second best underlined."""
-    names, columns = benchmarks(rows), training_columns(rows)
+    """Returns one table with every mean and its interval; best bold, second best underlined."""
+    names, columns = evaluated(rows), training_columns(rows)
     shown = [(name, key) for name in names for key in _metrics(rows, name)]
     ranks = {column: ranking(rows, *column) for column in shown}
     headings = ["", *(f"{name} {_title(rows, name, key)}" for name, key in shown)]
-    headings += [f"{name} len" for name in names] + [TRAINING[c][0] for c in columns]
+    headings += [f"{name} len" for name in names] + [TRAINING[c].heading for c in columns]
     lines = [headings, ["---", *["---:"] * (len(headings) - 1)]]
     for number, row in enumerate(rows):
         cells = [_name(row)]
@@ -152,7 +145,7 @@ def markdown(rows: Sequence[Row], best: bool) -> str:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """One line a cell; numbers only, fractions and tokens, nothing where there is none."""
+    """Returns one line for each cell: fractions and tokens, and an empty field for no number."""
     found = [_flat(row) for row in rows]
     columns = list(dict.fromkeys(key for one in found for key in one))
     text = io.StringIO()
@@ -163,20 +156,23 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def as_json(rows: Sequence[Row], best: bool) -> str:
+    """Returns all rows with their figures, and whether they are of the best or the last step."""
     content = {"step": "best" if best else "last", "rows": [asdict(row) for row in rows]}
     return json.dumps(content, indent=2) + "\n"
 
 
-def benchmarks(rows: Sequence[Row]) -> list[str]:
+def evaluated(rows: Sequence[Row]) -> list[str]:
+    """Returns the names of the benchmarks that any of the rows has."""
     return list(dict.fromkeys(name for row in rows for name in row.benchmarks))
 
 
 def training_columns(rows: Sequence[Row]) -> list[str]:
+    """Returns the columns of the training that any of the rows has."""
     return [column for column in TRAINING if any(column in row.training for row in rows)]
 
 
 def ranking(rows: Sequence[Row], name: str, key: str) -> list[int]:
-    """Each row's place by a figure, 0 the best; ties share one, rows without it come last."""
+    """Returns each row's rank by a figure, 0 the best; ties share one, rows without it are last."""
     values = [
         asdict(row.benchmarks[name])[key]["mean"] if name in row.benchmarks else -1.0
         for row in rows
@@ -186,7 +182,7 @@ def ranking(rows: Sequence[Row], name: str, key: str) -> list[int]:
 
 
 def _metrics(rows: Sequence[Row], name: str) -> list[str]:
-    """Avg@1 and Pass@1 are the same."""
+    """Returns the accuracies to show: Avg@1 and Pass@1 are the same, so only one of them."""
     return list(ACCURACIES)[: 1 if _k(rows, name) == 1 else None]
 
 
@@ -195,7 +191,7 @@ def _k(rows: Sequence[Row], name: str) -> int:
 
 
 def _title(rows: Sequence[Row], name: str, key: str) -> str:
-    return f"{ACCURACIES[key]}{_k(rows, name)}"
+    return f"{ACCURACIES[key].heading}{_k(rows, name)}"
 
 
 def _name(row: Row) -> str:
@@ -209,7 +205,7 @@ def _estimate(row: Row, name: str, key: str, rank: int, mark: Mark, interval: bo
     if name not in row.benchmarks:
         return "–"
     found = Estimate(**asdict(row.benchmarks[name])[key])
-    text = mark(f"{100 * found.mean:.2f}", rank)
+    text = mark(ACCURACIES[key].text(found.mean), rank)
     return f"{text}\n[{100 * found.low:.1f}, {100 * found.high:.1f}]" if interval else text
 
 
@@ -218,30 +214,29 @@ def _length(found: BenchmarkFigures | None) -> str:
 
 
 def _training(row: Row, columns: Sequence[str]) -> list[str]:
-    return [
-        format(row.training[column], TRAINING[column][1]) if column in row.training else "–"
-        for column in columns
-    ]
+    return [TRAINING[column].text(row.training.get(column)) for column in columns]
 
 
 def _paper(found: dict[str, paper.Figures], name: str, key: str) -> str:
-    return f"{100 * asdict(found[name])[key]:.2f}" if name in found else ""
+    return ACCURACIES[key].text(asdict(found[name])[key]) if name in found else ""
 
 
 def _flat(row: Row) -> dict[str, object]:
     flat: dict[str, object] = {"cell": row.cell, "seeds": row.seeds, "finished": row.finished}
     for name, found in row.benchmarks.items():
-        for key, title in ACCURACIES.items():
+        for key, shown in ACCURACIES.items():
             estimate = asdict(found)[key]
             flat |= {
-                f"{name} {title}{found.k}{part.removeprefix(' mean')}": estimate[part.strip()]
+                f"{name} {shown.heading}{found.k}{part.removeprefix(' mean')}": estimate[
+                    part.strip()
+                ]
                 for part in (" mean", " low", " high")
             }
         flat[f"{name} length"] = found.mean_length
         if row.of_paper is not None and name in row.of_paper:
             theirs: dict[str, object] = {
-                f"{name} paper {title}{paper.k()}": asdict(row.of_paper[name])[key]
-                for key, title in ACCURACIES.items()
+                f"{name} paper {shown.heading}{paper.k()}": asdict(row.of_paper[name])[key]
+                for key, shown in ACCURACIES.items()
             }
             flat |= {**theirs, f"{name} paper length": row.of_paper[name].mean_length}
     return flat | {f"training {key}": value for key, value in row.training.items()}

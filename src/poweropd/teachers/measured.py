@@ -1,16 +1,14 @@
 """Measures what quantizing a teacher does to rewards, on the first step's completions."""
 
-import json
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from poweropd.data.rollout import Example
 from poweropd.rewards import Reward
-from poweropd.runs.directory import write_atomically
+from poweropd.runs.directory import RunDirectory
 from poweropd.teachers.base import TeacherScorer, score
 
 logger = logging.getLogger("poweropd")
@@ -19,8 +17,8 @@ logger = logging.getLogger("poweropd")
 class MeasuredTeacher:
     """Scores with `teacher`; its first examples are also scored by the unquantized teacher.
 
-    `load_unquantized` is called once for that, and the `effect` is written to the file `path`.
-    Nothing is measured if the file exists from an earlier start.
+    `load_unquantized` is called for that once, unless the run directory holds the `effect` for the
+    teacher of this domain from an earlier start.
     """
 
     def __init__(
@@ -28,9 +26,10 @@ class MeasuredTeacher:
         teacher: TeacherScorer,
         load_unquantized: Callable[[], TeacherScorer],
         reward: Reward,
-        path: Path,
+        run: RunDirectory,
+        domain: str = "",
     ) -> None:
-        self.teacher, self.reward, self.path = teacher, reward, path
+        self.teacher, self.reward, self.run, self.domain = teacher, reward, run, domain
         self.load_unquantized = load_unquantized
 
     def submit(self, example: Example) -> None:
@@ -38,9 +37,9 @@ class MeasuredTeacher:
 
     def collect(self) -> list[Example]:
         examples = self.teacher.collect()
-        if examples and not self.path.exists():
+        if examples and not self.run.quantization(self.domain):
             found = effect(examples, score(self.load_unquantized(), examples), self.reward)
-            write_atomically(self.path, json.dumps(found, indent=2))
+            self.run.write_quantization(found, self.domain)
             logger.info("the quantized teacher: %s", found)
         return examples
 

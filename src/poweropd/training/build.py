@@ -186,9 +186,8 @@ def make_teacher(
             section, loaded.teachers[name], device
         )
         if section.measure_quantization and accelerator.is_main_process:
-            path = run.path / f"quantization{'-' if name else ''}{name.replace('/', '-')}.json"
             load = partial(factory.unquantized_teacher, section, loaded.student.vocab_size, device)
-            scorers[name] = MeasuredTeacher(scorers[name], load, reward, path)
+            scorers[name] = MeasuredTeacher(scorers[name], load, reward, run, name)
     return RoutedTeacher(scorers) if config.teacher.by else scorers[""]
 
 

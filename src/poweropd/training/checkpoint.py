@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from poweropd.errors import RunError
-from poweropd.runs.directory import replaced_directory
+from poweropd.runs.files import replaced_directory
 
 logger = logging.getLogger("poweropd")
 

@@ -1,13 +1,14 @@
 """The progress of a run: a bar on a terminal, a line now and then in a log file."""
 
-from collections.abc import Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-LINES_IN_A_LOG = 20  # of a whole run, where the output is not a terminal
+from poweropd.runs.metrics import OF_STEPS, MetricRow
+
+LINES_IN_A_LOG = 20  # for a whole run, where the output is not a terminal
 
 
 class TrainingProgress:
@@ -39,21 +40,11 @@ class TrainingProgress:
     ) -> None:
         self.bar.stop()
 
-    def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        numbers = " ".join(
-            f"{label} {metrics[key]:{form}}"
-            for key, (label, form) in SHOWN.items()
-            if metrics.get(key) is not None
-        )
+    def update(self, step: int, metrics: MetricRow) -> None:
+        """Shows that `step` steps are done, with the metrics of the last one."""
+        shown = [(m.progress, metrics.get(m.key)) for m in OF_STEPS if m.progress]
+        numbers = " ".join(f"{p.heading} {p.text(v)}" for p, v in shown if v is not None)
         self.bar.update(self.task, completed=step, numbers=numbers)
         every = max(1, self.steps // LINES_IN_A_LOG)
         if not self.console.is_terminal and (step % every == 0 or step == self.steps):
             self.console.print(f"{self.name} {step}/{self.steps} {numbers}", soft_wrap=True)
-
-
-SHOWN = {
-    "reward/mean": ("reward", "+.3f"),
-    "reverse_kl": ("kl", ".3f"),
-    "grad_norm": ("grad", ".2g"),
-    "completions/mean_length": ("len", ".0f"),
-}

@@ -1,17 +1,23 @@
-"""Experiment trackers: each keeps a run's numbers on this machine, in the run directory where it
-can be told to, and reaches out to nobody unless the user's environment says so."""
+"""The experiment trackers, which get every step's metrics.
+
+Each one keeps its numbers on this machine, inside the run directory if it can be told to, and
+contacts no server unless the user's environment says so. This module imports no tracker, so the
+recipe's validation may read the names from its table.
+"""
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from poweropd.errors import UsageError
 
+#: Keyword arguments for the start of a tracker.
+Options = dict[str, str]
+
 
 def check_trackers(names: Sequence[str]) -> None:
-    """accelerate leaves a tracker out without a word if its package is missing."""
+    """Raises UsageError for a tracker that is not installed; accelerate would only leave it out."""
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
@@ -20,21 +26,26 @@ def check_trackers(names: Sequence[str]) -> None:
         )
 
 
-def tracker_options(names: Sequence[str], run: Path) -> dict[str, dict[str, Any]]:
-    """What each tracker's start is given, for `Accelerator.init_trackers`.
+def tracker_options(names: Sequence[str], run: Path) -> dict[str, Options]:
+    """Returns what the start of each tracker is given, for `Accelerator.init_trackers`.
 
-    A user's own environment (WANDB_MODE, MLFLOW_TRACKING_URI, SWANLAB_MODE) comes first.
+    The user's own environment (WANDB_MODE, MLFLOW_TRACKING_URI, SWANLAB_MODE) comes first.
     """
-    return {name: OPTIONS[name](run) for name in names if name in OPTIONS}
+    return {name: TRACKERS[name](run) for name in names}
 
 
-def _wandb(run: Path) -> dict[str, Any]:
+def _tensorboard(run: Path) -> Options:
+    """Returns nothing: the accelerator's project configuration names its folder."""
+    return {}
+
+
+def _wandb(run: Path) -> Options:
     folder = _made(run / "trackers")
     return {"name": run.name, "dir": folder, "mode": os.environ.get("WANDB_MODE", "offline")}
 
 
-def _mlflow(run: Path) -> dict[str, Any]:
-    # It takes its store from the environment alone, or from a global of its own.
+def _mlflow(run: Path) -> Options:
+    # mlflow takes its store from the environment alone, or from a global variable of its own.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     if "MLFLOW_TRACKING_URI" not in os.environ:
         import mlflow
@@ -44,11 +55,11 @@ def _mlflow(run: Path) -> dict[str, Any]:
     return {"run_name": run.name}
 
 
-def _trackio(run: Path) -> dict[str, Any]:
+def _trackio(run: Path) -> Options:
     return {"name": run.name}  # local unless TRACKIO_SPACE_ID names a Space
 
 
-def _swanlab(run: Path) -> dict[str, Any]:
+def _swanlab(run: Path) -> Options:
     return {"mode": os.environ.get("SWANLAB_MODE", "offline")}
 
 
@@ -57,4 +68,11 @@ def _made(folder: Path) -> str:
     return str(folder)
 
 
-OPTIONS = {"wandb": _wandb, "mlflow": _mlflow, "trackio": _trackio, "swanlab": _swanlab}
+#: Name in `log.trackers` -> what its start is given for a run directory.
+TRACKERS: dict[str, Callable[[Path], Options]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "mlflow": _mlflow,
+    "trackio": _trackio,
+    "swanlab": _swanlab,
+}

@@ -19,7 +19,9 @@ from poweropd.models.loading import context_length
 from poweropd.models.sharding import collected, load_optimizer_state, optimizer_state
 from poweropd.rollouts.base import completion_seed
 from poweropd.runs import card
-from poweropd.runs.directory import RunDirectory, replaced_directory
+from poweropd.runs.directory import RunDirectory
+from poweropd.runs.files import replaced_directory
+from poweropd.runs.metrics import MetricRow, tracked
 from poweropd.runs.recorder import RewardRecorder
 from poweropd.training import build, checkpoint, export, hints, signals, trackers
 from poweropd.training.accounting import StepClock
@@ -118,8 +120,8 @@ class Trainer:
         self._end_trackers()
         return Result(self.run.path, self.steps_done, self.run.final)
 
-    def step(self, step: int) -> Metrics:
-        """Does one optimizer step, counted from 0, and returns its metrics."""
+    def step(self, step: int) -> MetricRow:
+        """One optimizer step, counted from 0; returns its metrics."""
         clock = StepClock(self.accelerator.device)
         with clock.phase("rollout"):
             rollouts = self._sample_and_submit(step)
@@ -268,15 +270,14 @@ class Trainer:
             return {}
         metrics = self.validation.evaluate(self.subject(), self.steps_done)
         if self.validation.is_best(metrics, self.steps_done):
-            self._export(self.run.path / "best")
+            self._export(self.run.best_student)
         return metrics
 
     def _record(self, metrics: Metrics) -> None:
         """Writes a step's metrics to the run directory and to the trackers."""
         if self.accelerator.is_main_process:
             self.run.append_metrics(metrics)
-        numbers = {key: value for key, value in metrics.items() if value is not None}
-        self.accelerator.log(numbers, step=numbers.pop("step"))
+        self.accelerator.log(tracked(metrics), step=metrics["step"])
 
     def _hint(self) -> None:
         """Warns after the first steps if nothing can be learned from them."""

@@ -1,6 +1,5 @@
 """Benchmarks during training: on the current student, with the engine that is loaded already."""
 
-import json
 from dataclasses import asdict
 from typing import Any
 
@@ -14,9 +13,9 @@ from poweropd.evaluation import benchmarks
 from poweropd.evaluation.metrics import summarize
 from poweropd.evaluation.runner import Subject, check_room, evaluate, prompt_ids
 from poweropd.evaluation.settings import EvaluationSettings
-from poweropd.runs.directory import RunDirectory, write_atomically
-
-REPORTED = ("avg_at_k", "pass_at_k", "maj_at_k", "mean_length", "truncated_fraction")
+from poweropd.runs.directory import BestStep, RunDirectory
+from poweropd.runs.files import JsonObject
+from poweropd.runs.metrics import OF_BENCHMARKS
 
 
 class Validation:
@@ -32,10 +31,9 @@ class Validation:
     ) -> None:
         self.section, self.accelerator = section, accelerator
         self.run = RunDirectory(config.run.dir)
-        if self.section.best not in REPORTED:
-            raise UsageError(
-                f"evaluate.best: expected one of {', '.join(REPORTED)}, got {self.section.best!r}"
-            )
+        if self.section.best not in OF_BENCHMARKS:
+            known, got = ", ".join(OF_BENCHMARKS), self.section.best
+            raise UsageError(f"evaluate.best: expected one of {known}, got {got!r}")
         self.problems = {
             benchmarks.short_name(name): benchmarks.load_benchmark(
                 name, self.section.data_dir, self.section.limit
@@ -52,7 +50,6 @@ class Validation:
             chat=config.data.chat,
             system=config.data.system,
         )
-        self.best_path = self.run.path / "best.json"
         for name, problems in self.problems.items():
             check_room(name, prompt_ids(problems, self.settings, tokenizer), context_length)
 
@@ -60,9 +57,9 @@ class Validation:
         return last or steps_done % self.section.every == 0
 
     def evaluate(self, subject: Subject, steps_done: int) -> dict[str, float]:
-        """Metrics "eval/BENCHMARK/METRIC". Every process takes its share of the problems."""
+        """Returns metrics "eval/BENCHMARK/METRIC"; every process takes its share of problems."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        folder = self.run.evaluations / f"step-{steps_done}"
+        folder = self.run.evaluation_folder(steps_done)
         done = evaluate(
             subject,
             self.problems,
@@ -72,33 +69,33 @@ class Validation:
             share=(rank, world),
         )
         metrics: dict[str, float] = {}
-        found: dict[str, Any] = {}
+        found: dict[str, JsonObject] = {}
         for name in self.problems:
             rows = gather_object(done[name].rows)
             found[name] = asdict(summarize(rows, n=self.section.n))
-            metrics |= {f"eval/{name}/{key}": found[name][key]["mean"] for key in REPORTED}
+            metrics |= {m.of(name): found[name][key]["mean"] for key, m in OF_BENCHMARKS.items()}
         if self.accelerator.is_main_process:
-            write_atomically(folder / "results.json", json.dumps({"results": found}, indent=2))
+            self.run.write_evaluation(steps_done, found)
         return metrics
 
     def is_best(self, metrics: dict[str, float], steps_done: int) -> bool:
-        """Whether these are the best so far by the named metric, which is then remembered.
+        """Tells whether these are the best so far by the named metric, and remembers them if so.
 
         The metric is averaged over the benchmarks; lengths and truncations are better if lower.
         """
         name = self.section.best
-        value = sum(metrics[f"eval/{b}/{name}"] for b in self.problems) / len(self.problems)
+        metric = OF_BENCHMARKS[name]
+        value = sum(metrics[metric.of(b)] for b in self.problems) / len(self.problems)
         best = self._best()
-        sign = -1 if name in ("mean_length", "truncated_fraction") else 1
-        if best is not None and sign * value <= sign * best["value"] and steps_done != best["step"]:
+        sign = -1 if metric.better == "lower" else 1
+        if best is not None and sign * value <= sign * best.value and steps_done != best.step:
             return False
         if self.accelerator.is_main_process:
-            text = json.dumps({"metric": name, "value": value, "step": steps_done})
-            write_atomically(self.best_path, text)
+            self.run.write_best(name, value, steps_done)
         self.accelerator.wait_for_everyone()
         return True
 
-    def _best(self) -> dict[str, Any] | None:
-        found = json.loads(self.best_path.read_text()) if self.best_path.exists() else None
+    def _best(self) -> BestStep | None:
+        found = self.run.best()
         self.accelerator.wait_for_everyone()  # nobody reads after the main process has written
         return found

@@ -1,0 +1,96 @@
+"""Files that are whole or absent, and JSON Lines files that may end in the middle of a line."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from poweropd.errors import RunError
+
+#: An object of a JSON file, as `json` reads it.
+JsonObject = dict[str, Any]
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file under another name, flushes it to disk, then renames it into place."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a value as an indented JSON file, whole or not at all."""
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextmanager
+def replaced_directory(target: Path) -> Iterator[Path]:
+    """Yields a new directory to fill, which then replaces `target`, whole or not at all."""
+    temporary = target.with_name(f".tmp-{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    flush(temporary)
+    old = target.with_name(f".tmp-old-{target.name}")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    temporary.rename(target)
+    flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(folder: Path) -> None:
+    """Makes a directory's files and its entries durable."""
+    for path in [*(p for p in folder.iterdir() if p.is_file()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def read_json(path: Path, notes: list[str] | None = None) -> JsonObject:
+    """Returns the object of a JSON file; {} if there is no such file.
+
+    A damaged file raises RunError or, if `notes` is given, is left out and named in that list.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
+        if notes is None:
+            raise RunError(f"{path}: cannot be read ({error})") from None
+        notes.append(f"{path.name}: cannot be read ({type(error).__name__})")
+        return {}
+
+
+def read_jsonl(path: Path, notes: list[str] | None = None) -> list[JsonObject]:
+    """Returns the objects of a file's complete lines; [] if there is no such file.
+
+    A damaged line raises RunError or, if `notes` is given, is left out and counted in that list.
+    """
+    *lines, cut = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    rows, left_out = list[JsonObject](), 1 if cut else 0
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [dict(json.loads(line))] if line.strip() else []
+        except (ValueError, TypeError) as error:
+            if notes is None:
+                raise RunError(f"{path}:{number}: damaged ({error})") from None
+            left_out += 1
+    if left_out and notes is not None:
+        count = f"{left_out} line{'s' * (left_out > 1)}"
+        notes.append(f"{path.name}: {count} cut short or damaged, left out")
+    return rows
+
+
+def recover_jsonl(path: Path) -> list[JsonObject]:
+    """Returns the objects of a file's complete lines and cuts off an incomplete last one."""
+    rows = read_jsonl(path)
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    return rows

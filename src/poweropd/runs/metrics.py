@@ -1,0 +1,154 @@
+"""The registry of metrics: one row for each number that a run writes.
+
+A row says what the metric is called, in which unit it is, how a whole run's values become one
+number, and where it is shown. The progress line, the report, the table of a sweep, the model card
+and the trackers are filters over these rows.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+#: One line of metrics.jsonl: key -> number, or None if a number was not finite.
+MetricRow = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """How the values of a run become one number: `combine` over the last 1/`part` of its steps."""
+
+    combine: Callable[[Sequence[float]], float]
+    part: int = 1
+
+    def of(self, rows: Sequence[MetricRow], key: str) -> float | None:
+        """Returns the number for the metric `key`, or None if no step of that part has it."""
+        end = rows[-max(1, len(rows) // self.part) :]
+        values = [row[key] for row in end if row.get(key) is not None]
+        return self.combine(values) if values else None
+
+
+END_MEAN = Aggregate(statistics.fmean, part=10)
+END_MEDIAN = Aggregate(statistics.median, part=10)
+MEDIAN, TOTAL, LARGEST = Aggregate(statistics.median), Aggregate(sum), Aggregate(max)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How one place shows a metric: its heading there, its format, and its summary over a run."""
+
+    heading: str
+    format: str
+    summary: Aggregate = END_MEAN
+    factor: float = 1.0  # from the metric's unit to the heading's
+
+    def text(self, value: float | None, absent: str = "\N{EN DASH}") -> str:
+        """Returns the value as this place writes it, or `absent` if there is none."""
+        return absent if value is None else f"{value * self.factor:{self.format}}"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric. Trackers get every metric under its key, except the step, which is their axis."""
+
+    key: str  # in metrics.jsonl; * stands for any text
+    title: str
+    unit: str = ""
+    column: str = ""  # its name in sweep.csv and sweep.json
+    progress: Shown | None = None  # in the line that training prints
+    table: Shown | None = None  # in the report's summary of runs
+    sweep: Shown | None = None  # in the table of a sweep
+    curve: Literal["linear", "log"] | None = None  # in the report: its axis over steps
+    card: str = ""  # in the model card: its format
+    better: Literal["higher", "lower"] = "higher"  # of two evaluations
+
+    @property
+    def heading(self) -> str:
+        """Returns the title with the unit."""
+        return f"{self.title}, {self.unit}" if self.unit else self.title
+
+    def of(self, benchmark: str) -> str:
+        """Returns the key of this metric of a benchmark."""
+        return self.key.replace("*", benchmark)
+
+
+#: The metrics that a training step writes, in the order in which they are shown.
+OF_STEPS = (
+    Metric("step", "optimizer step"),
+    Metric(
+        "reward/mean", "mean reward", progress=Shown("reward", "+.3f"), curve="linear", card=".4g"
+    ),
+    Metric(
+        "reverse_kl", "reverse KL", "nats per token", "reverse_kl", progress=Shown("kl", ".3f"),
+        table=Shown("reverse KL", ".4f"), sweep=Shown("KL", ".3f"), curve="linear", card=".4g",
+    ),
+    Metric(
+        "grad_norm", "gradient norm", "", "grad_norm", progress=Shown("grad", ".2g"),
+        table=Shown("gradient norm", ".3g", END_MEDIAN), sweep=Shown("grad norm", ".3g", MEDIAN),
+        curve="log", card=".4g",
+    ),
+    Metric("loss", "loss", curve="linear"),
+    Metric("entropy", "student's entropy", "nats", curve="linear", card=".4g"),
+    Metric(
+        "completions/mean_length", "mean completion length", "tokens", "length",
+        progress=Shown("len", ".0f"), table=Shown("length", ".0f"), sweep=Shown("len", ".0f"),
+        curve="linear", card=".4g",
+    ),
+    Metric(
+        "completions/truncated_fraction", "truncated completions", "share", "truncated",
+        table=Shown("truncated, %", ".1f", factor=100.0), sweep=Shown("cut", ".2f"),
+        curve="linear", card=".4g",
+    ),
+    Metric("completions/stop_fraction", "completions that ended by a stop token", "share"),
+    Metric("reward/zero_fraction", "tokens with a reward of zero", "share", curve="linear"),
+    Metric("reward/std", "standard deviation of rewards"),
+    Metric("reward/min", "lowest reward"),
+    Metric("reward/max", "highest reward"),
+    Metric("reward/p05", "5% quantile of rewards"),
+    Metric("reward/p95", "95% quantile of rewards"),
+    Metric("log_ratio/mean", "mean log ratio, ln t - ln p", "nats"),
+    Metric("log_ratio/min", "lowest log ratio", "nats"),
+    Metric("log_ratio/max", "highest log ratio", "nats"),
+    Metric("select/fraction", "tokens that were selected for the loss", "share"),
+    Metric("task_reward/mean", "mean task reward"),
+    Metric("sampler/mean_abs_difference", "mean |ln p - ln sampler's p|", "nats"),
+    Metric("sampler/effective_sample_size", "effective sample size", "share of the tokens"),
+    Metric("learning_rate", "learning rate"),
+    Metric("mfu", "model FLOPs utilisation", "share", curve="linear"),
+    Metric("tokens_per_second", "sampled tokens per second", curve="linear"),
+    Metric(
+        "seconds/step", "seconds of a step", "s", "seconds",
+        table=Shown("seconds a step", ".3g", MEDIAN), sweep=Shown("s", ".0f", TOTAL),
+    ),
+    Metric("seconds/*", "seconds of a phase of the step", "s"),
+    Metric(
+        "memory/peak_bytes", "peak memory so far", "bytes",
+        table=Shown("peak memory, GiB", ".2f", LARGEST, factor=2.0**-30),
+    ),
+    Metric("num_tokens", "trained tokens", table=Shown("trained tokens", ",.0f", TOTAL)),
+)  # fmt: skip
+
+#: The metrics of each benchmark, by their names in an evaluation's results.
+OF_BENCHMARKS = {
+    "avg_at_k": Metric("eval/*/avg_at_k", "Avg@k", sweep=Shown("Avg@", ".2f", factor=100.0)),
+    "pass_at_k": Metric("eval/*/pass_at_k", "Pass@k", sweep=Shown("Pass@", ".2f", factor=100.0)),
+    "maj_at_k": Metric("eval/*/maj_at_k", "Maj@k"),
+    "mean_length": Metric("eval/*/mean_length", "mean length", "tokens", better="lower"),
+    "truncated_fraction": Metric("eval/*/truncated_fraction", "truncated", "share", better="lower"),
+}
+
+#: The quality of gradients at both ends of a training, by its dotted keys in gradients.json.
+OF_GRADIENTS = tuple(
+    Metric(
+        f"{when}.gradient_{name}", f"{title} at the {when}", "", f"{name}_{when}",
+        table=Shown(f"{title} at the {when}", ".3g") if name == "snr" else None,
+        sweep=Shown(f"{short} {when}", ".2f"),
+    )
+    for name, title, short in (("snr", "gradient SNR", "SNR"), ("cosine", "gradient cosine", "cos"))
+    for when in ("start", "end")
+)  # fmt: skip
+
+
+def tracked(row: MetricRow) -> dict[str, float]:
+    """Returns what trackers get of a row: its finite numbers, without the step."""
+    return {key: value for key, value in row.items() if value is not None and key != "step"}
