@@ -64,7 +64,7 @@ def test_a_run_of_the_demo_is_measured_on_its_way_and_not_repeated(training: Tra
     figures = demo.run_figures(training)
     assert 0 <= figures.accuracy <= 1
     assert len(demo.solved(training)) == 16
-    assert set(training.gradients()) == {"start", "end"}  # as reports read them
+    assert set(training.directory.gradients()) == {"start", "end"}  # as reports read them
     assert training.is_finished()
     assert training.progress() == (training.work, f"3 of 3 steps, accuracy {figures.accuracy:.3f}")
     train(training)

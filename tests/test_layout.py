@@ -1,8 +1,11 @@
-"""The architecture: who imports whom, how long files are, what importing costs."""
+"""The architecture: which room imports which, names, sizes, docstrings, what importing costs."""
 
 import ast
+import re
 import subprocess
 import sys
+from collections import Counter, defaultdict
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -25,7 +28,7 @@ MAY_IMPORT = {
     "models": {"config", "data", "embedded", "kernels", "objectives", "rewards"},
     "rollouts": {"config", "data", "models", "net", "rewards"},
     "teachers": {"config", "data", "models", "net", "rewards", "runs", "stops"},
-    "runs": {"config", "data", "objectives"},
+    "runs": {"config", "data", "objectives", "rewards"},
     "evaluation": {"data", "embedded", "grading", "models", "rollouts", "runs", "stops"},
     "training": {
         *("config", "data", "evaluation", "grading", "kernels", "models", "objectives", "rewards"),
@@ -102,3 +105,63 @@ def test_a_part_loads_nothing_it_does_not_need(module: str, absent: list[str]) -
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+TREES = {path: ast.parse(path.read_text()) for path in modules()}
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+# Words with which a docstring begins that end like a verb of the third person, and are none.
+NOT_VERBS = {"its", "this", "as", "tokens", "bytes", "seconds", "rows", "names", "values", "always"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_no_modules_import_each_other() -> None:
+    """Imports for types alone count, too; those inside functions do not."""
+    known = {module_name(path) for path in TREES}
+    graph: dict[str, set[str]] = {}
+    for path, tree in TREES.items():
+        inside = {id(n) for f in ast.walk(tree) if isinstance(f, Function) for n in ast.walk(f)}
+        found = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and id(node) not in inside:
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= names & known or {node.module} & known
+        graph[module_name(path)] = found - {module_name(path)}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
+
+
+def test_the_package_can_be_drawn() -> None:
+    entries = [p for p in PACKAGE.iterdir() if p.name not in ("__pycache__", "py.typed")]
+    assert len(entries) <= 22
+    files = Counter(path.parent for path in TREES)
+    assert max(files.values()) <= 14
+
+
+def test_each_name_is_defined_once() -> None:
+    homes = defaultdict(list)
+    for path, tree in TREES.items():
+        for node in tree.body:
+            if isinstance(node, Function | ast.ClassDef):
+                homes[node.name].append(module_name(path))
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+
+
+def test_functions_say_what_they_do() -> None:
+    docs = [
+        text
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, Function) and (text := ast.get_docstring(node))
+    ]
+    first = [re.match(r"[A-Za-z']*", text)[0].lower() for text in docs]
+    verbs = [word for word in first if word.endswith("s") and word not in NOT_VERBS]
+    assert len(verbs) >= 0.95 * len(docs)
+
+
+def test_any_is_rare() -> None:
+    texts = [path.read_text() for path in TREES]
+    found = sum(len(re.findall(r"\bAny\b", text)) for text in texts)
+    assert found <= 7 * sum(len(text.splitlines()) for text in texts) / 1000

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
@@ -16,7 +16,6 @@ from poweropd.errors import RunError, UsageError
 from poweropd.rewards import import_object
 from poweropd.rollouts import ENGINES
 from poweropd.rollouts.base import Sampling
-from poweropd.rollouts.prefetch import SCHEDULES
 from poweropd.rollouts.transformers import TransformersEngine
 
 MAKES = Callable[..., Config]
@@ -276,11 +275,6 @@ def test_the_table_says_what_the_engines_say(name: str) -> None:
     engine = import_object(name, ENGINES[name].engine)
     assert ENGINES[name].concurrent == engine.concurrent
     assert callable(engine.build)
-
-
-def test_there_is_a_schedule_for_every_staleness() -> None:
-    allowed = Config.model_fields["rollout"].annotation.model_fields["staleness"].annotation
-    assert set(get_args(allowed)) == set(SCHEDULES)
 
 
 def test_an_engine_of_ones_own_that_cannot_sample_beside_an_update_cannot_be_ahead(

@@ -14,8 +14,9 @@ from poweropd import rewards
 from poweropd.config import Config
 from poweropd.data.batch import Batch, collate
 from poweropd.data.rollout import Example
+from poweropd.objectives import SELECTIONS
 from poweropd.objectives.sampled import Sampled
-from poweropd.objectives.selection import SELECTIONS, Dial, Random, Selected
+from poweropd.objectives.selection import Dial, Random, Selected
 from poweropd.training.trainer import Trainer
 
 MAKES = Callable[..., Config]

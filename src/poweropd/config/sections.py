@@ -24,7 +24,6 @@ from poweropd.config.fields import (
     one_of,
 )
 from poweropd.evaluation.settings import EvaluationSettings
-from poweropd.rollouts import prefetch
 
 Attention = Literal[
     "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
@@ -246,7 +245,7 @@ class RolloutConfig(Section):
     """Settings of the vllm_server engine."""
     verify_every: Annotated[PositiveInt, MayChange] = 10
     """Syncs between two comparisons of a vLLM engine's weights with the student's."""
-    staleness: Annotated[int, one_of(prefetch.SCHEDULES)] = 0
+    staleness: Annotated[int, one_of(rollouts.SCHEDULES)] = 0
     """Optimizer steps by which the weights that sample lag behind those that are trained."""
     task_reward: TaskRewardConfig | None = None
     """The outcome reward of completions; null is none."""

@@ -60,7 +60,7 @@ def adapted(name: str) -> str | None:
         raise UsageError(f"{path}: expected an adapter's config ({error!r})") from None
 
 
-def _merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+def _with_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     """Merges the adapter of a directory into its base model; its generation config counts."""
     peft = import_peft(f"{adapter} is an adapter, which")
     merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
@@ -120,7 +120,7 @@ def load_model(
             "which would be random: they are not of this model, or a part of them is missing"
         )
     if adapted(name) is not None:
-        model = _merged(model, resolve(name))
+        model = _with_adapter(model, resolve(name))
     model.eval()
     _check_head(model, name)
     return model

@@ -1,12 +1,15 @@
-"""Objectives: what a student is trained to minimise."""
+"""Objectives: what a student is trained to minimise. Their tables are free of heavy imports.
 
-from poweropd.objectives.full_vocab import FullVocab
-from poweropd.objectives.sampled import Sampled
-from poweropd.objectives.selection import SELECTIONS
+A row names a class as "module:class", in the way in which recipes name a user's own functions.
+"""
 
-__all__ = ["OBJECTIVES", "SELECTIONS"]
-
-OBJECTIVES: dict[str, type[Sampled] | type[FullVocab]] = {
-    "sampled": Sampled,
-    "full_vocab": FullVocab,
+#: Value of `objective.kind` -> the class of that objective.
+OBJECTIVES = {
+    "sampled": "poweropd.objectives.sampled:Sampled",
+    "full_vocab": "poweropd.objectives.full_vocab:FullVocab",
+}
+#: Value of `objective.select.name` -> the class of that token selection.
+SELECTIONS = {
+    "dial": "poweropd.objectives.selection:Dial",
+    "random": "poweropd.objectives.selection:Random",
 }

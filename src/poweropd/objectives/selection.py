@@ -79,9 +79,6 @@ class Random(Selection):
         return torch.cat([torch.empty(0), *drawn]).to(batch.completion_index.device)
 
 
-SELECTIONS: dict[str, type[Dial] | type[Random]] = {"dial": Dial, "random": Random}
-
-
 @dataclass(frozen=True)
 class Selected(Objective):
     """`objective` on the tokens that a selection keeps of each completion.

@@ -25,6 +25,13 @@ ENGINES = {
 }
 
 
+#: Value of `rollout.staleness` -> when a step's completions are sampled, as "module:class".
+SCHEDULES = {
+    0: "poweropd.rollouts.prefetch:OnTime",
+    1: "poweropd.rollouts.prefetch:Ahead",
+}
+
+
 def staleness_problem(staleness: int, engine: str, concurrent: bool | None = None) -> str | None:
     """Returns why an engine cannot sample `staleness` steps ahead; None if it can.
 

@@ -94,6 +94,3 @@ class Ahead(OnTime):
             for row in rows
             if (key := (row["prompt_index"], row["sample_index"])) in asked
         ]
-
-
-SCHEDULES: dict[int, type[OnTime]] = {0: OnTime, 1: Ahead}

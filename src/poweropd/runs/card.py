@@ -10,7 +10,7 @@ from poweropd.config import Config
 from poweropd.config.sections import RolloutServerConfig, RunConfig, TeacherConfig
 from poweropd.runs.directory import RunDirectory
 from poweropd.runs.files import JsonObject, write_atomically
-from poweropd.runs.metrics import OF_STEPS, MetricRow
+from poweropd.runs.metrics import OF_STEPS, StepMetrics
 
 TEMPLATE = "card.md"
 TAGS = ["poweropd", "on-policy-distillation", "knowledge-distillation"]
@@ -84,7 +84,7 @@ def _hub(address: str) -> str | None:
     return None if local else address
 
 
-def _last_metrics(rows: list[MetricRow]) -> dict[str, str]:
+def _last_metrics(rows: list[StepMetrics]) -> dict[str, str]:
     """Returns heading -> text for the metrics of the last step that the card shows."""
     shown = [(m, rows[-1].get(m.key)) for m in OF_STEPS if m.card] if rows else []
     return {m.heading: f"{value:{m.card}}" for m, value in shown if value is not None}

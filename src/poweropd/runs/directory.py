@@ -15,7 +15,7 @@ from poweropd.config.recipe_file import read_yaml
 from poweropd.errors import UsageError
 from poweropd.runs.environment import describe_environment
 from poweropd.runs.files import JsonObject, read_json, read_jsonl, write_atomically, write_json
-from poweropd.runs.metrics import MetricRow
+from poweropd.runs.metrics import StepMetrics
 
 _EVALUATED = re.compile(r"step-(\d+)")
 _TAIL_BYTES = 1 << 16  # of metrics.jsonl: several rows
@@ -94,12 +94,12 @@ class RunDirectory:
 
     # Metrics.
 
-    def append_metrics(self, row: MetricRow) -> None:
+    def append_metrics(self, row: StepMetrics) -> None:
         """Adds the row of one optimizer step."""
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
-    def metrics(self) -> list[MetricRow]:
+    def metrics(self) -> list[StepMetrics]:
         """Returns the rows of the finished steps; a last line cut short by a kill is left out."""
         rows = {r["step"]: r for r in read_jsonl(self.metrics_path, self.notes) if "step" in r}
         return [rows[step] for step in sorted(rows)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 #: One line of metrics.jsonl: key -> number, or None if a number was not finite.
-MetricRow = dict[str, Any]
+StepMetrics = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Aggregate:
     combine: Callable[[Sequence[float]], float]
     part: int = 1
 
-    def of(self, rows: Sequence[MetricRow], key: str) -> float | None:
+    def of(self, rows: Sequence[StepMetrics], key: str) -> float | None:
         """Returns the number for the metric `key`, or None if no step of that part has it."""
         end = rows[-max(1, len(rows) // self.part) :]
         values = [row[key] for row in end if row.get(key) is not None]
@@ -149,6 +149,6 @@ OF_GRADIENTS = tuple(
 )  # fmt: skip
 
 
-def tracked(row: MetricRow) -> dict[str, float]:
+def tracked(row: StepMetrics) -> dict[str, float]:
     """Returns what trackers get of a row: its finite numbers, without the step."""
     return {key: value for key, value in row.items() if value is not None and key != "step"}

@@ -23,8 +23,9 @@ from poweropd.models import language_model as models_language_model
 from poweropd.objectives import OBJECTIVES, SELECTIONS
 from poweropd.objectives.base import Objective
 from poweropd.objectives.selection import Selected
+from poweropd.rewards import import_object
+from poweropd.rollouts import SCHEDULES, prefetch, staleness_problem
 from poweropd.rollouts import factory as rollouts_factory
-from poweropd.rollouts import prefetch, staleness_problem
 from poweropd.rollouts.base import RolloutEngine, Sampling
 from poweropd.runs.directory import RunDirectory
 from poweropd.teachers import factory
@@ -224,11 +225,11 @@ def make_objective(
         ),
         "support": support if rollout.truncates_scores else None,
     }
-    kind = OBJECTIVES[section.kind]
+    kind = import_object("objective.kind", OBJECTIVES[section.kind])
     objective = kind(**{field.name: parts[field.name] for field in fields(kind)})
     if select is None:
         return objective
-    selection = SELECTIONS[select.name]
+    selection = import_object("objective.select.name", SELECTIONS[select.name])
     own = select.model_dump(include={field.name for field in fields(selection)})
     return Selected(objective, selection(**own))
 
@@ -269,7 +270,8 @@ def make_schedule(
             "rollout.staleness: 1 trains on completions of the student one step ago; "
             "rollout.correction=truncated weights them as its own"
         )
-    return prefetch.SCHEDULES[staleness](sample, config.train.steps)
+    schedule: type[prefetch.OnTime] = import_object("rollout.staleness", SCHEDULES[staleness])
+    return schedule(sample, config.train.steps)
 
 
 def make_task_rewards(config: Config, inputs: RunInputs) -> TaskRewards | None:

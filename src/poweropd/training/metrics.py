@@ -6,14 +6,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from poweropd.config import Config
 from poweropd.objectives.base import TokenRecord
 from poweropd.rewards import log_ratio
+from poweropd.runs.metrics import StepMetrics
 from poweropd.training.update import UpdateOutcome
 
-Metrics = dict[str, float | int | None]  # a step's line of metrics.jsonl, by key
+FIRST_STEPS = 3  # after which a run is judged
+NEARLY_ALL = 0.99
 
 
-def token_metrics(outcome: UpdateOutcome | None) -> Metrics:
+def token_metrics(outcome: UpdateOutcome | None) -> StepMetrics:
     """Returns what a step reports of its trained tokens; None for a number that is not finite."""
     if outcome is None:
         return {"num_tokens": 0}
@@ -72,3 +75,43 @@ def completion_metrics(lengths: Sequence[int], stopped: Sequence[bool]) -> dict[
         "completions/truncated_fraction": sum(not s for s in stopped) / count,
         "completions/stop_fraction": sum(stopped) / count,
     }
+
+
+def hints(rows: Sequence[StepMetrics], config: Config) -> list[str]:
+    """Returns what a user should know after the first steps, given their metrics."""
+    trained = [row for row in rows if row.get("num_tokens")]
+    if not trained:
+        return [
+            "nothing was trained in the first steps: every completion is empty or a single stop "
+            "token, which objective.stop=mask leaves out: look at the first prompt above (does the "
+            "model's turn begin where it ends?), or set objective.stop=raw"
+        ]
+    found = []
+    zero = _mean_of(trained, "reward/zero_fraction")
+    if zero >= NEARLY_ALL:
+        found.append(f"{zero:.0%} of tokens have reward 0 {_reward_remedy(config)}")
+    if all(row.get("grad_norm") == 0 for row in trained):
+        found.append(
+            "every gradient of the first steps is 0: the student does not change; is the teacher "
+            "the same model as the student, or its reward 0 everywhere?"
+        )
+    truncated = _mean_of(trained, "completions/truncated_fraction")
+    if truncated >= NEARLY_ALL:
+        found.append(
+            f"{truncated:.0%} of completions ran into rollout.max_new_tokens="
+            f"{config.rollout.max_new_tokens} without a stop token: raise it, or check that the "
+            "student knows when to stop"
+        )
+    return found
+
+
+def _reward_remedy(config: Config) -> str:
+    parameters = config.reward.model_dump()
+    if config.reward.name == "power":
+        return f"at alpha {parameters['alpha']:g}: lower reward.alpha"
+    return f"under {config.reward.name}: is the teacher the same model as the student?"
+
+
+def _mean_of(rows: Sequence[StepMetrics], key: str) -> float:
+    values = [value for row in rows if (value := row.get(key)) is not None]
+    return sum(values) / len(values) if values else 0.0

@@ -6,7 +6,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from poweropd.runs.metrics import OF_STEPS, MetricRow
+from poweropd.runs.metrics import OF_STEPS, StepMetrics
 
 LINES_IN_A_LOG = 20  # for a whole run, where the output is not a terminal
 
@@ -40,7 +40,7 @@ class TrainingProgress:
     ) -> None:
         self.bar.stop()
 
-    def update(self, step: int, metrics: MetricRow) -> None:
+    def update(self, step: int, metrics: StepMetrics) -> None:
         """Shows that `step` steps are done, with the metrics of the last one."""
         shown = [(m.progress, metrics.get(m.key)) for m in OF_STEPS if m.progress]
         numbers = " ".join(f"{p.heading} {p.text(v)}" for p, v in shown if v is not None)

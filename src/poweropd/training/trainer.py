@@ -21,12 +21,18 @@ from poweropd.rollouts.base import completion_seed
 from poweropd.runs import card
 from poweropd.runs.directory import RunDirectory
 from poweropd.runs.files import replaced_directory
-from poweropd.runs.metrics import MetricRow, tracked
+from poweropd.runs.metrics import StepMetrics, tracked
 from poweropd.runs.recorder import RewardRecorder
-from poweropd.training import build, checkpoint, export, hints, signals, trackers
+from poweropd.training import build, checkpoint, export, signals, trackers
 from poweropd.training.accounting import StepClock
 from poweropd.training.build import RunInputs
-from poweropd.training.metrics import Metrics, completion_metrics, sampler_metrics, token_metrics
+from poweropd.training.metrics import (
+    FIRST_STEPS,
+    completion_metrics,
+    hints,
+    sampler_metrics,
+    token_metrics,
+)
 from poweropd.training.progress import TrainingProgress
 from poweropd.training.update import UpdateOutcome
 
@@ -120,7 +126,7 @@ class Trainer:
         self._end_trackers()
         return Result(self.run.path, self.steps_done, self.run.final)
 
-    def step(self, step: int) -> MetricRow:
+    def step(self, step: int) -> StepMetrics:
         """One optimizer step, counted from 0; returns its metrics."""
         clock = StepClock(self.accelerator.device)
         with clock.phase("rollout"):
@@ -224,12 +230,12 @@ class Trainer:
         examples: Sequence[Example],
         outcome: UpdateOutcome | None,
         clock: StepClock,
-    ) -> Metrics:
+    ) -> StepMetrics:
         """Returns the step's line of metrics.jsonl, the same on every process but for times."""
         ends = gather_object([(len(r.completion_ids), r.stopped) for r in rollouts])
         completions = completion_metrics([n for n, _ in ends], [stopped for _, stopped in ends])
         learning_rate = self.updater.learning_rate(step)
-        metrics: Metrics = {"step": step + 1, **completions, "learning_rate": learning_rate}
+        metrics: StepMetrics = {"step": step + 1, **completions, "learning_rate": learning_rate}
         if self.task_rewards is not None:
             found = gather_object(self.task_rewards.collected)
             metrics["task_reward/mean"] = sum(found) / len(found)
@@ -273,7 +279,7 @@ class Trainer:
             self._export(self.run.best_student)
         return metrics
 
-    def _record(self, metrics: Metrics) -> None:
+    def _record(self, metrics: StepMetrics) -> None:
         """Writes a step's metrics to the run directory and to the trackers."""
         if self.accelerator.is_main_process:
             self.run.append_metrics(metrics)
@@ -281,9 +287,9 @@ class Trainer:
 
     def _hint(self) -> None:
         """Warns after the first steps if nothing can be learned from them."""
-        judged = min(hints.FIRST_STEPS, self.config.train.steps)
+        judged = min(FIRST_STEPS, self.config.train.steps)
         if self.steps_done == judged and self.accelerator.is_main_process:
-            for text in hints.of_first_steps(self.run.metrics(), self.config):
+            for text in hints(self.run.metrics(), self.config):
                 logger.warning("%s", text)
 
     def _end_trackers(self) -> None:

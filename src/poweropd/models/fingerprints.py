@@ -25,7 +25,7 @@ def of_weights(name: str) -> str:
         return str(loading.load_config(name).to_dict().get("_commit_hash"))
     files = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
     parts = [part for file in files for part in _sampled(file)]
-    return _hash([*parts, (of_weights(base) if base else "").encode()])
+    return _hash_of([*parts, (of_weights(base) if base else "").encode()])
 
 
 def _sampled(file: Path) -> Iterable[bytes]:
@@ -39,17 +39,19 @@ def _sampled(file: Path) -> Iterable[bytes]:
 
 def of_prompts(prompts: Sequence[Prompt]) -> str:
     """Returns a fingerprint of all prompts, as both models read them, in their order."""
-    return _hash(
+    return _hash_of(
         json.dumps([p.prompt_ids, p.teacher_prompt_ids, p.domain]).encode() for p in prompts
     )
 
 
 def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns a fingerprint of a tokenizer's vocabulary."""
-    return _hash(f"{token}\t{i}\n".encode() for token, i in sorted(tokenizer.get_vocab().items()))
+    return _hash_of(
+        f"{token}\t{i}\n".encode() for token, i in sorted(tokenizer.get_vocab().items())
+    )
 
 
-def check(found: dict[str, str], now: dict[str, str], path: Path) -> None:
+def check_unchanged(found: dict[str, str], now: dict[str, str], path: Path) -> None:
     """Raises UsageError if an input of a run is not what it was trained from before."""
     changed = [name for name, value in found.items() if now.get(name, value) != value]
     if changed:
@@ -59,7 +61,7 @@ def check(found: dict[str, str], now: dict[str, str], path: Path) -> None:
         )
 
 
-def _hash(parts: Iterable[bytes]) -> str:
+def _hash_of(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "big") + part)
