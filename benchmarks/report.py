@@ -74,6 +74,8 @@ def make_run(folder: Path, number: int, steps: int) -> Path:
     recorder.write()
     run.metrics_path.write_text("\n".join(lines) + "\n")
     run.final.mkdir()
+    for name in ("config.json", "model.safetensors"):  # a student, as far as a report looks
+        (run.final / name).touch()
     return run.path
 
 

@@ -26,7 +26,7 @@ EVALUATE = {"every": 2, "benchmarks": ["embedded"], "n": 2, "limit": 4, "max_new
 
 @pytest.fixture
 def trained(recipe: MAKES) -> Path:
-    config = recipe(evaluate=EVALUATE, **{"train.steps": 2})
+    config = recipe(evaluate=EVALUATE, **{"train.steps": 2, "data.system": "Be brief"})
     return Trainer(config, progress=False).train().run_dir
 
 
@@ -44,11 +44,15 @@ def test_the_card_says_what_was_trained_and_measured(trained: Path, student_dir:
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     assert f"| gradient norm | {last['grad_norm']:.4g} |" in found.text
     assert "| embedded | 4 | " in found.text
-    assert f"`{student_dir}`" in found.text
+    assert f"`{student_dir.name}`" in found.text
     assert "reward `power` (alpha 5.0, scale unit)" in found.text
     assert json.loads((trained / "environment.json").read_text())["packages"]["torch"] in found.text
     assert "2606.17199" in found.text
-    assert str(trained) not in found.text
+    # No path of this machine, prompt text or address is in anything that an upload would send.
+    private = (str(trained.parent), str(student_dir.parent), "Be brief")
+    for file in (trained / "final").iterdir():
+        content = file.read_bytes()
+        assert not [text for text in private if text.encode() in content], file.name
     AutoModelForCausalLM.from_pretrained(trained / "final")
 
 

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "models": {"config", "data", "embedded", "kernels", "objectives", "rewards"},
     "rollouts": {"config", "data", "models", "net", "rewards"},
     "teachers": {"config", "data", "models", "net", "rewards", "runs", "stops"},
-    "runs": {"config", "data", "objectives", "rewards"},
+    "runs": {"config", "data", "embedded", "objectives", "rewards"},
     "evaluation": {"data", "embedded", "grading", "models", "rollouts", "runs", "stops"},
     "training": {
         *("config", "data", "evaluation", "grading", "kernels", "models", "objectives", "rewards"),

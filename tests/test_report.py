@@ -1,5 +1,6 @@
 """Reports: what they say of whole, unfinished, broken and different runs; figures as files."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def make_run(recipe: MAKES, tmp_path: Path) -> Callable[..., Path]:
             run.append_metrics(metrics(step))
         recorder.write()
         run.final.mkdir()
+        for name in ("config.json", "model.safetensors"):
+            (run.final / name).touch()
         return run.path
 
     return make
@@ -76,7 +79,7 @@ def test_a_run_going_on_a_crash_in_the_first_step_and_cut_lines_are_said(
     make_run: Callable[..., Path], recipe: MAKES, tmp_path: Path
 ) -> None:
     going = make_run("going")
-    (going / "final").rmdir()
+    shutil.rmtree(going / "final")
     with (going / "metrics.jsonl").open("a") as file:
         file.write('{"step": 21, "rev')
     crashed = RunDirectory.open(recipe(**{"run.dir": str(tmp_path / "crashed")})).path

@@ -12,6 +12,11 @@ class RunError(RuntimeError):
     """A run cannot go on: exit status 1. What was finished is kept."""
 
 
+def one_line(text: str) -> str:
+    """Returns a text on one line, without characters that a terminal might obey."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def shown(value: object, limit: int = 80) -> str:
     """Returns a value as a message shows it: on one line, printable, and of bounded length."""
     text = repr(value)

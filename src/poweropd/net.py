@@ -7,6 +7,7 @@ synchronous code can have many under way and can cancel them.
 
 import asyncio
 import logging
+import math
 import os
 import random
 import threading
@@ -24,7 +25,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from poweropd.errors import RunError, UsageError
+from poweropd.errors import RunError, UsageError, one_line, shown
 
 logger = logging.getLogger("poweropd")
 Json = Any  # a value as `json.loads` returns it
@@ -36,6 +37,12 @@ FIRST_DELAY, LONGEST_DELAY = 0.5, 10.0  # seconds before a server that failed is
 KEEP_ALIVE_SECONDS = 4.0  # below uvicorn's 5, or the server may close what is just being reused
 RETRIED = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS, *range(500, 600)}
 MALFORMED = (KeyError, IndexError, TypeError, ValueError)  # what reading a wrong answer raises
+# Deep JSON raises the last of these, an integer of thousands of digits ValueError.
+UNREADABLE = (ValueError, RecursionError)
+MAX_ANSWER_BYTES = 2**26  # of one answer; no protocol here comes near
+SHOWN_OF_KEY = 5  # characters of a key that a message may hold in a row
+NO_LOG_PROB = -9999.0  # what vLLM writes for minus infinity
+ROUNDING = 1e-3  # nats by which a log-prob may be above 0
 
 
 def check_url(key: str, url: str) -> None:
@@ -126,6 +133,7 @@ class JsonClient:
         self.name, self.docs = f"{kind} server {self.url}", f"docs/{kind}s.md"
         self._key = read_api_key(f"{self.section}.api_key_env", api_key_env)
         check_key = f"check the key in the variable that {self.section}.api_key_env names"
+        self.connections = 0
         self._advice = {401: check_key, 403: check_key, 404: not_found}
         self._http = http = httpx2.AsyncClient(
             headers={} if self._key is None else {"Authorization": f"Bearer {self._key}"},
@@ -141,7 +149,7 @@ class JsonClient:
         """
         try:
             async with asyncio.timeout(self.timeout):
-                response = await self._http.request(method, f"{self.url}{path}", json=body)
+                response = await self._bounded(method, path, body)
         except TimeoutError:
             limit = f"{self.section}.timeout={self.timeout:g}"
             raise Transient(f"no answer within {limit} seconds") from None
@@ -157,8 +165,30 @@ class JsonClient:
             )
         try:
             return response.json() if response.content else None
-        except ValueError:
+        except UNREADABLE:
             raise Transient(f"no JSON from {path}: {self._detail(response)}") from None
+
+    async def _bounded(self, method: str, path: str, body: Json) -> httpx2.Response:
+        """Returns the whole response; raises Transient if it is longer than any answer can be."""
+        request = self._http.build_request(method, f"{self.url}{path}", json=body)
+        request.extensions["trace"] = self._trace
+        response = await self._http.send(request, stream=True)
+        try:
+            content = bytearray()
+            async for chunk in response.aiter_bytes():
+                content += chunk
+                if len(content) > MAX_ANSWER_BYTES:
+                    raise Transient(f"an answer of more than {MAX_ANSWER_BYTES} bytes from {path}")
+        finally:
+            await response.aclose()
+        headers = {k: v for k, v in response.headers.items() if k != "content-encoding"}
+        return httpx2.Response(
+            response.status_code, headers=headers, content=bytes(content), request=request
+        )
+
+    async def _trace(self, event: str, info: Json) -> None:
+        """Counts new connections: behind one there may be another server than before."""
+        self.connections += event == "connection.connect_tcp.complete"
 
     async def models(self) -> dict[str, int | None]:
         """Returns the context in tokens of each model served, None if the server hides it.
@@ -209,9 +239,31 @@ class JsonClient:
         return self._line(response.text) or response.reason_phrase
 
     def _line(self, text: str) -> str:
-        """Returns text in one line, without the key: some servers and libraries repeat it."""
-        hidden = text if self._key is None else text.replace(self._key, "[key]")
-        return " ".join(hidden.split())[:300]
+        """Returns text in one printable line without the key, which some servers repeat."""
+        return one_line(text if self._key is None else masked(text, self._key))[:300]
+
+
+def masked(text: str, key: str) -> str:
+    """Replaces a key, and every part of it that is long enough to matter, in a text."""
+    for length in range(len(key), min(SHOWN_OF_KEY, len(key) - 1), -1):
+        for first in range(len(key) - length + 1):
+            text = text.replace(key[first : first + length], "[key]")
+    return text
+
+
+def read_log_prob(value: Json) -> float:
+    """Returns a log-prob of an answer, minus infinity for vLLM's sign of it.
+
+    Raises ValueError if it cannot be one: not a number, not finite, or above 0 by more than
+    rounding.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"expected a log-prob, got {shown(value)}")
+    if value == NO_LOG_PROB:
+        return -math.inf
+    if not NO_LOG_PROB < value <= ROUNDING:
+        raise ValueError(f"expected a log-prob of at most 0, got {shown(value)}")
+    return min(float(value), 0.0)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ Exit status: 0 done; 1 the run failed; 2 wrong usage, recipe or input (one line,
 128 + n stopped by signal n, with a checkpoint written.
 """
 
-import errno
 import logging
 import sys
 
@@ -14,7 +13,9 @@ from rich.logging import RichHandler
 
 from poweropd.commands import demo, plan, push, report, sweep, train
 from poweropd.commands import eval as evaluation
-from poweropd.errors import RunError, UsageError
+from poweropd.errors import RunError, UsageError, one_line
+
+LONGEST_MESSAGE = 390  # characters
 
 app = typer.Typer(
     add_completion=False,
@@ -49,12 +50,14 @@ def main() -> None:
         sys.exit(_say(error, 2))
     except RunError as error:
         sys.exit(_say(error, 1))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-            raise
-        sys.exit(_say(f"{error.filename or 'a file'}: cannot write: {error.strerror}", 1))
+    except OSError as error:  # a full disk, a file that may not be read or written
+        sys.exit(_say(f"{error.filename or 'a file'}: {error.strerror or error}", 1))
 
 
 def _say(error: object, status: int) -> int:
-    typer.echo(f"error: {error}", err=True)
+    """Prints an error as one line of bounded length; returns the exit status."""
+    text = one_line(str(error))
+    if len(text) > LONGEST_MESSAGE:  # its beginning says what is wrong, its end what to do
+        text = f"{text[: LONGEST_MESSAGE - 120]} ... {text[-110:]}"
+    typer.echo(f"error: {text}", err=True)
     return status

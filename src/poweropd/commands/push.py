@@ -13,12 +13,26 @@ def push(
     repo: Annotated[str, typer.Argument(help="owner/name on the Hub; created if absent.")],
     private: Annotated[bool, typer.Option("--private", help="Create it as a private one.")] = False,
     best: Annotated[bool, typer.Option("--best", help="The best student, not the last.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show what would be uploaded.")
+    ] = False,
 ) -> None:
     """Uploads a run's student, with its model card, to the Hugging Face Hub."""
     folder = run / ("best" if best else "final")
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such directory; {_advice(run, best)}")
-    typer.echo(upload(folder, repo, private))
+    if dry_run:
+        typer.echo(contents(folder, repo))
+    else:
+        typer.echo(upload(folder, repo, private))
+
+
+def contents(folder: Path, repo: str) -> str:
+    """Returns what an upload would send: each file with its size, and the model card."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = [f"{path.stat().st_size:>14,}  {path.relative_to(folder)}" for path in files]
+    card = (folder / "README.md").read_text("utf-8")
+    return "\n".join([f"to {repo}, {len(files)} files (bytes, name):", *lines, "", card.rstrip()])
 
 
 def upload(folder: Path, repo: str, private: bool = False) -> str:

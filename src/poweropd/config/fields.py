@@ -48,6 +48,14 @@ class MayChange:
     """
 
 
+class Address:
+    """Marks a field that names a model or data; only the names that others can use are public."""
+
+
+class Private:
+    """Marks a field that says something of the user or of a machine, and is not published."""
+
+
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -23,6 +23,7 @@ from poweropd.config.recipe_file import (
     flatten,
     plain,
     read_yaml,
+    refuse_secrets,
     rename_keys,
 )
 from poweropd.errors import UsageError
@@ -89,6 +90,7 @@ class Config(Section):
 
     @classmethod
     def _from_tree(cls, tree: Mapping[str, object], name: str, where: Where) -> Self:
+        refuse_secrets(tree)
         try:
             config = cls.model_validate(plain(tree))
         except ValidationError as error:
@@ -98,14 +100,17 @@ class Config(Section):
         reward = sections.RewardConfig.model_validate(resolved)
         return config.model_copy(update={"run": run, "reward": reward})
 
-    def to_yaml(self) -> str:
-        """Returns the whole recipe, defaults included, as YAML that `load` reads as the same."""
+    def to_yaml(self, tree: Mapping[str, object] | None = None) -> str:
+        """Returns the whole recipe, defaults included, as YAML that `load` reads as the same.
+
+        `tree` is what is written instead of it.
+        """
         yaml = YAML()
         yaml.representer.add_representer(
             type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
         )
         text = io.StringIO()
-        yaml.dump(self.model_dump(), text)
+        yaml.dump(tree or self.model_dump(), text)
         return text.getvalue()
 
     def flat(self) -> dict[str, object]:

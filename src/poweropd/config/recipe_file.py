@@ -4,6 +4,7 @@ Errors are `UsageError`s of one line that name the file and line, or the overrid
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,14 @@ from ruamel.yaml.error import MarkedYAMLError
 from poweropd.errors import UsageError
 
 logger = logging.getLogger("poweropd")
+
+# Names of keys that hold secrets; those of a chat's or model's special tokens do not.
+SECRET = re.compile(
+    r"^(?!.*_env$)(?!(bos|eos|pad|unk|sep|cls|mask|stop|image|begin|end)_)"
+    r".*(token|secret|password|passwd|api_?key|credentials?)$",
+    re.IGNORECASE,
+)
+TOKEN = re.compile(r"^(hf_|sk-|ghp_|xox[bp]-)[A-Za-z0-9_-]{16,}$")
 
 # Keys of an earlier release, which are still accepted, with a notice.
 RENAMED = {"teacher.give_up_after": "teacher.patience"}
@@ -143,6 +152,20 @@ def plain(node: object) -> object:
         if isinstance(node, kind):
             return kind(node)
     return node
+
+
+def refuse_secrets(tree: Mapping[str, object]) -> None:
+    """Raises UsageError for a key or a value that looks like a secret.
+
+    A recipe is copied into run directories and model cards, which are shown around.
+    """
+    for key, value in flatten(tree).items():
+        name = str(key).rpartition(".")[2]
+        if isinstance(value, str) and value and (SECRET.search(name) or TOKEN.match(value)):
+            raise UsageError(
+                f"{key}: expected no secret in a recipe, for it is copied into run directories and "
+                "model cards: put it into an environment variable, such as HF_TOKEN"
+            )
 
 
 def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:

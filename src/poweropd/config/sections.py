@@ -13,6 +13,7 @@ from poweropd import net, objectives, rewards, rollouts, stops
 from poweropd.config.fields import (
     LEARNING_RATE_SCHEDULES,
     TRACKER_NAMES,
+    Address,
     Dtype,
     MayChange,
     NonNegativeFloat,
@@ -20,6 +21,7 @@ from poweropd.config.fields import (
     PositiveFloat,
     PositiveFraction,
     PositiveInt,
+    Private,
     Section,
     one_of,
 )
@@ -54,7 +56,7 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """The student."""
 
-    student: str
+    student: Annotated[str, Address]
     """Student: a directory, a Hub model or embedded:student."""
     dtype: Dtype = "bfloat16"
     """Number format of the student's forward and backward."""
@@ -77,7 +79,7 @@ class TeacherConfig(Section):
 
     by: ClassVar[None] = None
 
-    model: str
+    model: Annotated[str, Address]
     """Teacher: a directory, a Hub model or embedded:teacher; with servers, its name there."""
     trust_remote_code: bool = False
     """Whether Python code that the teacher's repository ships may be run."""
@@ -91,11 +93,11 @@ class TeacherConfig(Section):
     """Whether the first step is also scored without quantization, to write down the difference."""
     offload: bool = False
     """In the training process: whether the weights are on the CPU while they are not used."""
-    servers: Annotated[list[str], MayChange] = Field(default_factory=list)
+    servers: Annotated[list[str], MayChange, Private] = Field(default_factory=list)
     """Base URLs of vLLM servers with this teacher, such as http://127.0.0.1:8000."""
-    tokenizer: str | None = None
+    tokenizer: Annotated[str | None, Address] = None
     """With servers: a directory or Hub model with the tokenizer; null is that of `model`."""
-    api_key_env: Annotated[str | None, MayChange] = None
+    api_key_env: Annotated[str | None, MayChange, Private] = None
     """With servers: name of the environment variable that holds their key."""
     timeout: Annotated[PositiveFloat, MayChange] = 120.0
     """With servers: seconds that one request may take."""
@@ -155,7 +157,7 @@ AnyTeacher = Annotated[
 class DataConfig(Section):
     """The prompts."""
 
-    prompts: str
+    prompts: Annotated[str, Address]
     """Prompts: a .jsonl or .parquet file, a Hub dataset, or embedded:train."""
     split: str = "train"
     """Split of a Hub dataset."""
@@ -163,11 +165,11 @@ class DataConfig(Section):
     """Column with the prompt's text."""
     teacher_column: str | None = None
     """Column with another prompt, for the teacher alone; null gives it the student's."""
-    chat: dict[str, object] | None = Field(
+    chat: Annotated[dict[str, object] | None, Private] = Field(
         default_factory=lambda: dict[str, object](enable_thinking=False)
     )
     """Arguments of the chat template; null takes the prompts as plain text, without a template."""
-    system: str | None = None
+    system: Annotated[str | None, Private] = None
     """System turn before each prompt, for student and teacher."""
     shuffle: bool = True
     """Whether the prompts are shuffled in every epoch."""
@@ -241,7 +243,9 @@ class RolloutConfig(Section):
     """Softmax that scores tokens: over all of them, or over those that top_k and top_p keep."""
     vllm: VllmConfig = Field(default_factory=VllmConfig)
     """Settings of the vllm engine."""
-    server: Annotated[RolloutServerConfig, MayChange] = Field(default_factory=RolloutServerConfig)
+    server: Annotated[RolloutServerConfig, MayChange, Private] = Field(
+        default_factory=RolloutServerConfig
+    )
     """Settings of the vllm_server engine."""
     verify_every: Annotated[PositiveInt, MayChange] = 10
     """Syncs between two comparisons of a vLLM engine's weights with the student's."""
@@ -331,13 +335,13 @@ class EvaluateConfig(Section):
 
     every: PositiveInt
     """Optimizer steps between two evaluations; the last step is always followed by one."""
-    benchmarks: Annotated[list[str], Field(min_length=1)]
+    benchmarks: Annotated[list[str], Field(min_length=1), Address]
     """Names of benchmarks, .jsonl files or Hub datasets."""
     n: PositiveInt = 1
     """Completions of each problem."""
     limit: PositiveInt | None = None
     """Problems of each benchmark, the first ones; null is all."""
-    data_dir: str | None = None
+    data_dir: Annotated[str | None, Private] = None
     """Directory that holds NAME.jsonl for each benchmark, read in place of the Hub."""
     max_new_tokens: PositiveInt = EvaluationSettings.max_new_tokens
     """Tokens of the longest completion."""

@@ -1,14 +1,13 @@
 """Fingerprints of what a run is trained from, so that it does not go on with something else."""
 
 import hashlib
-import json
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from poweropd.data.prompts import Prompt
-from poweropd.errors import UsageError
 from poweropd.models import loading
 
 BLOCKS, BLOCK_BYTES = 16, 2**16  # what is read of each weight file
@@ -40,7 +39,13 @@ def _sampled(file: Path) -> Iterable[bytes]:
 def of_prompts(prompts: Sequence[Prompt]) -> str:
     """Returns a fingerprint of all prompts, as both models read them, in their order."""
     return _hash_of(
-        json.dumps([p.prompt_ids, p.teacher_prompt_ids, p.domain]).encode() for p in prompts
+        part
+        for prompt in prompts
+        for part in (
+            array("q", prompt.prompt_ids).tobytes(),
+            array("q", prompt.teacher_prompt_ids).tobytes(),
+            prompt.domain.encode(),
+        )
     )
 
 
@@ -49,16 +54,6 @@ def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     return _hash_of(
         f"{token}\t{i}\n".encode() for token, i in sorted(tokenizer.get_vocab().items())
     )
-
-
-def check_unchanged(found: dict[str, str], now: dict[str, str], path: Path) -> None:
-    """Raises UsageError if an input of a run is not what it was trained from before."""
-    changed = [name for name, value in found.items() if now.get(name, value) != value]
-    if changed:
-        raise UsageError(
-            f"{path.parent}: {' and '.join(changed)} changed since the run began: restore what it "
-            f"was, choose another run.dir, or, to go on with the new one on purpose, delete {path}"
-        )
 
 
 def _hash_of(parts: Iterable[bytes]) -> str:

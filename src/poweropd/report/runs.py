@@ -24,7 +24,7 @@ class RecordedRun:
         self.environment = directory.environment()
         self.evaluations = directory.evaluations()
         self.gradients = directory.gradient_figures()
-        self.complete = directory.final.exists()
+        self.complete = directory.is_complete
         self.rewards = RewardRecords.read(directory.rewards)
         if self.rewards.unreadable:
             parts = ", ".join(self.rewards.unreadable)

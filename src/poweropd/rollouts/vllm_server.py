@@ -20,9 +20,9 @@ from torch import Tensor
 
 from poweropd.config import Config
 from poweropd.data.rollout import Request, Rollout
-from poweropd.errors import RunError, UsageError
+from poweropd.errors import RunError, UsageError, shown
 from poweropd.models.language_model import Student
-from poweropd.net import Json, JsonClient, Transient, reading, start, wait
+from poweropd.net import Json, JsonClient, Transient, read_log_prob, reading, start, wait
 from poweropd.rollouts.base import Sampling, Weights, shared_weights
 from poweropd.rollouts.vllm import vllm_parameters
 
@@ -223,9 +223,11 @@ def _read_completion(answer: Json, sampling: Sampling) -> Completion:
         if choice["finish_reason"] == "stop"
         else len(ids) == sampling.max_new_tokens
     )
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise ValueError(f"expected token ids, got {shown(ids)}")
     if not complete or len(log_probs) != len(ids) or None in log_probs:
         raise Transient(
             f"a completion of {len(ids)} tokens and {len(log_probs)} log-probs ended early "
             f"({choice['finish_reason']})"
         )
-    return ids, log_probs
+    return ids, [read_log_prob(value) for value in log_probs]

@@ -7,7 +7,9 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from poweropd.config import Config
-from poweropd.config.sections import RolloutServerConfig, RunConfig, TeacherConfig
+from poweropd.config.fields import Address, Private, Section
+from poweropd.config.sections import VllmConfig
+from poweropd.embedded import EMBEDDED_PREFIX
 from poweropd.runs.directory import RunDirectory
 from poweropd.runs.files import JsonObject, write_atomically
 from poweropd.runs.metrics import OF_STEPS, StepMetrics
@@ -18,7 +20,7 @@ TAGS = ["poweropd", "on-policy-distillation", "knowledge-distillation"]
 
 def write_card(folder: Path, config: Config, step: int) -> None:
     """Writes README.md into a directory that holds the student after `step` steps."""
-    run = RunDirectory(config.run.dir)
+    run = RunDirectory(config.run.dir, notes=[])
     adapter = config.model.lora is not None and not config.model.lora.merge
     evaluation = run.evaluation(step)
     rows = [row for row in run.metrics() if row["step"] <= step]
@@ -27,15 +29,15 @@ def write_card(folder: Path, config: Config, step: int) -> None:
         template_str=files(__package__).joinpath(TEMPLATE).read_text("utf-8"),
         name=run.path.name,
         adapter=adapter,
-        student=config.model.student,
-        teacher=" and ".join(teacher.model for teacher in config.teachers.values()),
-        prompts=config.data.prompts,
+        student=public_name(config.model.student),
+        teacher=" and ".join(str(public_name(t.model)) for t in config.teachers.values()),
+        prompts=public_name(config.data.prompts),
         objective=config.objective.kind,
         reward=", ".join(f"{k} {v}" for k, v in config.reward.model_dump().items() if k != "name"),
         reward_name=config.reward.name,
         step=step,
         steps=config.train.steps,
-        recipe=_public(config).to_yaml(),
+        recipe=config.to_yaml(_public(config)),
         metrics=_last_metrics(rows),
         evaluation=[_evaluation_line(name, result) for name, result in evaluation.items()],
         environment=run.environment(),
@@ -43,14 +45,30 @@ def write_card(folder: Path, config: Config, step: int) -> None:
     write_atomically(folder / "README.md", str(card).rstrip() + "\n")
 
 
-def _public(config: Config) -> Config:
-    """Returns the recipe without paths and addresses of machines, which are private."""
-    unknown: JsonObject = {"servers": [], "api_key_env": None}
-    teachers = {k: t.model_copy(update=unknown) for k, t in config.teachers.items()}
-    one = isinstance(config.teacher, TeacherConfig)
-    teacher = teachers[""] if one else config.teacher.model_copy(update=teachers)
-    rollout = config.rollout.model_copy(update={"server": RolloutServerConfig()})
-    return config.model_copy(update={"run": RunConfig(), "teacher": teacher, "rollout": rollout})
+def _public(section: Section) -> JsonObject:
+    """Returns a section without what is private: paths, addresses, prompt texts, secrets."""
+    found: JsonObject = {}
+    for key, value in section:
+        field = type(section).model_fields.get(key)
+        marks = [type(m) if not isinstance(m, type) else m for m in field.metadata] if field else []
+        library = isinstance(section, VllmConfig) and isinstance(value, str)
+        if key == "run" or Private in marks or library:
+            continue
+        if isinstance(value, Section):
+            found[key] = _public(value)
+        elif Address in marks:
+            many = isinstance(value, list)
+            found[key] = [public_name(one) for one in value] if many else public_name(value)
+        else:
+            found[key] = value
+    return found
+
+
+def public_name(address: str | None) -> str | None:
+    """Returns a name on the Hub or of the embedded pair as it is; of a path, its last part."""
+    if address is None or address.startswith(EMBEDDED_PREFIX) or _hub(address):
+        return address
+    return Path(address).name
 
 
 def _data(

@@ -7,17 +7,26 @@ Whole files (config, environment, results) are written under another name and re
 import json
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from poweropd.config import Config
 from poweropd.config.recipe_file import read_yaml
-from poweropd.errors import UsageError
+from poweropd.errors import RunError, UsageError
 from poweropd.runs.environment import describe_environment
-from poweropd.runs.files import JsonObject, read_json, read_jsonl, write_atomically, write_json
+from poweropd.runs.files import (
+    JsonObject,
+    locked,
+    read_json,
+    read_jsonl,
+    write_atomically,
+    write_json,
+)
 from poweropd.runs.metrics import StepMetrics
 
 _EVALUATED = re.compile(r"step-(\d+)")
+LOCK = ".lock"
 _TAIL_BYTES = 1 << 16  # of metrics.jsonl: several rows
 
 
@@ -39,6 +48,7 @@ class RunDirectory:
         self.path, self.notes = Path(path), notes
         self.config_path = self.path / "config.yaml"
         self.metrics_path = self.path / "metrics.jsonl"
+        self.environment_path = self.path / "environment.json"
         self.checkpoints = self.path / "checkpoints"
         self.final, self.best_student = self.path / "final", self.path / "best"
         self.evaluations_path = self.path / "eval"
@@ -62,6 +72,8 @@ class RunDirectory:
             if not differences:
                 if run.config_path.read_text() != config.to_yaml():  # how, not what, is computed
                     write_atomically(run.config_path, config.to_yaml())
+                if not run.environment_path.exists():  # a kill came before it
+                    write_json(run.environment_path, describe_environment())
                 return run
         elif run.path.exists() and not run._is_empty():
             raise UsageError(f"run.dir: {run.path} exists and is not a run directory")
@@ -69,13 +81,41 @@ class RunDirectory:
         for file in run.path.glob("quantization*.json"):  # measured with another configuration
             file.unlink()
         write_atomically(run.config_path, config.to_yaml())
-        write_json(run.path / "environment.json", describe_environment())
+        write_json(run.environment_path, describe_environment())
         return run
+
+    def locked(self) -> AbstractContextManager[IO[str]]:
+        """Keeps other processes from training in the directory; raises UsageError if one does."""
+        message = f"run.dir: {self.path} is in use by another process: wait for it, or stop it"
+        return locked(self.path / LOCK, message)
+
+    @property
+    def is_complete(self) -> bool:
+        """Tells whether `final/` holds a student; a directory emptied by somebody does not."""
+        weights = [*self.final.glob("*.safetensors"), *self.final.glob("*.bin")]
+        configs = [self.final / "config.json", self.final / "adapter_config.json"]
+        return bool(weights) and any(path.is_file() for path in configs)
+
+    def check_inputs(self, fingerprints: Mapping[str, str]) -> None:
+        """Raises UsageError if an input of the run is not what its first steps were trained from.
+
+        `fingerprints`: the name of each input -> what it is now.
+        """
+        path = self.path / "inputs.json"
+        found = self._read(path.name) if self.metrics() else {}
+        changed = [name for name, now in fingerprints.items() if found.get(name, now) != now]
+        if changed:
+            raise UsageError(
+                f"run.dir: {self.path}: {' and '.join(changed)} changed since the run began: "
+                "restore it, choose another run.dir, or, to go on with it on purpose, delete "
+                f"{path}"
+            )
+        write_json(path, found | dict(fingerprints))
 
     def _is_empty(self) -> bool:
         """Tells whether nothing is there but what a kill may have left of the first file."""
         found = self.path.iterdir() if self.path.is_dir() else [self.path]
-        return all(path.name == f".{self.config_path.name}.tmp" for path in found)
+        return all(path.name in (LOCK, f".{self.config_path.name}.tmp") for path in found)
 
     def config(self) -> Config:
         """Returns the configuration of the run, checked."""
@@ -144,7 +184,11 @@ class RunDirectory:
     def best(self) -> BestStep | None:
         """Returns the best step so far, or None before the first evaluation."""
         found = self._read("best.json")
-        return BestStep(found["metric"], found["value"], found["step"]) if found else None
+        if not found:
+            return None
+        if not isinstance(found.get("step"), int) or not isinstance(found.get("value"), float):
+            raise RunError(f"{self.path / 'best.json'}: expected metric, value and step: delete it")
+        return BestStep(str(found.get("metric")), found["value"], found["step"])
 
     def write_best(self, metric: str, value: float, step: int) -> None:
         """Writes which step is the best so far, by which metric."""

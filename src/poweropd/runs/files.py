@@ -1,14 +1,17 @@
 """Files that are whole or absent, and JSON Lines files that may end in the middle of a line."""
 
+import fcntl
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from poweropd.errors import RunError
+from safetensors import SafetensorError
+
+from poweropd.errors import RunError, UsageError
 
 #: An object of a JSON file, as `json` reads it.
 JsonObject = dict[str, Any]
@@ -17,7 +20,9 @@ JsonObject = dict[str, Any]
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes a file under another name, flushes it to disk, then renames it into place."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    temporary.unlink(missing_ok=True)  # what a kill left, or a link that somebody put there
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with open(os.open(temporary, flags, 0o666), "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
@@ -30,12 +35,30 @@ def write_json(path: Path, value: object) -> None:
 
 
 @contextmanager
+def locked(path: Path, message: str) -> Iterator[IO[str]]:
+    """Holds a lock file while the block runs; raises UsageError if another process holds it.
+
+    The lock goes with the process, so a kill does not leave it behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(message) from None
+        yield lock
+
+
+@contextmanager
 def replaced_directory(target: Path) -> Iterator[Path]:
     """Yields a new directory to fill, which then replaces `target`, whole or not at all."""
     temporary = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    yield temporary
+    try:
+        yield temporary
+    except SafetensorError as error:  # which is how a full disk is told there
+        raise RunError(f"{target}: cannot be written: {error}: free some space") from error
     flush(temporary)
     old = target.with_name(f".tmp-old-{target.name}")
     shutil.rmtree(old, ignore_errors=True)

@@ -20,7 +20,7 @@ def run_sweep(
 
     Raises RunError, after the table, if a run failed.
     """
-    with runner.locked(folder) as lock:
+    with runner.only_sweep(folder) as lock:
         runner.claim(folder, trainings, {"snr": snr})
         outcome = runner.JobRunner(trainings, parallel, lock).run()
         show_sweep(folder, trainings, outcome, best)

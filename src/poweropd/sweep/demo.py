@@ -103,7 +103,7 @@ def run_demo(out: Path, steps: int | None, num_problems: int, json_file: Path | 
         for name in ("student", "teacher")
     ]
     jobs: list[Job] = [*models, *trainings]
-    with runner.locked(out) as lock:
+    with runner.only_sweep(out) as lock:
         runner.claim(out, trainings, {"problems": num_problems})
         outcome = runner.JobRunner(jobs, PARALLEL, lock, THREADS, LINE_SECONDS).run()
     if outcome.unfinished:

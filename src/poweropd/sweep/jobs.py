@@ -48,7 +48,7 @@ class Training:
     def is_finished(self) -> bool:
         """Returns whether the training is complete and was measured at its end."""
         last = self.measurements[-1:]
-        return self.directory.final.exists() and all(one in self.points() for one in last)
+        return self.directory.is_complete and all(one in self.points() for one in last)
 
     def points(self) -> dict[Measurement, dict[str, float]]:
         """Returns what was measured so far: each measurement's figures by their names."""

@@ -6,7 +6,6 @@ every further job would fail on it.
 """
 
 import errno
-import fcntl
 import json
 import os
 import signal
@@ -15,7 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -24,7 +23,7 @@ import torch
 
 from poweropd.errors import UsageError
 from poweropd.runs.directory import RunDirectory
-from poweropd.runs.files import write_atomically
+from poweropd.runs.files import locked, write_atomically
 from poweropd.sweep.jobs import Job, Training
 from poweropd.sweep.progress import SweepProgress
 
@@ -81,21 +80,14 @@ def claim(out: Path, trainings: Sequence[Training], options: Mapping[str, int]) 
     write_atomically(path, definition)
 
 
-@contextmanager
-def locked(out: Path) -> Iterator[IO[str]]:
+def only_sweep(out: Path) -> AbstractContextManager[IO[str]]:
     """Keeps a second sweep out; trainings inherit the lock, so one that a kill left alone holds it.
 
     Raises UsageError if the directory is in use.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"--out: {out} is in use by another sweep, or by trainings that one left behind"
-            ) from None
-        yield lock
+    return locked(
+        out / LOCK, f"--out: {out} is in use by another sweep, or by trainings that one left behind"
+    )
 
 
 @dataclass

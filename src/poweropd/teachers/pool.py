@@ -7,13 +7,12 @@ scores a known sequence as it did at the start; if it does not within a set time
 
 import asyncio
 import logging
-import math
 from collections.abc import Sequence
 from functools import partial
 
 from poweropd.config.sections import TeacherConfig
 from poweropd.errors import RunError, UsageError
-from poweropd.net import JsonClient, Patience, Refused, Transient, reading
+from poweropd.net import JsonClient, Patience, Refused, Transient, read_log_prob, reading
 
 logger = logging.getLogger("poweropd")
 
@@ -26,6 +25,8 @@ class PooledServer:
     def __init__(self, client: JsonClient, model: str) -> None:
         self.client, self.model, self.busy = client, model, 0
         self.is_down = False
+        self.recognized = 0  # connections that the client had made when it was last recognized
+        self.recognizing = asyncio.Lock()
         self.patience = Patience(client.patience)  # failures since it was last up
 
     async def log_probs(self, ids: list[int], what: str) -> list[float]:
@@ -42,15 +43,13 @@ class PooledServer:
         with reading(f"an answer without one log-prob for each of {len(ids)} tokens"):
             (choice,) = answer["choices"]
             first, *entries = choice["prompt_logprobs"]
-            log_probs = [
-                float(entry[str(token)]["logprob"])
-                for token, entry in zip(ids[1:], entries, strict=True)
+            found = [
+                entry[str(token)]["logprob"] for token, entry in zip(ids[1:], entries, strict=True)
             ]
             if first is not None or choice["prompt_token_ids"] != ids:
                 raise ValueError
-        if not all(map(math.isfinite, log_probs)):
-            raise Transient("an answer with a log-prob that is not finite")
-        return log_probs
+        with reading("an answer with something that is not a log-prob"):
+            return [read_log_prob(value) for value in found]
 
     async def at_start(self, ids: list[int], what: str) -> list[float]:
         """Returns the same when a run starts."""
@@ -117,6 +116,7 @@ class Pool:
             server = await self._take()
             try:
                 log_probs = await server.log_probs(ids, what)
+                await self._recognize_connections(server)
                 server.patience.failures = 0
                 return log_probs
             except Transient as failure:
@@ -174,9 +174,27 @@ class Pool:
         async with self._changed:
             self._changed.notify_all()
 
+    async def _recognize_connections(self, server: PooledServer) -> None:
+        """Raises RunError if what is behind a new connection is not the server of the start."""
+        async with server.recognizing:
+            while server.recognized != server.client.connections:
+                before = server.client.connections
+                await self._recognize(server)
+                server.recognized = before
+
+    async def recognize_all(self) -> None:
+        """Raises RunError if a server that is up is not what it was when the run started."""
+        for server in self.servers:
+            if not server.is_down:
+                try:
+                    await self._recognize(server)
+                except Transient as failure:  # it is recognized when it is up again
+                    self._set_aside(server, failure)
+
     async def _recognize(self, server: PooledServer) -> None:
         """Raises RunError if the server is not what it was: another model may have been started."""
-        assert self._known is not None, "the servers have not been checked"
+        if self._known is None:  # the servers are still being checked
+            return
         ids, expected = self._known
         difference = mean_difference(await server.log_probs(ids, "a test sequence"), expected)
         if difference > TOLERANCE:
@@ -208,6 +226,8 @@ class Pool:
         ]
         first, *others = found
         self._known = (sequences[0], first[0])
+        for server in self.servers:
+            server.recognized = server.client.connections
         return max(
             mean_difference(a, b) for other in others for a, b in zip(other, first, strict=True)
         )
@@ -215,4 +235,5 @@ class Pool:
 
 def mean_difference(one: Sequence[float], other: Sequence[float]) -> float:
     """Returns the mean |difference|; 0 for no numbers."""
-    return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / max(1, len(one))
+    pairs = zip(one, other, strict=True)
+    return sum(0.0 if a == b else abs(a - b) for a, b in pairs) / max(1, len(one))

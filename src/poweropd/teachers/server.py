@@ -37,7 +37,10 @@ class ServerTeacher:
     def collect(self) -> list[Example]:
         waiting, self._waiting = self._waiting, []
         try:
-            return [example.scored(future.result()) for example, future in waiting]
+            scored = [example.scored(future.result()) for example, future in waiting]
+            # A server may have become another model since the first of these was scored.
+            wait(self.pool.recognize_all())
+            return scored
         finally:
             for _, future in waiting:
                 future.cancel()  # after an error; a future that is done stays as it is

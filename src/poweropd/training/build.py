@@ -18,7 +18,7 @@ from poweropd.data import prompts as data_prompts
 from poweropd.data.rollout import Example
 from poweropd.errors import UsageError, shown
 from poweropd.kernels import Support
-from poweropd.models import attention, loading
+from poweropd.models import attention, fingerprints, loading
 from poweropd.models import language_model as models_language_model
 from poweropd.objectives import OBJECTIVES, SELECTIONS
 from poweropd.objectives.base import Objective
@@ -120,6 +120,20 @@ def _show_first_prompt(
             "in the student's: to give it its own set data.teacher_column=%s",
             config.data.column,
         )
+
+
+def input_fingerprints(config: Config, inputs: RunInputs) -> dict[str, str]:
+    """Returns a fingerprint of each thing that a run is trained from, by its name in messages."""
+    found = {
+        "the weights of model.student": fingerprints.of_weights(config.model.student),
+        "the tokenizer of model.student": fingerprints.of_tokenizer(inputs.tokenizer),
+        "data.prompts": fingerprints.of_prompts(inputs.prompts),
+    }
+    for name, section in config.teachers.items():
+        if not section.servers:
+            where = f"teacher.{name}.model" if name else "teacher.model"
+            found[f"the weights of {where}"] = fingerprints.of_weights(section.model)
+    return found
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import logging
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from poweropd.config import Config
 from poweropd.data.prompts import Prompt
 from poweropd.data.rollout import Example, Request, Rollout, make_example
-from poweropd.errors import RunError
+from poweropd.errors import RunError, UsageError
 from poweropd.evaluation.runner import Subject
 from poweropd.models.loading import context_length
 from poweropd.models.sharding import collected, load_optimizer_state, optimizer_state
@@ -74,6 +74,9 @@ class Trainer:
         self.validation = build.make_validation(config, self.accelerator, self.inputs)
         with self.accelerator.main_process_first():
             self.run = RunDirectory.open(config)
+        with self._alone():
+            if self.accelerator.is_main_process:
+                self.run.check_inputs(build.input_fingerprints(config, self.inputs))
         set_seed(config.train.seed)  # a fresh LoRA adapter is random
         self.models = build.load_models(config, self.inputs, self.accelerator.device)
         self.student = self.models.student
@@ -102,11 +105,12 @@ class Trainer:
         """
         steps, every = self.config.train.steps, self.config.checkpoint.every
         end = steps if until is None else min(until, steps)
-        if self.run.final.exists():
+        if self.run.is_complete:
             logger.info("%s is complete: nothing to do", self.run.path)
             return Result(self.run.path, self.steps_done, self.run.final)
         progress = TrainingProgress(steps, self.steps_done, self.run.path.name, self.progress)
-        with progress, self.recorder, signals.deferred() as received:
+        with self._alone(), progress, self.recorder, signals.deferred() as received:
+            self._check_place()
             while self.steps_done < end:
                 metrics = self.step(self.steps_done)
                 self.steps_done += 1
@@ -125,6 +129,18 @@ class Trainer:
             self._export(self.run.final)
         self._end_trackers()
         return Result(self.run.path, self.steps_done, self.run.final)
+
+    def _alone(self) -> AbstractContextManager[object]:
+        """Keeps other processes out of the run directory; the main process does it for all."""
+        return self.run.locked() if self.accelerator.is_main_process else nullcontext()
+
+    def _check_place(self) -> None:
+        """Raises UsageError if the run directory is not where this trainer left it."""
+        if self.accelerator.is_main_process and self.run.steps_done() != self.steps_done:
+            raise UsageError(
+                f"run.dir: {self.run.path} holds {self.run.steps_done()} steps, this process knows "
+                f"of {self.steps_done}: another one has trained in it; run the command again"
+            )
 
     def step(self, step: int) -> StepMetrics:
         """One optimizer step, counted from 0; returns its metrics."""
@@ -332,9 +348,10 @@ class Trainer:
             steps = state["step"]
             self.rollouts.restore(state["rollouts"], self.requests(steps))
             logger.info("resuming %s at step %d", self.run.path, steps)
-        if self.accelerator.is_main_process:
-            self.run.truncate_metrics(steps)
-            self.recorder.truncate(steps)
+        with self._alone():
+            if self.accelerator.is_main_process:
+                self.run.truncate_metrics(steps)
+                self.recorder.truncate(steps)
         self.accelerator.wait_for_everyone()
         return steps
 
