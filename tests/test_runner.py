@@ -23,7 +23,12 @@ from poweropd.evaluation.settings import EvaluationSettings
 from poweropd.grading.grader import Grader
 
 SERVER = get_context("forkserver")
-SERVER.set_forkserver_preload(["poweropd.commands", "poweropd.evaluation.command"])
+SERVER.set_forkserver_preload(
+    [
+        *("poweropd.commands", "poweropd.evaluation.command", "poweropd.rollouts.transformers"),
+        "transformers.models.qwen3.modeling_qwen3",
+    ]
+)
 SETTINGS = EvaluationSettings(n=2, max_new_tokens=12, group_size=16)
 
 

@@ -25,7 +25,13 @@ from poweropd.runs.recorder import RewardRecords
 
 MAKES = Callable[..., Config]
 SERVER = get_context("forkserver")
-SERVER.set_forkserver_preload(["poweropd.training.trainer", "poweropd.commands"])
+SERVER.set_forkserver_preload(
+    [
+        *("poweropd.training.trainer", "poweropd.commands", "poweropd.rollouts.transformers"),
+        *("poweropd.objectives.sampled", "poweropd.rollouts.prefetch"),
+        *("transformers.models.qwen3.modeling_qwen3", "peft"),
+    ]
+)
 TIMES = ("seconds/", "tokens_per_second", "memory/")
 
 
