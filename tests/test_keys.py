@@ -1,0 +1,161 @@
+"""Recipe keys do what the reference says of them: one behaviour for each, seen from outside."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from poweropd import Config, Trainer
+
+MAKES = Callable[..., Config]
+
+
+@pytest.fixture
+def trained(recipe: MAKES, tmp_path: Path) -> Callable[..., tuple[Trainer, list[dict[str, Any]]]]:
+    """Trains a recipe in a run directory of its own; returns the trainer and its metrics."""
+    number = iter(range(100))
+
+    def make(**overrides: Any) -> tuple[Trainer, list[dict[str, Any]]]:
+        folder = str(tmp_path / f"run-{next(number)}")
+        trainer = Trainer(recipe(**{"run.dir": folder, **overrides}), progress=False)
+        trainer.train()
+        return trainer, trainer.run.metrics()
+
+    return make
+
+
+def rates(rows: list[dict[str, Any]]) -> list[float]:
+    return [row["learning_rate"] for row in rows]
+
+
+def weights(trainer: Trainer) -> torch.Tensor:
+    tensors = load_file(trainer.run.final / "model.safetensors")
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0, [1.0, 1.0, 1.0, 1.0]),
+        ("constant", 2, [0.0, 0.5, 1.0, 1.0]),
+        ("linear", 0, [1.0, 0.75, 0.5, 0.25]),
+        ("linear", 2, [0.0, 0.5, 1.0, 0.5]),
+        ("cosine", 2, [0.0, 0.5, 1.0, 0.5]),
+    ],
+)
+def test_the_learning_rate_follows_its_schedule_and_warm_up(
+    trained: Any, schedule: str, warmup: int, expected: list[float]
+) -> None:
+    keys = {"train.steps": 4, "train.schedule": schedule, "train.warmup_steps": warmup}
+    _, rows = trained(**keys, **{"train.learning_rate": 0.01})
+    assert rates(rows) == pytest.approx([0.01 * share for share in expected])
+
+
+def test_the_rate_that_is_reported_is_the_one_that_trains(trained: Any) -> None:
+    """At rate 0 nothing moves, so the first step of a warm-up leaves the student as it was."""
+    start, _ = trained(**{"train.steps": 1, "train.warmup_steps": 10})
+    small, _ = trained(**{"train.steps": 1, "train.learning_rate": 1e-4})
+    large, _ = trained(**{"train.steps": 1, "train.learning_rate": 1e-2})
+    moved = [(weights(one) - weights(start)).norm().item() for one in (small, large)]
+    assert 0 < moved[0] < moved[1] / 20
+
+
+def test_weight_decay_pulls_towards_zero(trained: Any) -> None:
+    plain, decayed = (
+        trained(**{"train.learning_rate": 1e-2, "train.weight_decay": decay})[0]
+        for decay in (0.0, 5.0)
+    )
+    assert weights(decayed).norm() < 0.95 * weights(plain).norm()
+
+
+def test_clipping_bounds_the_gradient_that_trains(trained: Any) -> None:
+    """AdamW ignores the scale of all gradients together, but not that of one step among others."""
+    free, tight = (
+        trained(**{"train.clip_grad_norm": bound, "reward": {"name": "log_ratio"}})
+        for bound in (None, 1e-6)
+    )
+    assert free[1][0]["grad_norm"] == tight[1][0]["grad_norm"] > 1e-3  # as it was before clipping
+    assert not torch.equal(weights(free[0]), weights(tight[0]))
+
+
+def test_the_seed_decides_prompts_and_completions(trained: Any) -> None:
+    same, again, other = (
+        trained(**{"train.seed": seed, "train.steps": 1})[1][0]["reward/mean"] for seed in (1, 1, 2)
+    )
+    assert same == again != other
+
+
+def test_so_many_prompts_and_completions_make_a_step(recipe: MAKES) -> None:
+    keys = {"train.prompts_per_step": 3, "rollout.per_prompt": 2, "rollout.max_new_tokens": 5}
+    trainer = Trainer(recipe(**keys), progress=False)
+    rollouts = list(trainer.sample(0))
+    assert len(rollouts) == 6
+    assert len({rollout.request.prompt.index for rollout in rollouts}) == 3
+    assert max(len(rollout.completion_ids) for rollout in rollouts) == 5
+    texts = {tuple(r.completion_ids) for r in rollouts if r.request.prompt_index == 0}
+    assert len(texts) == 2  # two completions of a prompt are not the same one
+
+
+def test_temperature_and_truncation_change_what_is_sampled(recipe: MAKES) -> None:
+    def sampled(**keys: Any) -> list[list[int]]:
+        trainer = Trainer(recipe(**{"train.prompts_per_step": 8, **keys}), progress=False)
+        found = sorted(trainer.sample(0), key=lambda rollout: rollout.key)
+        return [rollout.completion_ids for rollout in found]
+
+    free, greedy = sampled(), sampled(**{"rollout.temperature": 0.0})
+    assert sampled(**{"rollout.top_k": 1}) == greedy != free
+    assert sampled(**{"rollout.top_p": 1e-6}) == greedy
+    assert sampled(**{"rollout.temperature": 2.0}) not in (free, greedy)
+    assert sampled(**{"rollout.batch_size": 3}) == free  # how many at once changes nothing
+
+
+def test_prompts_come_in_the_order_that_the_recipe_says(recipe: MAKES) -> None:
+    plain = Trainer(recipe(**{"data.shuffle": False}), progress=False)
+    assert [prompt.index for prompt in plain.prompts(1)] == [4, 5, 6, 7]
+    shuffled = [p.index for p in Trainer(recipe(), progress=False).prompts(1)]
+    assert shuffled != [4, 5, 6, 7]
+    assert len(set(shuffled)) == 4
+
+
+def test_column_system_and_chat_make_the_prompt(recipe: MAKES, tmp_path: Path) -> None:
+    data = tmp_path / "own.jsonl"
+    data.write_text(json.dumps({"question": "1+1", "problem": "9+9"}) + "\n")
+
+    def first(**keys: Any) -> str:
+        own = {"data.prompts": str(data), "data.column": "question", **keys}
+        trainer = Trainer(recipe(**own, **{"train.prompts_per_step": 1}), progress=False)
+        return str(trainer.inputs.tokenizer.decode(trainer.inputs.prompts[0].prompt_ids))
+
+    turn = "<|im_start|>user\n1+1<|im_end|>\n<|im_start|>assistant\n"
+    assert first() == turn
+    assert first(**{"data.system": "Add."}) == f"<|im_start|>system\nAdd.<|im_end|>\n{turn}"
+    assert first(**{"data.chat": None}) == "1+1"
+
+
+def test_checkpoints_are_written_and_kept_as_often_as_said(trained: Any) -> None:
+    keys = {"train.steps": 7, "checkpoint": {"every": 2, "keep": 3}}
+    trainer, _ = trained(**keys)
+    found = sorted(path.name for path in trainer.run.checkpoints.iterdir())
+    assert found == ["step-4", "step-6", "step-7"]
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", "F32"), ("bfloat16", "BF16")])
+def test_the_student_is_exported_in_its_dtype(trained: Any, dtype: str, expected: str) -> None:
+    trainer, _ = trained(**{"model.dtype": dtype, "train.steps": 1})
+    header = (trainer.run.final / "model.safetensors").read_bytes()[8:4096]
+    assert f'"dtype":"{expected}"'.encode() in header
+    assert next(trainer.student.parameters()).dtype == torch.float32  # the master weights
+
+
+def test_lora_has_its_rank_scale_and_targets(recipe: MAKES) -> None:
+    lora = {"r": 3, "alpha": 12.0, "target_modules": ["q_proj"]}
+    trainer = Trainer(recipe(**{"model.lora": lora}), progress=False)
+    shapes = {name: tuple(p.shape) for name, p in trainer.student.trained_weights().items()}
+    assert shapes
+    assert all("q_proj" in name and 3 in shape for name, shape in shapes.items())
+    (config,) = trainer.student.model.peft_config.values()
+    assert config.lora_alpha / config.r == 4.0
