@@ -238,3 +238,14 @@ def test_the_expected_policy_gradient_descends_on_the_divergence(reward: rewards
     weights = (p.exp() * reward(t, p)).detach()
     (policy,) = torch.autograd.grad(-(weights * p).sum(), logits)
     assert torch.allclose(exact, policy, rtol=1e-5, atol=1e-8)
+
+
+def test_a_reward_is_not_judged_at_points_that_no_sampled_token_has() -> None:
+    """A sampled token has a probability under the student; only the teacher's may be 0."""
+    vanilla = rewards.check(lambda t, p: t - p)
+    assert vanilla.sign_consistent
+    assert vanilla.bounded_counterexample == (0.0, 1.0, float("-inf"))
+    squashed = rewards.check(lambda t, p: torch.sigmoid(t - p))
+    assert squashed.bounded
+    assert squashed.bound == 1.0
+    assert not squashed.sign_consistent

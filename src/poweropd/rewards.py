@@ -26,7 +26,6 @@ from poweropd.errors import UsageError
 RewardFunction = Callable[..., Tensor]
 Number = Any  # a float, or a Schedule of floats until `Reward.at` resolves it
 
-
 #: Schedule -> the fraction of the way from start to end, as a function of that of its steps.
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 0.0,
@@ -373,12 +372,14 @@ class Check:
 def check(reward: RewardFunction) -> Check:
     """Tests a reward for P1, |r| <= M on [0, 1]^2, and P2, sign r = sign(t - p).
 
-    It is evaluated on a grid of log-probabilities from 0 to -1e4 and -inf, which can refute but not
-    prove. A zero counts against P2 only where t or p is 1: elsewhere it may be an underflow.
+    It is evaluated on a grid of log-probabilities from 0 to -1e4, the teacher's also at -inf, which
+    can refute but not prove: the student gave a token that it sampled some probability. A zero
+    counts against P2 only where t or p is 1: elsewhere it may be an underflow.
     """
-    depths = torch.cat([torch.zeros(1), torch.logspace(-6, 4, 201, dtype=torch.float64)])
-    log_probs = torch.cat([-depths.double(), torch.tensor([-math.inf], dtype=torch.float64)])
-    t, p = (x.flatten() for x in torch.meshgrid(log_probs, log_probs, indexing="ij"))
+    depths = torch.cat([torch.zeros(1), torch.logspace(-6, 4, 201)]).double()
+    impossible = torch.full((1,), -math.inf, dtype=torch.float64)
+    grid = torch.meshgrid(torch.cat([-depths, impossible]), -depths, indexing="ij")
+    t, p = (x.flatten() for x in grid)
     r = reward(t, p).double()
     unbounded = ~r.isfinite()
     certain = (t == 0) | (p == 0)

@@ -14,23 +14,28 @@ from transformers import PreTrainedTokenizerBase
 from poweropd import stops
 from poweropd.config import Config
 from poweropd.data import chat
-from poweropd.data import prompts as data_prompts
+from poweropd.data.prompts import Prompt, PromptOrder, check_ids, check_lengths, load_prompts
 from poweropd.data.rollout import Example
 from poweropd.errors import UsageError, shown
 from poweropd.kernels import Support
 from poweropd.models import attention, fingerprints, loading
-from poweropd.models import language_model as models_language_model
+from poweropd.models.language_model import Student, Teacher, dropout_rates
 from poweropd.objectives import OBJECTIVES, SELECTIONS
 from poweropd.objectives.base import Objective
 from poweropd.objectives.selection import Selected
 from poweropd.rewards import import_object
 from poweropd.rollouts import SCHEDULES, prefetch, staleness_problem
-from poweropd.rollouts import factory as rollouts_factory
 from poweropd.rollouts.base import RolloutEngine, Sampling
+from poweropd.rollouts.factory import build_engine
 from poweropd.runs.directory import RunDirectory
-from poweropd.teachers import factory
 from poweropd.teachers.base import TeacherScorer, Unscored
-from poweropd.teachers.factory import TeacherProfile
+from poweropd.teachers.factory import (
+    TeacherProfile,
+    load_teacher_model,
+    local_teacher,
+    profile_teacher,
+    unquantized_teacher,
+)
 from poweropd.teachers.measured import MeasuredTeacher
 from poweropd.teachers.routed import RoutedTeacher
 from poweropd.training.accounting import Utilization
@@ -48,30 +53,28 @@ class RunInputs:
     """Prompts, tokenizer and stop ids: all that a run needs before any weight is loaded."""
 
     tokenizer: PreTrainedTokenizerBase  # the student's
-    prompts: list[data_prompts.Prompt]
-    order: data_prompts.PromptOrder
+    prompts: list[Prompt]
+    order: PromptOrder
     student_stop_ids: list[int]
     teachers: dict[str, TeacherProfile]  # by domain; a single one under ""
     student_context: int  # tokens
 
     @classmethod
     def load(cls, config: Config, notify: bool = True) -> "RunInputs":
-        """Raises UsageError where student, teachers and prompts do not fit each other."""
+        """Loads them; raises UsageError if student, teachers and prompts do not fit each other."""
         student = (config.model.student, config.model.trust_remote_code)
         tokenizer = loading.load_tokenizer(*student)
-        teachers = {
-            name: factory.profile_teacher(section) for name, section in config.teachers.items()
-        }
+        teachers = {name: profile_teacher(section) for name, section in config.teachers.items()}
         for teacher in teachers.values():
             loading.check_vocabularies(tokenizer, teacher.tokenizer)
         tokenizers = {name: teacher.tokenizer for name, teacher in teachers.items()}
-        prompts = data_prompts.load_prompts(config.data, tokenizer, tokenizers, config.teacher.by)
+        prompts = load_prompts(config.data, tokenizer, tokenizers, config.teacher.by)
         model_config = loading.load_config(*student)
         context, vocab_size = loading.context_length(model_config), loading.vocab_rows(model_config)
         stop_ids = stops.stop_ids(tokenizer, loading.load_generation_config(student[0]))
         for name, teacher in teachers.items():
             own = [prompt for prompt in prompts if prompt.domain == name]
-            data_prompts.check_lengths(own, context, teacher.context, config.rollout.max_new_tokens)
+            check_lengths(own, context, teacher.context, config.rollout.max_new_tokens)
             section = config.teachers[name]
             teacher_config = (
                 None
@@ -79,7 +82,7 @@ class RunInputs:
                 else loading.load_config(section.model, section.trust_remote_code)
             )
             teacher_vocab = None if teacher_config is None else loading.vocab_rows(teacher_config)
-            data_prompts.check_ids(own, vocab_size, teacher_vocab)
+            check_ids(own, vocab_size, teacher_vocab)
             if teacher.server is not None and own:
                 teacher.server.check([prompt.teacher_prompt_ids for prompt in own])
             policy = config.objective.stop
@@ -88,23 +91,23 @@ class RunInputs:
                 logger.warning("%s%s", f"teacher.{name}: " if name else "", notice)
         if notify:
             _show_first_prompt(prompts[0], tokenizer, tokenizers[prompts[0].domain], config)
-        order = data_prompts.PromptOrder(len(prompts), config.train.seed, config.data.shuffle)
+        order = PromptOrder(len(prompts), config.train.seed, config.data.shuffle)
         return cls(tokenizer, prompts, order, stop_ids, teachers, context)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Of all models, the student's own first."""
+        """Returns the stop ids of all models, the student's own first."""
         return tuple(dict.fromkeys([*self.student_stop_ids, *self.teacher_stop_ids("")]))
 
     def teacher_stop_ids(self, domain: str) -> list[int]:
-        """Of all teachers, the one of the domain first, whose own is the very first."""
+        """Returns the stop ids of all teachers, those of the domain's teacher first."""
         others = [i for teacher in self.teachers.values() for i in teacher.stop_ids]
         own = self.teachers[domain].stop_ids if domain else []
         return list(dict.fromkeys([*own, *others]))
 
 
 def _show_first_prompt(
-    prompt: data_prompts.Prompt,
+    prompt: Prompt,
     tokenizer: PreTrainedTokenizerBase,
     teacher_tokenizer: PreTrainedTokenizerBase,
     config: Config,
@@ -140,36 +143,38 @@ def input_fingerprints(config: Config, inputs: RunInputs) -> dict[str, str]:
 class RunModels:
     """The models of this process, over the vocabulary that all of a run's models have."""
 
-    student: models_language_model.Student
-    teachers: dict[str, models_language_model.Teacher]  # by domain, without those on servers
+    student: Student
+    teachers: dict[str, Teacher]  # by domain, without those on servers
 
     @property
-    def teacher(self) -> models_language_model.Teacher:
-        """The only teacher, of a run that has it in this process."""
+    def teacher(self) -> Teacher:
+        """Returns the only teacher of a run that has it in this process."""
         return self.teachers[""]
 
 
 def load_models(config: Config, inputs: RunInputs, device: torch.device) -> RunModels:
+    """Loads the student and the teachers of this process over the vocabulary they share.
+
+    Raises UsageError for a model that cannot be loaded, scored or packed as the recipe says.
+    """
     model = loading.load_trained(config.model).to(device)
     local = {name: section for name, section in config.teachers.items() if not section.servers}
-    loaded = {name: factory.load_teacher_model(section, device) for name, section in local.items()}
+    loaded = {name: load_teacher_model(section, device) for name, section in local.items()}
     vocab_size = loading.shared_vocab_size(model, *loaded.values())
     for profile in inputs.teachers.values():
         if profile.server is not None:
             vocab_size = profile.server.vocab_size(vocab_size, len(inputs.tokenizer))
     own = loading.load_config(config.model.student, config.model.trust_remote_code).to_dict()
     made = RunModels(
-        models_language_model.Student(
+        Student(
             model,
             vocab_size,
             loading.DTYPES[config.model.dtype],
             lora=config.model.lora is not None,
-            dropout=models_language_model.dropout_rates(own),
+            dropout=dropout_rates(own),
         ),
         {
-            name: models_language_model.Teacher(
-                loaded[name], vocab_size, loading.DTYPES[section.dtype]
-            )
+            name: Teacher(loaded[name], vocab_size, loading.DTYPES[section.dtype])
             for name, section in local.items()
         },
     )
@@ -192,16 +197,17 @@ def make_teacher(
     run: RunDirectory,
     accelerator: Accelerator,
 ) -> TeacherScorer:
+    """Returns what scores completions: one teacher, or several by the domain of a prompt."""
     if config.needs_local_teacher:  # then it reads along with the student's update
         return Unscored()
     reward, device = config.reward.create().at(0), accelerator.device
     scorers: dict[str, TeacherScorer] = {}
     for name, section in config.teachers.items():
-        scorers[name] = inputs.teachers[name].server or factory.local_teacher(
+        scorers[name] = inputs.teachers[name].server or local_teacher(
             section, loaded.teachers[name], device
         )
         if section.measure_quantization and accelerator.is_main_process:
-            load = partial(factory.unquantized_teacher, section, loaded.student.vocab_size, device)
+            load = partial(unquantized_teacher, section, loaded.student.vocab_size, device)
             scorers[name] = MeasuredTeacher(scorers[name], load, reward, run, name)
     return RoutedTeacher(scorers) if config.teacher.by else scorers[""]
 
@@ -209,6 +215,7 @@ def make_teacher(
 def make_updater(
     config: Config, loaded: RunModels, inputs: RunInputs, accelerator: Accelerator
 ) -> Updater:
+    """Returns the updater of the student, whose layers are compiled if the recipe says so."""
     if config.model.compile:
         if not loaded.student.layers:
             raise UsageError("model.compile: this model does not say which its layers are")
@@ -251,18 +258,17 @@ def make_objective(
 def make_engine(
     config: Config,
     inputs: RunInputs,
-    student: models_language_model.Student,
+    student: Student,
     accelerator: Accelerator,
     log_probs: Callable[[Sequence[Example]], list[list[float]]],
 ) -> RolloutEngine:
-    """`log_probs` are the student's own, for engines that are compared with it."""
+    """Returns the recipe's engine; `log_probs` are the student's own, for a comparison."""
     tokenizer, prompts, context = inputs.tokenizer, inputs.prompts, inputs.student_context
-    return rollouts_factory.build_engine(
-        config, student, tokenizer, prompts, context, accelerator, log_probs
-    )
+    return build_engine(config, student, tokenizer, prompts, context, accelerator, log_probs)
 
 
 def make_sampling(config: Config, inputs: RunInputs) -> Sampling:
+    """Returns how training samples: the recipe's settings and the stop ids of all models."""
     return Sampling(
         max_new_tokens=config.rollout.max_new_tokens,
         stop_ids=inputs.stop_ids,
@@ -275,6 +281,7 @@ def make_sampling(config: Config, inputs: RunInputs) -> Sampling:
 def make_schedule(
     config: Config, engine: RolloutEngine, sample: prefetch.Sample
 ) -> prefetch.OnTime:
+    """Returns when the completions of a step are sampled, by the recipe's staleness."""
     staleness = config.rollout.staleness
     problem = staleness_problem(staleness, config.rollout.engine, engine.concurrent)
     if problem is not None:  # of a user's own engine; the recipe's rules know the others
@@ -289,12 +296,16 @@ def make_schedule(
 
 
 def make_task_rewards(config: Config, inputs: RunInputs) -> TaskRewards | None:
+    """Returns the outcome reward of completions; None if the recipe has none."""
     section = config.rollout.task_reward
     return None if section is None else TaskRewards(section, inputs.tokenizer, inputs.prompts)
 
 
 def make_utilization(config: Config, loaded: RunModels) -> Utilization | None:
-    """None, too, where other machines or several teachers score: their work is not known."""
+    """Returns the accounting of FLOPs; None if they are not known.
+
+    They are not if other machines or several teachers score.
+    """
     if config.teacher.place != "in process":
         return None
     needs_statistics = config.reward.create().needs_statistics
@@ -304,6 +315,7 @@ def make_utilization(config: Config, loaded: RunModels) -> Utilization | None:
 def make_validation(
     config: Config, accelerator: Accelerator, inputs: RunInputs
 ) -> Validation | None:
+    """Returns the evaluation during training; None if the recipe has none."""
     if config.evaluate is None:
         return None
     return Validation(
@@ -312,7 +324,10 @@ def make_validation(
 
 
 def check_launch() -> None:
-    """accelerate would shard the student its own way, or on a CPU not at all without a word."""
+    """Raises UsageError if accelerate was told to shard the student.
+
+    It would do so its own way or, on a CPU, not at all without a word.
+    """
     for plugin in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{plugin}", "false") == "true":
             raise UsageError(

@@ -143,7 +143,7 @@ class Trainer:
             )
 
     def step(self, step: int) -> StepMetrics:
-        """One optimizer step, counted from 0; returns its metrics."""
+        """Does one optimizer step, counted from 0, and returns its metrics."""
         clock = StepClock(self.accelerator.device)
         with clock.phase("rollout"):
             rollouts = self._sample_and_submit(step)
