@@ -66,6 +66,7 @@ SIZES: dict[str, Any] = {
     **{"eos_token_id": TURN_END, "bos_token_id": END_OF_TEXT, "pad_token_id": END_OF_TEXT},
 }
 # What an architecture needs beside them.
+CONVOLUTION = {"layer_types": ["conv", "full_attention"]}
 HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 LATENT = {"num_key_value_heads": 4}  # attention with a latent has as many as attention heads
 NEEDS: dict[str, dict[str, Any]] = {
@@ -73,7 +74,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "axk1", "axk2"), LATENT),
     **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "dots3_note_text"), LATENT),
     **dict.fromkeys(("minicpm3", "youtu"), LATENT),
-    **dict.fromkeys(("lfm2", "lfm2_moe"), {"layer_types": ["conv", "full_attention"]}),
+    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), CONVOLUTION),
     "bailing_hybrid": HYBRID | LATENT,
     "bamba": {"attn_layer_indices": [1]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -82,7 +83,6 @@ NEEDS: dict[str, dict[str, Any]] = {
     "kimi_linear": HYBRID | LATENT,
     "qwen4_exp_text": HYBRID,
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
-    "lfm3": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"head_dim": 16},
 }
 

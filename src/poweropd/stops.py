@@ -112,8 +112,14 @@ def _template_stops(tokenizer: "Tokenizer") -> list[int]:
         before, found, after = text.rpartition(_MARKER)
         if before and found:
             ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-            return ids[:1] if ids and ids[0] in tokenizer.all_special_ids else []
+            return ids[:1] if ids and ids[0] in special_ids(tokenizer) else []
     return []
+
+
+def special_ids(tokenizer: "Tokenizer") -> set[int]:
+    """Returns the ids of all special tokens, those that have no role such as eos included."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
 
 
 def _rendered_turns(tokenizer: "Tokenizer") -> Iterator[str]:
