@@ -89,9 +89,10 @@ class StudentServer:
         if version == self.version:
             return
         if version != FIRST_VERSION:
+            found = self.client.in_a_line(version)
             raise RunError(
                 f"{self.client.name}: another run has given this server its weights (version "
-                f"{self.client.in_a_line(version)}): a rollout server serves one run; start one more"
+                f"{found}): a rollout server serves one run; start another one"
             )
         await asyncio.shield(self.load("abort"))  # half of it would leave the server paused
         raise Transient("it was restarted; it has been given the weights again")
