@@ -96,6 +96,31 @@ def test_where_servers_are_stays_private(recipe: MAKES, tmp_path: Path, several:
     assert text.count("concurrency: 7") == (2 if several else 1)
 
 
+def test_every_mark_of_a_field_is_respected_in_the_card(recipe: MAKES, tmp_path: Path) -> None:
+    secret = tmp_path / "s3cr3t-place"
+    overrides = {
+        **{
+            "model.student": str(secret / "my-student"),
+            "teacher.model": str(secret / "my-teacher"),
+        },
+        **{"teacher.tokenizer": str(secret / "my-tokenizer"), "data.system": "s3cr3t system"},
+        **{"data.prompts": str(secret / "my-prompts.jsonl"), "data.chat": {"note": "s3cr3t note"}},
+        "rollout.vllm": {"download_dir": "/s3cr3t", "max_num_seqs": 7},
+    }
+    benchmarks = {"every": 1, "benchmarks": [str(secret / "my-bench.jsonl")]}
+    config = recipe(evaluate=benchmarks | {"data_dir": str(secret)}, **overrides)
+    run = Path(config.run.dir)
+    run.mkdir()
+    (run / "environment.json").write_text('{"python": "3.12", "packages": {}}')
+    card.write_card(tmp_path, config, step=0)
+    text = (tmp_path / "README.md").read_text()
+    assert "s3cr3t" not in text
+    assert str(tmp_path) not in text
+    for name in ("my-student", "my-teacher", "my-tokenizer", "my-prompts.jsonl", "my-bench.jsonl"):
+        assert name in text
+    assert "max_num_seqs: 7" in text
+
+
 class Hub(BaseHTTPRequestHandler):
     """The few endpoints of the Hub that an upload of small files needs."""
 
@@ -213,6 +238,23 @@ def test_what_goes_wrong_with_a_push_is_one_line(
     assert done.returncode == status
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_a_dry_run_shows_what_a_push_would_send_and_sends_nothing(
+    hub: tuple[str, type[Hub]], tmp_path: Path
+) -> None:
+    run = student(tmp_path / "run")
+    done = push(run, "me/student", "--dry-run", HF_ENDPOINT=hub[0], HF_TOKEN=Hub.TOKEN)
+    assert done.returncode == 0, done.stderr
+    head, *files, empty, _, _, _, title = done.stdout.rstrip("\n").split("\n")
+    assert head == "to me/student, 2 files (bytes, name):"
+    assert [line.split() for line in files] == [
+        [f"{(run / 'final' / name).stat().st_size:,}", name]
+        for name in ("README.md", "model.safetensors")
+    ]
+    assert (empty, title) == ("", "# A student")
+    assert not hub[1].repos
+    assert not hub[1].files
 
 
 def test_an_unfinished_run_is_not_pushed(tmp_path: Path) -> None:

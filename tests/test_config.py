@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -284,3 +285,47 @@ def test_the_schema_refuses_what_loading_refuses(
     else:
         with pytest.raises(UsageError, match=r"expected|unknown key"):
             Config.from_dict(tree)
+
+
+SECRETS = {
+    "rollout.vllm.hf_token": "hf_0000",
+    "rollout.vllm.api_key": "x",
+    "rollout.vllm.apikey": "x",
+    "rollout.vllm.DB_PASSWORD": "x",
+    "data.chat.client_secret": "x",
+    "data.system": "sk-0123456789abcdefABCDEF",
+    "data.chat.note": "hf_AbCdEfGhIjKlMnOpQrSt",
+}
+NO_SECRETS = {
+    "rollout.vllm.seed": 1,
+    "data.chat.bos_token": "<s>",
+    "data.chat.stop_token": "<|im_end|>",
+    "data.chat.max_token": 5,
+    "data.system": "You keep the password of the tower: sk-ip it.",
+    "teacher.api_key_env": "TEACHER_KEY",
+}
+
+
+@pytest.mark.parametrize("key", [*SECRETS, *NO_SECRETS])
+def test_a_secret_in_a_recipe_is_refused_and_not_repeated(
+    tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    tree: dict[str, dict[str, object]] = {
+        **{"model": {"student": "a"}, "teacher": {"model": "b"}, "data": {"prompts": "p"}},
+        "rollout": {"engine": "vllm"},
+    }
+    section, *parts = key.split(".")
+    node: dict[str, Any] = tree[section]
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+    node[parts[-1]] = (SECRETS | NO_SECRETS)[key]
+    if key == "teacher.api_key_env":
+        node["servers"] = ["http://127.0.0.1:1"]
+    path.write_text(json.dumps(tree))
+    if key in NO_SECRETS:
+        Config.load(path)
+        return
+    with pytest.raises(UsageError, match=rf"{key}: expected no secret in a recipe") as refused:
+        Config.load(path)
+    assert len(str(SECRETS[key])) == 1 or str(SECRETS[key]) not in str(refused.value)

@@ -1,6 +1,7 @@
 """A rollout server's bad answers, from a real HTTP server on loopback that gives them in turn."""
 
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -218,3 +219,49 @@ def test_addresses_are_checked_in_the_recipe(url: str) -> None:
     with pytest.raises(UsageError, match=r"rollout.server.url: expected a base URL") as refused:
         Config.from_dict({**tree, "rollout": {"server": {"url": url}}})
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (-0.5, -0.5),
+        (0, 0.0),
+        (-3, -3.0),
+        (0.0005, 0.0),
+        (-9999.0, -float("inf")),
+        (-9998.5, -9998.5),
+    ],
+)
+def test_log_probs_are_read(value: float, expected: float) -> None:
+    assert net.read_log_prob(value) == expected
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(None, True, False, "-0.5", [-0.5], {}, 0.01, math.nan, math.inf, -math.inf),
+        *(-1e300, -9999.5, 10**400, -(10**400)),
+    ],
+)
+def test_what_is_no_log_prob_is_refused(value: Any) -> None:
+    with pytest.raises(ValueError, match="expected a log-prob"):
+        net.read_log_prob(value)
+
+
+def test_a_key_and_its_parts_are_masked_and_other_text_is_not() -> None:
+    key = "sk-Sesame0pen-4711"
+    for part in (key, key[:8], key[-7:], key[4:12]):
+        assert net.masked(f"key {part}.", key) == "key [key]."
+    assert net.masked("-Sesa, seasons and 4711", key) == "-Sesa, seasons and 4711"
+    assert net.masked("abc abcd", "abc") == "[key] [key]d"
+
+
+def test_an_answer_without_end_is_given_up(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(net, "MAX_ANSWER_BYTES", 1000)
+    scripted.answers = [(200, b"[" + b" " * 999 + b"]"), (200, b"[" + b" " * 998 + b"]")]
+    server = client(scripted.url)
+    with pytest.raises(Transient, match="an answer of more than 1000 bytes from /x"):
+        net.wait(server.request("POST", "/x", {}))
+    assert net.wait(server.request("POST", "/x", {})) == []

@@ -240,9 +240,11 @@ def test_requests_go_to_the_least_loaded_server_within_bounds(
         server.gate, other.gate = threading.Event(), threading.Event()
         for example in waiting:
             teacher.submit(example)
-        server.arrived.wait(10)
-        other.gate.set()
         deadline = time.monotonic() + 10
+        while (server.in_flight, other.in_flight) != (2, 2):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        other.gate.set()
         while len(other.requests) < len(waiting) - 2:  # all but the two that the first one holds
             assert time.monotonic() < deadline
             time.sleep(0.01)

@@ -154,7 +154,7 @@ class JsonClient:
             limit = f"{self.section}.timeout={self.timeout:g}"
             raise Transient(f"no answer within {limit} seconds") from None
         except (httpx2.RequestError, httpx2.InvalidURL) as error:
-            raise Transient(self._line(f"{type(error).__name__} {error}")) from None
+            raise Transient(self.in_a_line(f"{type(error).__name__} {error}")) from None
         status = response.status_code
         if status in RETRIED:
             raise Transient(f"HTTP {status}: {self._detail(response)}", retry_after(response))
@@ -193,14 +193,16 @@ class JsonClient:
     async def models(self) -> dict[str, int | None]:
         """Returns the context in tokens of each model served, None if the server hides it.
 
-        Raises UsageError if it lists no models.
+        Raises UsageError if it lists no models, or something else.
         """
         answer = await self.request("GET", "/v1/models", what="to list its models")
         try:
             found = {model["id"]: model.get("max_model_len") for model in answer["data"]}
-        except MALFORMED:
+        except (*MALFORMED, AttributeError):
             found = {}
-        if not found:
+        named = all(isinstance(name, str) and name for name in found)
+        contexts = [context for context in found.values() if context is not None]
+        if not found or not named or not all(type(n) is int and n > 1 for n in contexts):
             raise UsageError(f"{self.key}: {self.url} is not a vLLM server: it lists no models")
         return found
 
@@ -221,7 +223,7 @@ class JsonClient:
                 if patience.is_out:
                     raise self.gave_up(failure, at_start) from None
                 if patience.failures == 1:
-                    logger.warning("%s: %s; trying again", self.name, failure)
+                    logger.warning("%s: %s; trying again", self.name, self.in_a_line(str(failure)))
                 await asyncio.sleep(delay)
 
     def gave_up(self, failure: Transient, at_start: bool = False) -> RunError:
@@ -229,16 +231,17 @@ class JsonClient:
         limit = f"{self.patience:g} seconds ({self.section}.patience)"
         if at_start:
             limit = f"{START_SECONDS:g} seconds"
+        reason = self.in_a_line(str(failure))
         return RunError(
-            f"{self.name}: {failure}, for {limit}: look at its log, start it again ({self.docs}) "
+            f"{self.name}: {reason}, for {limit}: look at its log, start it again ({self.docs}) "
             f"or correct {self.key}, then run the same command to go on"
         )
 
     def _detail(self, response: httpx2.Response) -> str:
         """Returns what the server says, in one line."""
-        return self._line(response.text) or response.reason_phrase
+        return self.in_a_line(response.text) or response.reason_phrase
 
-    def _line(self, text: str) -> str:
+    def in_a_line(self, text: str) -> str:
         """Returns text in one printable line without the key, which some servers repeat."""
         return one_line(text if self._key is None else masked(text, self._key))[:300]
 
@@ -257,11 +260,11 @@ def read_log_prob(value: Json) -> float:
     Raises ValueError if it cannot be one: not a number, not finite, or above 0 by more than
     rounding.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"expected a log-prob, got {shown(value)}")
     if value == NO_LOG_PROB:
         return -math.inf
-    if not NO_LOG_PROB < value <= ROUNDING:
+    if not NO_LOG_PROB < value <= ROUNDING:  # nor is NaN, nor an integer too large for a float
         raise ValueError(f"expected a log-prob of at most 0, got {shown(value)}")
     return min(float(value), 0.0)
 

@@ -5,9 +5,10 @@ completion's last token is part of the method. The last valid token of a complet
 *terminal* if it is a stop id of either model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import jinja2
 import torch
 from torch import Tensor
 
@@ -106,12 +107,44 @@ def stop_ids(tokenizer: "Tokenizer", generation_config: "GenerationConfig") -> l
 
 
 def _template_stops(tokenizer: "Tokenizer") -> list[int]:
-    if not tokenizer.chat_template:
-        return []
-    turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _MARKER}]
-    text = tokenizer.apply_chat_template(turn, tokenize=False)
-    after = tokenizer(text.rpartition(_MARKER)[2], add_special_tokens=False)["input_ids"]
-    return after[:1] if after and after[0] in tokenizer.all_special_ids else []
+    """Returns the special token right after an assistant's turn; [] if the template shows none."""
+    for text in _rendered_turns(tokenizer) if tokenizer.chat_template else ():
+        before, found, after = text.rpartition(_MARKER)
+        if before and found:
+            ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+            return ids[:1] if ids and ids[0] in special_ids(tokenizer) else []
+    return []
+
+
+def special_ids(tokenizer: "Tokenizer") -> set[int]:
+    """Returns the ids of all special tokens, those that have no role such as eos included."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+
+
+def _rendered_turns(tokenizer: "Tokenizer") -> Iterator[str]:
+    """Yields an assistant's turn in each form that the chat template takes.
+
+    Some templates insist on a system turn, and some on contents in parts.
+    """
+    turns = (("system", "."), ("user", "?"), ("assistant", _MARKER))
+    for first in (1, 0):
+        for in_parts in (False, True):
+            try:
+                yield str(
+                    tokenizer.apply_chat_template(
+                        [
+                            {
+                                "role": role,
+                                "content": [{"type": "text", "text": text}] if in_parts else text,
+                            }
+                            for role, text in turns[first:]
+                        ],
+                        tokenize=False,
+                    )
+                )
+            except (TypeError, jinja2.TemplateError):  # it refuses this form
+                continue
 
 
 def difference(
@@ -121,7 +154,8 @@ def difference(
     if student[0] == teacher[0] and set(student) == set(teacher):
         return None
     own, other = (
-        " or ".join(tokenizer.convert_ids_to_tokens(list(ids))) for ids in (student, teacher)
+        " or ".join(tokenizer.convert_ids_to_tokens(i) or f"id {i}" for i in ids)
+        for ids in (student, teacher)
     )
     return (
         f"the student ends a turn with {own}, the teacher with {other} (the first is its own): "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from poweropd.errors import UsageError
+from poweropd.stops import special_ids
 
 if TYPE_CHECKING:  # it takes a second to import
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +54,22 @@ def encode_chat(
                 "template, or render the prompts yourself and set data.chat=null"
             )
     encoded = tokenizer(rendered, add_special_tokens=False)["input_ids"] if rendered else []
+    _notice_rendered(tokenizer, texts, [ids[0] for ids in encoded if ids])
     return [list(ids) for ids in encoded]
+
+
+def _notice_rendered(
+    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], first_ids: Sequence[int]
+) -> None:
+    """Tells the user of texts that begin with the special token with which the template begins."""
+    beginnings = {i: tokenizer.decode([i]) for i in {*first_ids} & special_ids(tokenizer)}
+    for beginning in beginnings.values():
+        if any(text.lstrip().startswith(beginning) for text in texts):
+            _notify(
+                f"prompts begin with {beginning}, as what the chat template makes of them does: "
+                "they look rendered already; to give them to the models as they are set "
+                "data.chat=null"
+            )
 
 
 def template_differs(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase") -> bool:

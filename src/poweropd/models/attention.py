@@ -63,7 +63,7 @@ def packs_flat(model: LanguageModel, packing: str, who: str) -> bool:
 
 def why_not_flat(model: LanguageModel) -> str | None:
     """Says what would go wrong in a flat batch; None if each sequence sees only itself."""
-    if "position_ids" not in inspect.signature(model.causal_lm.base_model.forward).parameters:
+    if "position_ids" not in inspect.signature(model.backbone.forward).parameters:
         return "takes no position ids"
     kinds = set(model.causal_lm.config.to_dict().get("layer_types") or ())
     if not kinds <= LAYER_TYPES:

@@ -68,13 +68,21 @@ class LanguageModel(nn.Module):
         self.flat = False  # whether its micro-batches are flat rows, see `data.batch`
         options = model.config.to_dict()
         # Cohere multiplies logits, Granite divides them, Gemma 2 and 3 soft-cap them.
-        self.scale = options.get("logit_scale", 1.0) / options.get("logits_scaling", 1.0)
+        self.scale = (options.get("logit_scale") or 1.0) / (options.get("logits_scaling") or 1.0)
         self.softcap = options.get("final_logit_softcapping")
 
     @property
     def causal_lm(self) -> PreTrainedModel:
         """Returns the transformers model, without its adapter's wrapper."""
         return self.model.get_base_model() if self.lora else self.model
+
+    @property
+    def backbone(self) -> nn.Module:
+        """Returns the model without its head."""
+        backbone = self.causal_lm.base_model
+        if backbone is self.causal_lm:  # a few name their backbone wrongly, such as Llama 4's text
+            return next(m for m in backbone.children() if isinstance(m, PreTrainedModel))
+        return backbone
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -95,7 +103,7 @@ class LanguageModel(nn.Module):
     def hidden_states(self, sequences: Sequences) -> Tensor:
         """Computes the hidden states that predict the trained tokens, [N, H] of compute dtype."""
         with self.autocast():
-            output = self.causal_lm.base_model(**sequences.inputs, use_cache=False)
+            output = self.backbone(**sequences.inputs, use_cache=False)
         flat = output.last_hidden_state.flatten(0, 1)
         return flat.index_select(0, sequences.index).to(self.compute_dtype)
 

@@ -33,6 +33,9 @@ if TYPE_CHECKING:  # benchmarks of models need no pydantic
 
 UNLIMITED = 10**9
 ADAPTER = "adapter_config.json"
+# What a forward raises that does not fit its config, or its arguments.
+FORWARD_FAILURES: tuple[type[Exception], ...] = (RuntimeError, ValueError, TypeError, LookupError)
+FORWARD_FAILURES += (AttributeError, AssertionError)
 # Fields of configs that state the context; a config may map one to a name of its own.
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 
@@ -237,7 +240,10 @@ def add_lora(model: PreTrainedModel, lora: "LoraConfig") -> PreTrainedModel:
 
 @torch.no_grad()
 def _check_head(model: PreTrainedModel, name: str) -> None:
-    """Raises UsageError if the logits are not the head applied to the last hidden states."""
+    """Raises UsageError if the logits are not the head applied to the last hidden states.
+
+    Also if a forward fails: then the config does not fit the architecture of this transformers.
+    """
     weight = model.get_output_embeddings().weight
     if type(weight) is not nn.Parameter:
         raise UsageError(
@@ -249,9 +255,17 @@ def _check_head(model: PreTrainedModel, name: str) -> None:
     language_model = LanguageModel(
         model, model.get_output_embeddings().weight.shape[0], model.dtype
     )
-    expected = model(input_ids=ids).logits[0].float().log_softmax(-1).gather(1, ids[0][:, None])
-    hidden_states = language_model.hidden_states(sequences)
-    got = score_tokens(hidden_states, language_model.head(), sequences.targets).log_probs
+    try:
+        logits = model(input_ids=ids).logits[0].float()
+        hidden_states = language_model.hidden_states(sequences)
+        got = score_tokens(hidden_states, language_model.head(), sequences.targets).log_probs
+    except FORWARD_FAILURES as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise UsageError(
+            f"{name}: a forward of its {type(model).__name__} fails ({reason}): does its config "
+            "fit its weights, and does this version of transformers know it?"
+        ) from error
+    expected = logits.log_softmax(-1).gather(1, ids[0][:, None])
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     if not torch.allclose(got, expected.squeeze(1), atol=tolerance, rtol=tolerance):
         raise UsageError(

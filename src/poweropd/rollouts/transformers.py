@@ -19,6 +19,7 @@ from poweropd.data.rollout import Request, Rollout
 from poweropd.errors import UsageError
 from poweropd.models import attention
 from poweropd.models.language_model import Student
+from poweropd.models.loading import FORWARD_FAILURES
 from poweropd.rollouts.base import Sampling
 
 # What `check_decoding` samples, and how far its log-probs may be from those of a full forward.
@@ -96,7 +97,7 @@ class TransformersEngine:
             first = next(r for r in self.generate(requests, endless) if r.request.key == (0, 0))
             stops = (first.completion_ids[1],)  # with which at least the first ends early
             rollouts = list(self.generate(requests, Sampling(PROBE_TOKENS, stops)))
-        except (TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
+        except FORWARD_FAILURES as error:
             reason = str(error).partition("\n")[0]
             raise self._refused(f"fails ({type(error).__name__}: {reason})") from error
         difference = max(self._difference(rollout) for rollout in rollouts)

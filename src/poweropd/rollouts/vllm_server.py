@@ -69,8 +69,9 @@ class StudentServer:
             await self.client.request("POST", "/collective_rpc", call)
         except Transient as error:
             await self.client.request("GET", "/health")  # raises as well if the server is away
+            reason = self.client.in_a_line(str(error))
             raise RunError(
-                f"{self.client.name}: {method} failed ({error}): the server must serve the "
+                f"{self.client.name}: {method} failed ({reason}): the server must serve the "
                 f"student's architecture and see {self.target} under that path; start it again. "
                 "If the student's embeddings have more rows than the teacher's, start it with "
                 """--hf-overrides '{"vocab_size": ROWS_OF_THE_SMALLER}' --load-format dummy"""
@@ -88,9 +89,10 @@ class StudentServer:
         if version == self.version:
             return
         if version != FIRST_VERSION:
+            found = self.client.in_a_line(version)
             raise RunError(
                 f"{self.client.name}: another run has given this server its weights (version "
-                f"{version}): a rollout server serves one run; start another one"
+                f"{found}): a rollout server serves one run; start another one"
             )
         await asyncio.shield(self.load("abort"))  # half of it would leave the server paused
         raise Transient("it was restarted; it has been given the weights again")
@@ -219,7 +221,7 @@ def _read_completion(answer: Json, sampling: Sampling) -> Completion:
     (choice,) = answer["choices"]
     ids, log_probs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
     complete = (
-        ids[-1:] and ids[-1] in sampling.stop_ids
+        0 < len(ids) <= sampling.max_new_tokens and ids[-1] in sampling.stop_ids
         if choice["finish_reason"] == "stop"
         else len(ids) == sampling.max_new_tokens
     )

@@ -72,7 +72,8 @@ class RunDirectory:
             if not differences:
                 if run.config_path.read_text() != config.to_yaml():  # how, not what, is computed
                     write_atomically(run.config_path, config.to_yaml())
-                if not run.environment_path.exists():  # a kill came before it
+                # A kill came before it, or it was damaged since.
+                if "packages" not in cls(config.run.dir, notes=[]).environment():
                     write_json(run.environment_path, describe_environment())
                 return run
         elif run.path.exists() and not run._is_empty():

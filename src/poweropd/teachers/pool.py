@@ -59,9 +59,8 @@ class PooledServer:
         """Returns the length in tokens of the longest sequence that the server takes."""
         found = await self.client.patiently(self.client.models, at_start=True)
         if self.model not in found:
-            raise UsageError(
-                f"teacher.model: {self.client.url} serves {', '.join(found)}, not {self.model}"
-            )
+            served = self.client.in_a_line(", ".join(found))
+            raise UsageError(f"teacher.model: {self.client.url} serves {served}, not {self.model}")
         context = found[self.model]
         if context is None:
             raise UsageError(
@@ -150,7 +149,8 @@ class Pool:
         """Keeps requests from the server until it is itself again."""
         if not server.is_down:
             server.is_down = True
-            logger.warning("%s: %s; trying again", server.client.name, failure)
+            reason = server.client.in_a_line(str(failure))
+            logger.warning("%s: %s; trying again", server.client.name, reason)
             revival = asyncio.create_task(self._revive(server, failure))
             self._revivals.add(revival)
             revival.add_done_callback(self._revivals.discard)

@@ -33,13 +33,25 @@ def rehearse(student: Student, tokenizer: PreTrainedTokenizerBase, stop_ids: lis
         try:
             student.causal_lm.config.save_pretrained(folder)
             student.causal_lm.generation_config.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, Path(folder))
         except (ValueError, TypeError, AttributeError) as error:
             reason = str(error).partition("\n")[0]
             raise UsageError(
                 f"model.student: it could be trained, but not saved ({reason}): mend the config, "
                 "generation_config.json or tokenizer of the student"
             ) from error
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes a tokenizer; raises RunError if its library cannot write the file."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:  # the tokenizers library raises the bare class
+            raise
+        raise RunError(
+            f"{folder}: cannot write the tokenizer ({error}): free some space"
+        ) from error
 
 
 def make_probe(prompt_ids: list[int], vocab_size: int) -> Example:

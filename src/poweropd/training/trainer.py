@@ -366,7 +366,7 @@ class Trainer:
             if main:
                 with replaced_directory(folder) as temporary:
                     self.student.save(temporary, weights, list(self.sampling.stop_ids), merge)
-                    self.inputs.tokenizer.save_pretrained(temporary)
+                    export.save_tokenizer(self.inputs.tokenizer, temporary)
                     export.verify(temporary, self.student, self.config.model, [probe], log_probs)
                     card.write_card(temporary, self.config, self.steps_done)
         self.accelerator.wait_for_everyone()
