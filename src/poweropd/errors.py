@@ -1,7 +1,17 @@
-"""The two ways in which a command ends badly, and how a message shows a value.
+"""The two ways in which a command ends badly, how a message shows a value, and the import of code
+that a recipe names, which is where most of these errors are raised.
 
 A message is one line that says what was expected, what was got, where, and what to do.
 """
+
+import importlib
+from typing import Any
+
+# What a module of the user's own may raise while it is imported.
+IMPORT_FAILURES = (
+    *(ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError),
+    *(ArithmeticError, AssertionError, RuntimeError, OSError, IndexError),
+)
 
 
 class UsageError(ValueError):
@@ -22,3 +32,17 @@ def shown(value: object, limit: int = 80) -> str:
     text = repr(value)
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
+def import_object(key: str, name: str) -> Any:
+    """Returns what "package.module:attribute" names; raises UsageError about `key` if it cannot."""
+    module, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in [*module.split("."), attribute]):
+        raise UsageError(f"{key}: expected package.module:function, got {shown(name)}")
+    try:
+        return vars(importlib.import_module(module))[attribute]
+    except IMPORT_FAILURES as error:
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise UsageError(f"{key}: cannot import {name}: {reason}") from error
+    except KeyError:
+        raise UsageError(f"{key}: module {module} has no {attribute!r}") from None

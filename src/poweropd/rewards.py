@@ -11,7 +11,6 @@ This module needs torch alone. The equations are those of PowerOPD (arXiv:2606.1
 """
 
 import dataclasses
-import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -21,7 +20,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from poweropd.errors import UsageError
+from poweropd.errors import import_object, shown
 
 RewardFunction = Callable[..., Tensor]
 Number = Any  # a float, or a Schedule of floats until `Reward.at` resolves it
@@ -85,7 +84,9 @@ class Reward(ABC):
             for x in value.ends() if isinstance(value, Schedule) else (value,):
                 number = isinstance(x, int | float) and not isinstance(x, bool)
                 if "holds" in rule and not (number and math.isfinite(x) and rule["holds"](x)):
-                    raise ValueError(f"{parameter.name}: expected {rule['expected']}, got {x!r}")
+                    raise ValueError(
+                        f"{parameter.name}: expected {rule['expected']}, got {shown(x)}"
+                    )
 
     @abstractmethod
     def compute(self, t: Tensor, p: Tensor) -> Tensor:
@@ -308,6 +309,8 @@ def create(name: str, **parameters: Any) -> Reward:
     {"schedule": "linear", "start": 1.0, "end": 5.0, "steps": 1000}.
     Raises ValueError, naming the parameter, what was expected and what was got.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"name: expected the name of a reward, got {shown(name)}")
     given = {k: _schedule_or_value(k, v) for k, v in parameters.items()}
     if ":" in name:
         return _custom(name, given)
@@ -321,6 +324,14 @@ def create(name: str, **parameters: Any) -> Reward:
             listed = ", ".join(known) or "it has none"
             raise ValueError(f"{key}: unknown parameter of reward {name} (known: {listed})")
     return REWARDS[name](**given)
+
+
+def names_code(tree: object) -> bool:
+    """Returns whether a reward, as a recipe has it, names code of the user's own at any depth."""
+    if not isinstance(tree, Mapping):
+        return False
+    own = ":" in str(tree.get("name", ""))
+    return own or any(names_code(value) for value in tree.values())
 
 
 def _schedule_or_value(key: str, value: Any) -> Any:
@@ -345,17 +356,6 @@ def _custom(name: str, parameters: Mapping[str, Any]) -> Reward:
     if not callable(target):
         raise ValueError(f"name: expected {name} to be a function or a Reward, got {target!r}")
     return Custom(name, target, parameters)
-
-
-def import_object(key: str, name: str) -> Any:
-    """Returns what "package.module:attribute" names; raises UsageError about `key` if it cannot."""
-    module, _, attribute = name.partition(":")
-    try:
-        return vars(importlib.import_module(module))[attribute]
-    except ModuleNotFoundError as error:
-        raise UsageError(f"{key}: cannot import {name}: {error}") from error
-    except KeyError:
-        raise UsageError(f"{key}: module {module} has no {attribute!r}") from None
 
 
 @dataclass(frozen=True)

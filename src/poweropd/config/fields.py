@@ -10,6 +10,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, model_validator
 from pydantic_core import core_schema
 
+from poweropd.errors import shown
 from poweropd.models import DTYPES
 
 #: Learning-rate schedule -> its name in transformers, whose plain "constant" ignores the warm-up.
@@ -79,5 +80,6 @@ class Section(BaseModel):
             for key in tree:
                 if key not in cls.model_fields:
                     known = ", ".join(cls.model_fields)
-                    raise ValueError(f"{key}: unknown key (known: {known})")
+                    name = shown(str(key))[1:-1]
+                    raise ValueError(f"{name}: unknown key (known: {known})")
         return tree

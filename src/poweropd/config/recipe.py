@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from ruamel.yaml import YAML
 
 from poweropd import rewards
@@ -20,6 +20,7 @@ from poweropd.config.fields import MayChange, Section
 from poweropd.config.recipe_file import (
     Where,
     apply_override,
+    check_values,
     flatten,
     plain,
     read_yaml,
@@ -45,8 +46,9 @@ class Config(Section):
     log: sections.LogConfig = Field(default_factory=sections.LogConfig)
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        found = rules.conflicts(self.objective, self.rollout, self.reward, self.teacher)
+    def _consistent(self, info: ValidationInfo) -> Self:
+        reward = self.reward.checked(info.context)
+        found = rules.conflicts(self.objective, self.rollout, reward, self.teacher)
         if (conflict := next(found, None)) is not None:
             raise ValueError(conflict)
         return self
@@ -79,25 +81,42 @@ class Config(Section):
         path = Path(path)
         tree = read_yaml(path)
         overridden = [apply_override(tree, override) for override in overrides]
-        return cls._from_tree(tree, name=path.stem, where=Where(path, tree, overridden))
+        return cls._from_tree(tree, path.stem, Where(path, tree, overridden))
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Reads the recipe of a run that somebody else may have made: nothing it names is imported.
+
+        A reward of the user's own is not checked, and is imported where it is created.
+        """
+        tree = read_yaml(path)
+        return cls._from_tree(tree, path.stem, Where(path, tree, []), sections.READING)
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, object], name: str = "run") -> Self:
         """Makes a recipe from a mapping of sections; `name` stands for {name} in run.dir."""
-        own: dict[str, Any] = {key: plain(value) for key, value in tree.items()}
+        try:
+            own: dict[str, Any] = {key: plain(value) for key, value in tree.items()}
+        except RecursionError:
+            raise UsageError("a recipe: nested too deep") from None
         rename_keys(own)
         return cls._from_tree(own, name, Where(None, own, []))
 
     @classmethod
-    def _from_tree(cls, tree: Mapping[str, object], name: str, where: Where) -> Self:
+    def _from_tree(
+        cls, tree: Mapping[str, object], name: str, where: Where, context: str | None = None
+    ) -> Self:
+        own = plain(tree)
+        check_values(own)
         refuse_secrets(tree)
         try:
-            config = cls.model_validate(plain(tree))
+            config = cls.model_validate(own, context=context)
         except ValidationError as error:
             raise UsageError(where.describe(error.errors()[0])) from None
         run = sections.RunConfig(dir=config.run.dir.replace("{name}", name))
-        resolved = config.reward.model_dump() | _parameters(config.reward.create())
-        reward = sections.RewardConfig.model_validate(resolved)
+        created = config.reward.checked(context)
+        resolved = config.reward.model_dump() | ({} if created is None else _parameters(created))
+        reward = sections.RewardConfig.model_validate(resolved, context=context)
         return config.model_copy(update={"run": run, "reward": reward})
 
     def to_yaml(self, tree: Mapping[str, object] | None = None) -> str:

@@ -5,17 +5,17 @@ Errors are `UsageError`s of one line that name the file and line, or the overrid
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from pydantic_core import ErrorDetails
-from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
-from ruamel.yaml.error import MarkedYAMLError
 
-from poweropd.errors import UsageError
+from poweropd.config.bounded_yaml import LARGEST_INTEGER, MAX_BYTES, MAX_DEPTH, parse_yaml
+from poweropd.errors import UsageError, one_line, shown
 
 logger = logging.getLogger("poweropd")
 
@@ -29,21 +29,23 @@ TOKEN = re.compile(r"^(hf_|sk-|ghp_|xox[bp]-)[A-Za-z0-9_-]{16,}$")
 
 # Keys of an earlier release, which are still accepted, with a notice.
 RENAMED = {"teacher.give_up_after": "teacher.patience"}
+LONGEST_OVERRIDE = 120  # characters of an override that a message repeats whole
+# Characters that no name and no text of a recipe may have: a file's name cannot hold a NUL, and
+# half a surrogate pair cannot be written.
+FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 Key = tuple[str, ...]  # the parts of a dotted key
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Returns the mapping that a recipe file holds, with line numbers."""
     try:
-        tree = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1).decode("utf-8")
     except FileNotFoundError:
         raise UsageError(f"{path}: no such recipe file") from None
-    except (IsADirectoryError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: expected a YAML file: {error}") from None
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{line}: not valid YAML: {error.problem}") from None
+    except (OSError, ValueError) as error:  # also a path with a NUL
+        raise UsageError(f"{one_line(str(path))}: expected a YAML file: {error}") from None
+    tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise UsageError(f"{path}: expected a mapping of sections such as model and data")
     rename_keys(tree)
@@ -80,13 +82,11 @@ def apply_override(tree: dict[str, Any], override: str) -> Key:
     """Sets "a.b=value" in the tree; the value is read as YAML. Returns the key's parts."""
     key, equals, text = override.partition("=")
     parts = tuple(key.strip().split("."))
-    if not equals or not all(parts):
-        raise UsageError(f"{override}: expected an override key=value, such as train.steps=100")
+    said = shown(override)[1:-1] if len(override) > LONGEST_OVERRIDE else one_line(override)
+    if not equals or not all(parts) or len(parts) > MAX_DEPTH:
+        raise UsageError(f"{said}: expected an override key=value, such as train.steps=100")
     parts = renamed(parts)
-    try:
-        value = YAML(typ="rt").load(text)
-    except MarkedYAMLError as error:
-        raise UsageError(f"{override}: not a YAML value: {error.problem}") from None
+    value = parse_yaml(text, said, "not a YAML value")
     if isinstance(value, dict):
         rename_keys(value, parts)
     node = tree
@@ -139,11 +139,11 @@ def _explain(error: ErrorDetails) -> tuple[Key, str]:
         return (*key, *inner.split(".")), ".".join((*key, message))
     expected = message.replace("Input should be", "expected").replace("valid dictionary", "section")
     expected = expected.partition(" or instance of")[0]
-    return key, f"{'.'.join(key)}: {expected}, got {error['input']!r}"
+    return key, f"{'.'.join(key)}: {expected}, got {shown(error['input'])}"
 
 
 def plain(node: object) -> object:
-    """Returns round-trip containers and numbers of ruamel as plain Python ones."""
+    """Returns round-trip containers and numbers of ruamel as plain Python ones, dates as text."""
     if isinstance(node, Mapping):
         return {str(key): plain(value) for key, value in node.items()}
     if isinstance(node, list):
@@ -151,7 +151,27 @@ def plain(node: object) -> object:
     for kind in (bool, int, float, str):
         if isinstance(node, kind):
             return kind(node)
-    return node
+    return str(node) if isinstance(node, date) else node
+
+
+def check_values(node: object, key: Key = ()) -> None:
+    """Raises UsageError for a text with control characters, and for what is too large or deep."""
+    name = one_line(shown(".".join(key), LONGEST_OVERRIDE)[1:-1])
+    if len(key) > 2 * MAX_DEPTH:
+        raise UsageError(f"{name}: nested too deep")
+    if isinstance(node, int) and abs(node) > LARGEST_INTEGER:
+        raise UsageError(f"{name}: expected an integer of at most 64 bits")
+    if isinstance(node, str) and FORBIDDEN.search(node):
+        raise UsageError(f"{name}: expected text without control characters, got {shown(node)}")
+    pairs: Iterable[tuple[object, object]] = ()
+    if isinstance(node, Mapping):
+        pairs = node.items()
+    elif isinstance(node, list):
+        pairs = enumerate(node)
+    for part, value in pairs:
+        if isinstance(part, str) and FORBIDDEN.search(part):
+            raise UsageError(f"{shown(part)}: expected a key without control characters")
+        check_values(value, (*key, str(part)))
 
 
 def refuse_secrets(tree: Mapping[str, object]) -> None:

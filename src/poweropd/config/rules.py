@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from poweropd.config import sections
+from poweropd.rewards import Reward
 from poweropd.rollouts import staleness_problem
 
 
@@ -25,13 +26,16 @@ def needs_local_teacher(
 def conflicts(
     objective: sections.ObjectiveConfig,
     rollout: sections.RolloutConfig,
-    reward: sections.RewardConfig,
+    reward: Reward | None,
     teacher: sections.AnyTeacher,
 ) -> Iterator[str]:
-    """Yields what is wrong with a combination of settings, with the key in front."""
+    """Yields what is wrong with a combination of settings, with the key in front.
+
+    `reward` is None if it is the user's own code and is not to be imported.
+    """
     select, truncated = objective.select, rollout.score == "truncated"
     if objective.kind == "full_vocab":
-        if reward.create().needs_statistics:
+        if reward is not None and reward.needs_statistics:
             yield "objective.kind: full_vocab needs a pointwise reward, got zscore"
         if objective.baseline != "none":
             yield (

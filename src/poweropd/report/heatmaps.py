@@ -84,10 +84,14 @@ def plane(runs: Sequence[RecordedRun]) -> tuple[list[Figure], list[str]]:
         settings.setdefault(text, []).append(run)
     figures, notes = [], []
     for number, same in enumerate(settings.values(), 1):
-        given = dict(same[0].recipe.get("reward", {}))
+        given = same[0].recipe.get("reward") or {}
+        if not isinstance(given, dict) or rewards.names_code(given):
+            # To open somebody's run must not execute what it names.
+            notes.append(f"the reward of {same[0].name} is not drawn: it is code of the user's own")
+            continue
         try:
             reward = rewards.create(**given).at(max(0, same[0].steps - 1)).unstandardized
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             notes.append(f"the reward of {same[0].name} is not drawn: {error}")
             continue
         figures.append(_plane_figure(number, reward, given, [run.name for run in same]))

@@ -8,10 +8,9 @@ from transformers import PreTrainedTokenizerBase
 from poweropd.config import Config
 from poweropd.data.prompts import Prompt
 from poweropd.data.rollout import Example, Request, Rollout, make_example
-from poweropd.errors import UsageError
+from poweropd.errors import UsageError, import_object
 from poweropd.models import loading
 from poweropd.models.language_model import Student
-from poweropd.rewards import import_object
 from poweropd.rollouts import ENGINES
 from poweropd.rollouts.base import RolloutEngine, Sampling
 from poweropd.rollouts.guards import TOLERANCES, CheckedEngine, VerifiedEngine

@@ -6,7 +6,7 @@ Whole files (config, environment, results) are written under another name and re
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -27,6 +27,7 @@ from poweropd.runs.metrics import StepMetrics
 
 _EVALUATED = re.compile(r"step-(\d+)")
 LOCK = ".lock"
+LARGEST_NUMBER = 1e300
 _TAIL_BYTES = 1 << 16  # of metrics.jsonl: several rows
 
 
@@ -119,8 +120,8 @@ class RunDirectory:
         return all(path.name in (LOCK, f".{self.config_path.name}.tmp") for path in found)
 
     def config(self) -> Config:
-        """Returns the configuration of the run, checked."""
-        return Config.load(self.config_path)
+        """Returns the configuration of the run, checked; nothing that it names is imported."""
+        return Config.read(self.config_path)
 
     def recipe(self) -> JsonObject:
         """Returns the tree of config.yaml, unchecked."""
@@ -142,8 +143,24 @@ class RunDirectory:
 
     def metrics(self) -> list[StepMetrics]:
         """Returns the rows of the finished steps; a last line cut short by a kill is left out."""
-        rows = {r["step"]: r for r in read_jsonl(self.metrics_path, self.notes) if "step" in r}
-        return [rows[step] for step in sorted(rows)]
+        rows = read_jsonl(self.metrics_path, self.notes)
+        if self.notes is not None:
+            rows = self._numbers(rows, self.notes)
+        by_step = {row["step"]: row for row in rows if "step" in row}
+        return [by_step[step] for step in sorted(by_step)]
+
+    def _numbers(self, rows: Sequence[JsonObject], notes: list[str]) -> list[StepMetrics]:
+        """Returns the rows without values that are not numbers, which are counted in a note."""
+        kept = [{key: value for key, value in row.items() if is_number(value)} for row in rows]
+        steps = [row for row in kept if isinstance(row.get("step"), int) and row["step"] > 0]
+        nulls = sum(value is None for row in rows for value in row.values())
+        odd = sum(map(len, rows)) - sum(map(len, kept)) - nulls
+        if odd or len(steps) < len(rows):
+            notes.append(
+                f"metrics.jsonl: {odd} values that are not numbers and {len(rows) - len(steps)} "
+                "lines without a step, left out"
+            )
+        return steps
 
     def truncate_metrics(self, steps: int) -> None:
         """Keeps the rows of the first `steps` optimizer steps."""
@@ -168,8 +185,15 @@ class RunDirectory:
 
     def evaluation(self, step: int) -> dict[str, JsonObject]:
         """Returns benchmark -> results of the evaluation at this step; {} if there was none."""
-        found = read_json(self.evaluation_folder(step) / "results.json", self.notes)
-        return found.get("results", {})
+        path = self.evaluation_folder(step) / "results.json"
+        results = read_json(path, self.notes).get("results", {})
+        if self.notes is None:
+            return dict(results)
+        pairs = results.items() if isinstance(results, dict) else []
+        whole = {name: result for name, result in pairs if _has_estimates(result)}
+        if whole != results:
+            self.notes.append(f"{path.parent.name}/{path.name}: results without figures, left out")
+        return whole
 
     def evaluations(self) -> dict[int, dict[str, JsonObject]]:
         """Returns step -> benchmark -> results, in the order of steps."""
@@ -217,6 +241,20 @@ class RunDirectory:
     def write_quantization(self, effect: Mapping[str, float], domain: str = "") -> None:
         """Writes what quantizing a domain's teacher does to rewards."""
         write_json(self.path / _quantization_name(domain), effect)
+
+
+def is_number(value: object) -> bool:
+    """Tells whether a value of a JSON file is a number that a figure can show."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) < LARGEST_NUMBER  # not NaN, not infinite, not an integer of 400 digits
+
+
+def _has_estimates(result: object) -> bool:
+    """Tells whether an evaluation's result has the figures that a report shows."""
+    accuracy = result.get("avg_at_k") if isinstance(result, dict) else None
+    parts = ("mean", "low", "high")
+    return isinstance(accuracy, dict) and all(is_number(accuracy.get(part)) for part in parts)
 
 
 def _quantization_name(domain: str) -> str:

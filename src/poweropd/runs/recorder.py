@@ -172,6 +172,6 @@ class RewardRecords:
             files = {name: path / f"{name}.parquet" for name in SCHEMAS}
             try:
                 parts.append({n: parquet.read_table(files[n], schema=SCHEMAS[n]) for n in SCHEMAS})
-            except (OSError, pa.ArrowException) as error:
+            except (OSError, ValueError, KeyError, pa.ArrowException) as error:
                 unreadable.append(f"{path.name} ({type(error).__name__})")
         return cls(**_merged(parts), unreadable=unreadable)

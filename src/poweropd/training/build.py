@@ -16,14 +16,13 @@ from poweropd.config import Config
 from poweropd.data import chat
 from poweropd.data.prompts import Prompt, PromptOrder, check_ids, check_lengths, load_prompts
 from poweropd.data.rollout import Example
-from poweropd.errors import UsageError, shown
+from poweropd.errors import UsageError, import_object, shown
 from poweropd.kernels import Support
 from poweropd.models import attention, fingerprints, loading
 from poweropd.models.language_model import Student, Teacher, dropout_rates
 from poweropd.objectives import OBJECTIVES, SELECTIONS
 from poweropd.objectives.base import Objective
 from poweropd.objectives.selection import Selected
-from poweropd.rewards import import_object
 from poweropd.rollouts import SCHEDULES, prefetch, staleness_problem
 from poweropd.rollouts.base import RolloutEngine, Sampling
 from poweropd.rollouts.factory import build_engine

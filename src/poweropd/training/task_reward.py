@@ -10,9 +10,8 @@ from typing import Any
 from poweropd.config.sections import TaskRewardConfig
 from poweropd.data.prompts import Prompt
 from poweropd.data.rollout import Example, Rollout
-from poweropd.errors import RunError, UsageError
+from poweropd.errors import RunError, UsageError, import_object
 from poweropd.grading.grader import Grader
-from poweropd.rewards import import_object
 
 Key = tuple[int, int]  # of a completion in its step
 Score = Callable[[Mapping[str, Any], str], "Future[float]"]
