@@ -18,7 +18,8 @@ from poweropd.grading.shapes import assignment
 APPROXIMATION_DIGITS = 5
 #: Longer answers hold no plain number or word, and go to a worker that can be killed.
 _LONGEST = 400
-_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d{1,3}")
+#: Three digits after one comma are thousands, unless none or too many digits stand before it.
+_DECIMAL_COMMA = re.compile(r"[+-]?(?:\d+,\d{1,2}|(?:0+|\d{4,}),\d{3})")
 
 
 def verdict_of(correct: bool) -> Verdict:
