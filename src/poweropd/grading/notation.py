@@ -11,12 +11,12 @@ from functools import lru_cache
 
 from poweropd.grading.brackets import closing, top_level
 
-_GREEK = (
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
-    "pi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi "
-    "Omega"
-).split()
-_GREEK_LETTERS = "αβγδεϵζηθϑικλμνξπρστυϕφχψωΓΔΘΛΞΠΣΦΨΩ"
+_GREEK = tuple(
+    """alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi
+    pi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi
+    Omega""".split()  # noqa: SIM905
+)
+_GREEK_LETTERS = "αβγδεϵζηθϑικλμνξπρστυφϕχψωΓΔΘΛΞΠΣΦΨΩ"
 _CHARACTERS = str.maketrans(
     {letter: f"\\{name} " for letter, name in zip(_GREEK_LETTERS, _GREEK, strict=True)}
     | {
@@ -24,7 +24,8 @@ _CHARACTERS = str.maketrans(
         "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
         "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "°": r"^\circ ", "√": r"\sqrt ",
         "∛": r"\sqrt[3] ", "∜": r"\sqrt[4] ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "∗": "*",
-        "⌈": r"\lceil ", "⌉": r"\rceil ", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
+        "⌈": r"\lceil ", "⌉": r"\rceil ",
+        "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
         "’": "'", "“": '"', "”": '"', "\u00a0": " ", "\u2009": " ", "\u202f": " ",
         "\t": " ", "\n": " ", "\x0c": r"\f",
     }
@@ -32,7 +33,9 @@ _CHARACTERS = str.maketrans(
 
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿˣⁱ", "0123456789+-()nxi")
 _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙₓ", "0123456789+-nx")
-_SCRIPTS = re.compile(f"(?P<raised>[{''.join(map(chr, _RAISED))}]+)|[{''.join(map(chr, _LOWERED))}]+")
+_SCRIPTS = re.compile(
+    f"(?P<raised>[{''.join(map(chr, _RAISED))}]+)|[{''.join(map(chr, _LOWERED))}]+"
+)
 
 #: (pattern, replacement), applied in this order.
 _WRITTEN: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
@@ -191,7 +194,7 @@ _PLAIN: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     # Of these names, min and sec are units, too.
     (r"(?<![A-Za-z\\])(max|min)(?=\()", r"\\\1"),
     (
-        rf"(?<![A-Za-z\\])(?!max|min)(?<!/)(?!sec(?!(?:\^\{{?-?\d\}}?)?\s?(?:\(|\\|{_LETTER_NAMES})))"
+        rf"(?<![A-Za-z\\])(?!max|min)(?!sec(?!(?:\^\{{?-?\d\}}?)?\s?(?:\(|\\|{_LETTER_NAMES})))"
         rf"({_NAMES_LONGEST_FIRST}){_ARGUMENT}",
         lambda m: f"\\{_FUNCTIONS[m.group(1)]} ",
     ),
