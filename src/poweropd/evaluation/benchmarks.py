@@ -1,6 +1,6 @@
 """The table of benchmarks, and loading their problems from the Hub or from files."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 from poweropd.data.prompts import hub_rows, json_lines
 from poweropd.embedded import task
 from poweropd.errors import UsageError
-from poweropd.grading import answers
+from poweropd.grading.golds import read_gold
 from poweropd.grading.rules import Rule
 
 
@@ -22,37 +22,12 @@ class Problem:
     rule: Rule = field(default_factory=Rule)
 
 
-def _as_written(value: object) -> str:
-    """Returns the text of a column; a list of answers becomes one, separated by commas."""
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_as_written, value))
-    return "" if value is None else str(value).strip()
-
-
-def _after_hashes(value: object) -> str:
-    """Returns GSM8K's answer, which follows the #### at the end of its worked solution."""
-    return _as_written(value).rpartition("####")[2].strip()
-
-
-def _last_box(value: object) -> str:
-    """Returns the content of a worked solution's last box, or the text if it has no box."""
-    text = _as_written(value)
-    return answers.boxed(text) or text
-
-
-def _any_style(value: object) -> str:
-    """Returns an answer written as GSM8K's, in a worked solution's box, or as plain text."""
-    text = _as_written(value)
-    return _after_hashes(text) if "####" in text else _last_box(text)
-
-
 @dataclass(frozen=True)
 class Benchmark:
     """The place of a benchmark's data, and how it is read and graded.
 
     dataset, config, split: names on the Hub; dataset is None for the embedded task and for files.
     problem, answer, id: names of columns; rows are numbered if `id` is None or absent.
-    read_answer: takes the value of the answer column and returns the gold answer.
     rule: how answers are compared; `tolerances` holds the absolute tolerance of single problems.
     """
 
@@ -62,7 +37,6 @@ class Benchmark:
     problem: str = "problem"
     answer: str = "answer"
     id: str | None = None
-    read_answer: Callable[[object], str] = _as_written
     rule: Rule = field(default_factory=Rule)
     tolerances: Mapping[str, float] = field(default_factory=dict)
 
@@ -80,9 +54,7 @@ class Benchmark:
 
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "gsm8k": Benchmark(
-        "openai/gsm8k", config="main", problem="question", read_answer=_after_hashes
-    ),
+    "gsm8k": Benchmark("openai/gsm8k", config="main", problem="question"),
     "math500": Benchmark("HuggingFaceH4/MATH-500", id="unique_id"),
     "amc23": Benchmark("math-ai/amc23", problem="question", id="id"),
     "aime24": Benchmark("HuggingFaceH4/aime_2024", split="train", id="id"),
@@ -90,7 +62,6 @@ BENCHMARKS: dict[str, Benchmark] = {
     "minerva": Benchmark(
         "math-ai/minervamath",
         problem="question",
-        read_answer=_last_box,
         # Answers differ in the third digit by physical constants and rounding.
         rule=Rule(relative_tolerance=1e-2),
     ),
@@ -161,9 +132,9 @@ def _benchmark(name: str) -> Benchmark:
     if name in BENCHMARKS:
         return BENCHMARKS[name]
     if name.endswith((".jsonl", ".json")) or Path(name).is_file():
-        return Benchmark(None, id="id", read_answer=_any_style)
+        return Benchmark(None, id="id")
     if name.count("/") == 1 and not name.startswith((".", "/")):
-        return Benchmark(name, id="id", read_answer=_any_style)
+        return Benchmark(name, id="id")
     raise UsageError(
         f"unknown benchmark {name!r}: expected one of {', '.join(BENCHMARKS)}, a JSONL file, "
         "or a Hub dataset (owner/name)"
@@ -176,13 +147,13 @@ def _from_rows(
     """Yields problems, numbered if they have no id. Raises UsageError if an id comes twice."""
     places: dict[str, str] = {}
     for number, (place, row) in enumerate(rows):
-        problem = _as_written(_field(row, benchmark.problem, place))
-        answer = benchmark.read_answer(_field(row, benchmark.answer, place))
-        for column, text in ((benchmark.problem, problem), (benchmark.answer, answer)):
-            if not text:
-                raise UsageError(
-                    f"{place}: expected text in {column!r}, got nothing; fill it or drop the line"
-                )
+        problem = str(_field(row, benchmark.problem, place) or "").strip()
+        if not problem:
+            raise UsageError(
+                f"{place}: expected text in {benchmark.problem!r}, got nothing; "
+                "fill it or drop the line"
+            )
+        answer = gold_of(row, benchmark.answer, place)
         given = row.get(benchmark.id) if benchmark.id is not None else None
         identifier = str(number if given is None else given)
         if identifier in places:
@@ -192,6 +163,18 @@ def _from_rows(
             )
         places[identifier] = place
         yield Problem(identifier, problem, answer, benchmark.rule_for(identifier))
+
+
+def gold_of(row: Mapping[str, object], column: str, place: str) -> str:
+    """Returns the gold answer of a row. Raises UsageError, which names the place and the column."""
+    value = _field(row, column, place)
+    try:
+        return read_gold(value)
+    except ValueError as error:
+        raise UsageError(
+            f"{place}: expected text in {column!r}, a number or a list of them, {error}; "
+            "correct it or drop the line"
+        ) from None
 
 
 def _field(row: Mapping[str, object], column: str, place: str) -> object:

@@ -135,7 +135,7 @@ def _gold(row: Mapping[str, object], golds: Mapping[str, Problem], where: str) -
             f"{where}: expected the gold in a field 'answer', or an id of the benchmark given by "
             f"--benchmark; got id {id!r} with neither"
         )
-    return Problem(id, "", str(row["answer"]))
+    return Problem(id, "", benchmarks.gold_of(row, "answer", where))
 
 
 def show_report(report: Report, json_file: Path | None, compare: Path | None) -> None:

@@ -21,7 +21,7 @@ from poweropd.grading.exact import (
 from poweropd.grading.notation import key, normalise, words
 from poweropd.grading.quantities import quantity, without_unit
 from poweropd.grading.rules import Rule, Verdict
-from poweropd.grading.shapes import Shape, assignment, grouped, shape
+from poweropd.grading.shapes import Shape, as_matrix, assignment, grouped, shape
 
 _APPROXIMATES = re.compile(r"\\approx(?![A-Za-z])")
 _INEQUALITY = re.compile(r"[<>]|\\(?:le|ge|ne)(?![A-Za-z])")
@@ -37,6 +37,8 @@ def compare(gold: str, answer: str, rule: Rule) -> Verdict:
     Bad syntax is a verdict of its own; other errors of the algebra propagate.
     """
     gold, answer = normalise(gold), normalise(answer)
+    if not answer:
+        return Verdict(rules.NO_ANSWER)
     try:
         return verdict_of(_same(shape(gold), shape(answer), rule))
     except symbolic.UnparsableError as error:
@@ -54,6 +56,9 @@ def _same(gold: Shape, answer: Shape, rule: Rule) -> bool:
         return True
     if {gold.kind, answer.kind} == {"scalar", "list"}:
         gold, answer = grouped(gold.text) or gold, grouped(answer.text) or answer
+    wanted, given = as_matrix(gold), as_matrix(answer)
+    if wanted and given and ("\\begin" in gold.text + answer.text or wanted.kind == "matrix"):
+        return _same_items(wanted, given, rule) if wanted.kind == given.kind else False
     kinds = {gold.kind, answer.kind}
     if kinds == {"scalar"}:
         return _same_scalar(gold.text, answer.text, rule)

@@ -17,8 +17,9 @@ from poweropd.grading.shapes import assignment
 #: A decimal of so many significant digits, right to its last place, counts as the exact number.
 APPROXIMATION_DIGITS = 5
 #: Longer answers hold no plain number or word, and go to a worker that can be killed.
-_LONGEST = 400
-_DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d{1,3}")
+LONGEST = 400
+#: Three digits after one comma are thousands, unless none or too many digits stand before it.
+_DECIMAL_COMMA = re.compile(r"[+-]?(?:\d+,\d{1,2}|(?:0+|\d{4,}),\d{3})")
 
 
 def verdict_of(correct: bool) -> Verdict:
@@ -28,6 +29,8 @@ def verdict_of(correct: bool) -> Verdict:
 
 def quick(gold: str, answer: str, rule: Rule) -> Verdict | None:
     """Decides identical texts, words, choices and plain numbers; None if algebra is needed."""
+    if len(answer) > LONGEST:
+        return Verdict(rules.CORRECT) if gold.strip() == answer.strip() else None
     if key(gold) == key(answer) != "":
         return Verdict(rules.CORRECT)
     gold, answer = normalise(gold), normalise(answer)
@@ -35,7 +38,7 @@ def quick(gold: str, answer: str, rule: Rule) -> Verdict | None:
         return Verdict(rules.NO_ANSWER)
     if not gold:
         return Verdict(rules.UNPARSED_GOLD, "the gold answer is empty")
-    return None if len(answer) > _LONGEST else same_text(gold, answer, rule)
+    return same_text(gold, answer, rule)
 
 
 def same_text(gold: str, answer: str, rule: Rule) -> Verdict | None:

@@ -7,13 +7,14 @@ r"""Grades completions against gold answers, in processes that can be killed.
         grades = [future.result() for future in futures]
         grader.counts                                            # reason -> how many
 
-docs/grading.md says how an answer is found and compared. No input raises: whatever goes wrong is a
-reason of the grade, counted, with the error's text in `detail`.
+golds.py says what a gold may be, and docs/grading.md how an answer is found and compared. No input
+raises: whatever goes wrong is a reason of the grade, counted, with the error's text in `detail`.
 """
 
 import atexit
 import threading
 from collections import Counter, OrderedDict
+from concurrent import futures
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from functools import cache
@@ -22,6 +23,7 @@ from typing import Self
 from pebble import ProcessFuture
 
 from poweropd.grading import answers, exact, rules
+from poweropd.grading.golds import read_gold
 from poweropd.grading.rules import REASONS, Rule, Verdict
 from poweropd.grading.shapes import lists_several
 from poweropd.grading.workers import compare_in_worker, worker_pool
@@ -32,6 +34,8 @@ DEFAULT_TIMEOUT = 3.0
 DEFAULT_WORKERS = 2
 #: Longer answers are not tried: no benchmark's gold comes near, and none would end in time.
 LONGEST_ANSWER = 5_000
+#: Longer completions are searched by a worker, under the time limit.
+_SHORT_COMPLETION = 16_000
 _CACHE_SIZE = 100_000
 _PLAIN_RULE = Rule()
 
@@ -49,7 +53,7 @@ class Grade:
 
 
 class Grader:
-    """Grades with `workers` processes, at most `timeout` seconds for each comparison.
+    """Grades with `workers` processes, at most `timeout` seconds for each search and comparison.
 
     Verdicts are cached by (gold, answer, rule). Safe to use from several threads.
     """
@@ -63,6 +67,7 @@ class Grader:
         self._workers = workers
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
+        self._searches: set[Future[Grade]] = set()
         self._verdicts: OrderedDict[_Key, Future[Verdict]] = OrderedDict()
         self._pool = worker_pool(workers)
 
@@ -75,6 +80,9 @@ class Grader:
     def close(self, *, wait: bool = True) -> None:
         """Ends the workers, after the work that was submitted unless `wait` is false."""
         if wait:
+            with self._lock:
+                searches = set(self._searches)
+            futures.wait(searches)  # Their comparisons need an open pool.
             self._pool.close()
         else:
             self._pool.stop()
@@ -93,19 +101,60 @@ class Grader:
         for future in pending:
             future.result()
 
-    def grade(self, gold: str, completion: str, *, rule: Rule = _PLAIN_RULE) -> Grade:
+    def grade(self, gold: object, completion: str, *, rule: Rule = _PLAIN_RULE) -> Grade:
         """Returns the grade of one completion; see `submit` for many."""
         return self.submit(gold, completion, rule=rule).result()
 
-    def submit(self, gold: str, completion: str, *, rule: Rule = _PLAIN_RULE) -> "Future[Grade]":
-        """Returns a future of the grade, which never holds an exception."""
+    def submit(self, gold: object, completion: str, *, rule: Rule = _PLAIN_RULE) -> "Future[Grade]":
+        """Returns a future of the grade, which never holds an exception.
+
+        gold: text, a number or a list of them; `golds.read_gold` says how they are read.
+        """
         future: Future[Grade] = Future()
-        if "box" in gold:  # A gold that is a worked solution stands for its last box.
-            gold = answers.boxed(gold) or gold
-        found = answers.extract(completion)
+        try:
+            wanted = read_gold(gold)
+        except ValueError as error:
+            self._finish(future, None, Verdict(rules.UNPARSED_GOLD, f"the gold answer: {error}"))
+            return future
+        if len(completion) <= _SHORT_COMPLETION:
+            self._compare(future, wanted, answers.extract(completion), rule)
+        else:
+            with self._lock:
+                self._searches.add(future)
+            future.add_done_callback(self._end_search)
+            search = self._pool.schedule(answers.extract, args=(completion,), timeout=self.timeout)
+            search.add_done_callback(lambda done: self._found(future, wanted, done, rule))
+        return future
+
+    def _found(
+        self,
+        future: "Future[Grade]",
+        gold: str,
+        search: "ProcessFuture[answers.Extraction]",
+        rule: Rule,
+    ) -> None:
+        """Compares what a worker found in a long completion, or grades its failure."""
+        failure = self._failure(search)
+        if failure is None:
+            try:
+                self._compare(future, gold, search.result(), rule)
+            except RuntimeError as error:  # The pool was stopped since the search ended.
+                failure = Verdict(rules.CRASH, str(error))
+        if failure is not None:
+            self._finish(future, None, failure)
+
+    def _end_search(self, future: "Future[Grade]") -> None:
+        with self._lock:
+            self._searches.discard(future)
+
+    def _compare(
+        self, future: "Future[Grade]", gold: str, found: answers.Extraction, rule: Rule
+    ) -> None:
+        """Chooses the reading of the completion that suits the gold, and grades it."""
         answer = found.answer
         if answer is not None and found.joined is not None and lists_several(gold):
-            answer = answer if lists_several(answer) else found.joined
+            whole_list = len(answer) > exact.LONGEST or lists_several(answer)
+            answer = answer if whole_list else found.joined
         if found.whole is not None and exact.identical(gold, found.whole):
             answer = found.whole
         if answer is None:
@@ -113,7 +162,6 @@ class Grader:
         else:
             verdict = self._verdict((gold, answer, rule))
             verdict.add_done_callback(lambda done: self._finish(future, answer, done.result()))
-        return future
 
     def _finish(self, future: "Future[Grade]", answer: str | None, verdict: Verdict) -> None:
         with self._lock:
@@ -145,17 +193,20 @@ class Grader:
         self, key: _Key, verdict: "Future[Verdict]", done: "ProcessFuture[Verdict]"
     ) -> None:
         """Passes on the worker's verdict, or a verdict that says what became of the worker."""
-        result = self._outcome(done)
+        result = self._failure(done) or done.result()
         if result.reason == rules.CRASH:
             with self._lock:  # The machine may be to blame, so the pair may be tried again.
                 self._verdicts.pop(key, None)
         verdict.set_result(result)
 
-    def _outcome(self, done: "ProcessFuture[Verdict]") -> Verdict:
+    def _failure(
+        self, done: "ProcessFuture[Verdict] | ProcessFuture[answers.Extraction]"
+    ) -> Verdict | None:
+        """Returns the verdict on work that failed; None for work that ended with a result."""
         if done.cancelled() or isinstance(error := done.exception(), CancelledError):
             return Verdict(rules.CRASH, "the grader was closed before this comparison ended")
         if error is None:
-            return done.result()
+            return None
         if isinstance(error, TimeoutError):
             return Verdict(rules.TIMEOUT, f"no result within {self.timeout:g} s")
         return Verdict(rules.CRASH, f"{type(error).__name__}: {error}"[:500])
@@ -174,6 +225,6 @@ def _shared_grader() -> Grader:
     return grader
 
 
-def grade(gold: str, completion: str, *, rule: Rule = _PLAIN_RULE) -> Grade:
+def grade(gold: object, completion: str, *, rule: Rule = _PLAIN_RULE) -> Grade:
     """Grades one completion against its gold answer with a grader shared by the process."""
     return _shared_grader().grade(gold, completion, rule=rule)

@@ -1,8 +1,8 @@
 r"""Brings an answer's notation into one form, and reads words, choices and numerals with a base.
 
 This is not a LaTeX parser: formulas stay text here. It settles only what math-verify would misread
-(currency, units, thousands commas, degrees, brackets), so that `(2, 3)` never equals `[2, 3]` and
-`10` never equals `1,0`.
+(currency, units, thousands commas, degrees, brackets, and plain notation such as `sqrt(3)/2`), so
+that `(2, 3)` never equals `[2, 3]` and `10` never equals `1,0`.
 """
 
 import re
@@ -11,16 +11,31 @@ from functools import lru_cache
 
 from poweropd.grading.brackets import closing, top_level
 
+_GREEK = tuple(
+    """alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi
+    pi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi
+    Omega""".split()  # noqa: SIM905
+)
+_GREEK_LETTERS = "αβγδεϵζηθϑικλμνξπρστυφϕχψωΓΔΘΛΞΠΣΦΨΩ"
 _CHARACTERS = str.maketrans(
-    {
+    {letter: f"\\{name} " for letter, name in zip(_GREEK_LETTERS, _GREEK, strict=True)}
+    | {
         "−": "-", "–": "-", "—": "-", "×": r"\times ", "÷": "/", "·": r"\cdot ", "⋅": r"\cdot ",
-        "π": r"\pi ", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
+        "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
         "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "±": r"\pm ", "°": r"^\circ ", "√": r"\sqrt ",
-        "²": "^2", "³": "^3", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
+        "∛": r"\sqrt[3] ", "∜": r"\sqrt[4] ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "∗": "*",
+        "⌈": r"\lceil ", "⌉": r"\rceil ",
+        "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
         "’": "'", "“": '"', "”": '"', "\u00a0": " ", "\u2009": " ", "\u202f": " ",
         "\t": " ", "\n": " ", "\x0c": r"\f",
     }
 )  # fmt: skip
+
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿˣⁱ", "0123456789+-()nxi")
+_LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙₓ", "0123456789+-nx")
+_SCRIPTS = re.compile(
+    f"(?P<raised>[{''.join(map(chr, _RAISED))}]+)|[{''.join(map(chr, _LOWERED))}]+"
+)
 
 #: (pattern, replacement), applied in this order.
 _WRITTEN: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
@@ -38,9 +53,13 @@ _WRITTEN: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\frac\s*(\\[a-z]+)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
     (r"\\frac\s+", r"\\frac"),
-    (r"\\sqrt\s*(\d+|[a-zA-Z](?![a-zA-Z]))", r"\\sqrt{\1}"),
-    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-    (r"(?<![\\A-Za-z])sqrt\s*(?=[({])", r"\\sqrt"),
+    (r"(?<![\\A-Za-z])(?=(?:sqrt\s*(?:[\[\d]|[A-Za-z](?![A-Za-z]))|[dt]?frac\s*[{\d]))", r"\\"),
+    (
+        r"\\sqrt\s*(\[[^\[\]]*\])?\s*(\d+(?:\.\d+)?|[a-zA-Z](?![a-zA-Z])|"
+        rf"\\(?:{'|'.join(_GREEK)})(?![A-Za-z]))",
+        lambda m: f"\\sqrt{m.group(1) or ''}{{{m.group(2)}}}",
+    ),
+    (r"(?<![\\A-Za-z])sqrt\s*(?=\{)", r"\\sqrt"),
     (r"\bnp\.(?:arc)?(?=[a-z])", lambda m: "\\" + m.group()[3:]),
     (r"(?<=[\w)}\]])\s*\*\*\s*(?=[\w({\\-])", "^"),
     (r"\*\*|__|`", ""),
@@ -80,14 +99,14 @@ _INNERMOST_TRIES = 8
 @lru_cache(maxsize=4096)
 def normalise(text: str) -> str:
     """Brings texts that mean the same, as far as no algebra is needed, to the same text."""
-    text = text.translate(_CHARACTERS)
+    text = _SCRIPTS.sub(_script, text).translate(_CHARACTERS)
     text = re.sub(r"^\s*\\[(\[](.*)\\[)\]]\s*$", r"\1", text)
     if "\\begin" not in text:
         text = _DOUBLED.sub(r"\\", text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = _CURRENCY.sub(" ", text)
-    text = _without_texts(text)
+    text = _from_plain(_without_texts(text))
     if _TRIGONOMETRY.search(text):
         text = _ANGLE.sub(r"(\1\\pi/180)", text)
     text = _DEGREES.sub("", text)
@@ -100,6 +119,13 @@ def normalise(text: str) -> str:
             break  # {1, 2} is a set written without backslashes
         text = _EDGE.sub("", text[1:-1])
     return re.sub(r"^\+(?=[\d.\\])", "", text)
+
+
+def _script(match: re.Match[str]) -> str:
+    """Writes a run of raised or lowered characters as an exponent or an index."""
+    raised = match.group("raised")
+    inside = raised.translate(_RAISED) if raised else match.group().translate(_LOWERED)
+    return ("^" if raised else "_") + (inside if len(inside) == 1 else f"{{{inside}}}")
 
 
 def key(text: str) -> str:
@@ -128,6 +154,128 @@ def _without_texts(text: str) -> str:
         return " "
 
     return _TEXT.sub(resolve, text)
+
+
+# Plain notation: what people and programs write without LaTeX
+
+#: Name in plain notation -> name in LaTeX, for functions that are written before their argument.
+_FUNCTIONS = {name: name for name in (
+    "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "sin", "cos", "tan", "cot", "sec", "csc",
+    "ln", "log", "max", "min",
+)} | {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "tg": "tan", "ctg": "cot"} | {
+    name: f"operatorname{{{name}}}" for name in ("arcsinh", "arccosh", "arctanh")
+}  # fmt: skip
+#: Name in plain notation -> what LaTeX writes in the place of its brackets.
+_BRACKETED = {
+    "sqrt": ("\\sqrt{", "}"), "cbrt": ("\\sqrt[3]{", "}"), "exp": ("e^{", "}"),
+    "abs": ("\\lvert ", "\\rvert "), "Abs": ("\\lvert ", "\\rvert "),
+    "floor": ("\\lfloor ", "\\rfloor "), "ceil": ("\\lceil ", "\\rceil "),
+    "ceiling": ("\\lceil ", "\\rceil "),
+}  # fmt: skip
+_LETTER_NAMES = "|".join(_GREEK)
+_CAPITALS = "|".join(
+    name.capitalize() for name in _GREEK if name.islower() and name.capitalize() not in _GREEK
+)
+_NAMES_LONGEST_FIRST = "|".join(sorted(_FUNCTIONS, key=len, reverse=True))
+#: What follows a function's name, unless the name is a word of a sentence.
+_ARGUMENT = (
+    rf"(?=\s?[(^_{{\\|\d]|\s?(?:{_LETTER_NAMES})(?![A-Za-z])|\s[A-Za-z](?![A-Za-z'])"
+    rf"|[xy](?![A-Za-z])|\s(?:{_NAMES_LONGEST_FIRST})(?![A-Za-z]))"
+)
+#: A word of three letters or more makes the Greek name beside it a word: "beta decay".
+_NO_WORD_BEFORE = r"(?<!(?<!\\)[A-Za-z]{3} )"
+_NO_WORD_AFTER = rf"(?! (?!(?:{_NAMES_LONGEST_FIRST}|{_LETTER_NAMES}|and|or)\b)[A-Za-z]{{3}})"
+_PLAIN: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    (r"\\operatorname\*?\s*\{\s*([A-Za-z]+)\s*\}", r" \1 "),
+    (r"(?<![A-Za-z\\])oo(?![A-Za-z])", r"\\infty "),
+    (r"(?<=[)\]}])\s*(?:[Uu]|union)\s*(?=[(\[{\\])", r"\\cup "),
+    (r"(?<=\d)\s?deg(?:rees?)?(?![A-Za-z])", r"^\\circ "),
+    (r"(?<![A-Za-z\\])log_?(\d+)\s?(?=\()", r"\\log_{\1}"),
+    # Of these names, min and sec are units, too.
+    (r"(?<![A-Za-z\\])(max|min)(?=\()", r"\\\1"),
+    (
+        rf"(?<![A-Za-z\\])(?!max|min)(?!sec(?!(?:\^\{{?-?\d\}}?)?\s?(?:\(|\\|{_LETTER_NAMES})))"
+        rf"({_NAMES_LONGEST_FIRST}){_ARGUMENT}",
+        lambda m: f"\\{_FUNCTIONS[m.group(1)]} ",
+    ),
+    (
+        rf"(?<![A-Za-z\\])([a-z])({_NAMES_LONGEST_FIRST})(?=\()",
+        lambda m: f"{m.group(1)} \\{_FUNCTIONS[m.group(2)]} ",
+    ),
+    (r"(?<![A-Za-z\\])pi(?=[rhdnxR](?![A-Za-z])|\d|(?![A-Za-z]))", r"\\pi "),
+    (
+        rf"(?<![A-Za-z\\])(?<!\d )(psi)(?![A-Za-z])|{_NO_WORD_BEFORE}(?<![A-Za-z\\])(?!psi)"
+        rf"({_LETTER_NAMES}|{_CAPITALS})(?![A-Za-z]){_NO_WORD_AFTER}(?=(\d?))",
+        lambda m: "\\" + (m.group(1) or _greek(m.group(2))) + (" " if m.group(3) else ""),
+    ),
+    (r"\^\s?(-?\d{2,}(?:\.\d+)?|-?\d\.\d+|-\s?(?:\d|[a-zA-Z](?![a-zA-Z])))", r"^{\1}"),
+    (r"_\s?(\d{2,})", r"_{\1}"),
+    (r"(?<![A-Za-z\\])([a-zA-Z]|\d+) choose ([a-zA-Z]|\d+)(?![A-Za-z\d])", r"\\binom{\1}{\2}"),
+]
+_PLAIN_REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in _PLAIN]
+_CALL = re.compile(
+    rf"(\^?)(?:\\|(?<![A-Za-z\\])([a-z]??))({'|'.join(sorted(_BRACKETED, key=len, reverse=True))}"
+    r"|binom(?:ial)?)(\[[^\[\]]*\])?\s?\(|\^\s?\("
+)
+_FINAL_UNIT = re.compile(
+    r"(?<=[\d)}\]A-Za-z]) (?:(?:sq(?:uare)?|cu(?:bic)?)\.? [a-z]+|units?|radians?|inch(?:es)?|feet"
+    r"|(?:centi|kilo|milli)?met(?:er|re)s?|seconds?|minutes?|hours?|dollars?)\.?$"
+)
+
+
+def _from_plain(text: str) -> str:
+    """Writes plain notation as LaTeX: `sqrt(3)/2`, `2*pi*r`, `sin(2x)`, `e^(2x)`, `theta`."""
+    if _is_sentence(text):
+        return text
+    for pattern, replacement in _PLAIN_REWRITES:
+        text = pattern.sub(replacement, text)
+    if "\\" in text or "(" in text:
+        text = _FINAL_UNIT.sub("", text)
+    return _with_braces(text)
+
+
+def _is_sentence(text: str) -> bool:
+    """Returns whether a text is words alone, of which one is no name of plain notation."""
+    if words(text) is None:
+        return False
+    return any(len(w) > 2 and w not in _FUNCTIONS and not _is_greek(w) for w in text.split())
+
+
+def _is_greek(word: str) -> bool:
+    return word in _GREEK or word.lower() in _GREEK
+
+
+def _greek(name: str) -> str:
+    """Returns the command of a Greek letter; Alpha looks like A and has no command of its own."""
+    return name if name in _GREEK else name.lower()
+
+
+def _with_braces(text: str) -> str:
+    """Replaces the round brackets of exponents and of functions such as sqrt and floor."""
+    start = 0
+    while match := _CALL.search(text, start):
+        start = match.end()
+        end = closing(text, start - 1)
+        if end < 0:
+            continue
+        power, letter, name, index = match.groups()
+        if name is None:
+            opened, closed = "^{", "}"
+        elif name.startswith("binom"):
+            parts = list(top_level(text[start:end], (",",)))
+            if len(parts) != 2:
+                continue
+            opened, closed = f"\\binom{{{parts[0]}}}{{", "}"
+            start = end - len(parts[1])
+        else:
+            opened, closed = _BRACKETED[name]
+            opened = opened.replace("{", f"{index or ''}{{") if name == "sqrt" else opened
+        opened = f"{letter} {opened}" if letter else opened
+        if power:
+            opened, closed = f"^{{{opened}", closed + "}"
+        text = text[: match.start()] + opened + text[start:end] + closed + text[end + 1 :]
+        start = match.start() + len(opened)
+    return text
 
 
 # Words, choices, bases

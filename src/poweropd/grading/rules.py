@@ -17,7 +17,7 @@ REASONS = {
     NO_ANSWER: "the completion states no answer, or its last box is empty",
     UNPARSED_ANSWER: "the answer is not mathematics that can be read, and not the gold's text",
     UNPARSED_GOLD: "the gold answer cannot be read, and the answer is not its very text",
-    TIMEOUT: "the comparison passed the time limit, or the answer is too long to try",
+    TIMEOUT: "the search or the comparison passed the time limit, or the answer is too long",
     CRASH: "the comparison failed with an error, or its process died; see Grade.detail",
 }
 

@@ -18,6 +18,8 @@ _MATRIX = re.compile(
     r"\\end\{(?:[pbvBV]?matrix|array|smallmatrix)\}"
 )
 
+_ONE_CELL = re.compile(r"\[[^\[\](),]*\]")
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -154,6 +156,19 @@ def _matrix_shape(text: str, body: str) -> Shape:
     if len(rows) == 1 or all(len(row) == 1 for row in rows):
         return replace(_tuple([cell for row in rows for cell in row]), text=text)
     return Shape("matrix", text, tuple(map(_tuple, rows)))
+
+
+def as_matrix(side: Shape) -> Shape | None:
+    """Returns a matrix or vector as one, in round or square brackets; None for anything else.
+
+    `[[1, 2], [3, 4]]` is a matrix, `[[1], [2]]` and `[1, 2]` are vectors.
+    """
+    if side.kind not in ("matrix", "()", "[]"):
+        return None
+    rows = [shape(r.text[1:-1]) if _ONE_CELL.fullmatch(r.text) else r for r in side.items]
+    if all(row.kind == rows[0].kind in ("()", "[]") for row in rows):
+        return Shape("matrix", side.text, tuple(replace(row, kind="()") for row in rows))
+    return Shape("()", side.text, tuple(rows))
 
 
 def _tuple(cells: list[str]) -> Shape:

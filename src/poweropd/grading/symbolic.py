@@ -30,6 +30,7 @@ _SPELLINGS = [
         (r"(?<=\d),(?=\d{3}(?!\d))", ""),
         (r"\s+!", "!"),
         (r"\\gamma(?![A-Za-z])", "g_{amma}"),  # read as a function of what follows it
+        (r"\\(D|T|L|X|P|S|O)(elta|heta|ambda|i|igma|hi|si|mega)(?![A-Za-z])", r"\1_{\2}"),
         (r"(?<![A-Za-z\\])E(?=_)", r"\\mathcal{E}"),  # an energy, not Euler's number
         (r"\\(?:odot|oplus|ast|star)(?![A-Za-z])", "o"),
         (r"([A-Za-z])(?:''|\^\s*\{?\s*(?:\\prime\s*){2}\}?)", r"\1_{pp}"),

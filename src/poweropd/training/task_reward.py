@@ -11,6 +11,7 @@ from poweropd.config.sections import TaskRewardConfig
 from poweropd.data.prompts import Prompt
 from poweropd.data.rollout import Example, Rollout
 from poweropd.errors import RunError, UsageError, import_object
+from poweropd.grading.golds import read_gold
 from poweropd.grading.grader import Grader
 
 Key = tuple[int, int]  # of a completion in its step
@@ -55,11 +56,14 @@ class TaskRewards:
 
 def _grader(column: str, prompts: Sequence[Prompt]) -> Score:
     for prompt in prompts:
-        if not isinstance(prompt.row.get(column), str):
+        try:
+            read_gold(prompt.row.get(column))
+        except ValueError as error:
             raise UsageError(
                 f"rollout.task_reward.answer_column: expected text in column {column!r} of row "
-                f"{prompt.index}, whose columns are {', '.join(prompt.row)}"
-            )
+                f"{prompt.index}, a number or a list of them, {error}; the columns are "
+                f"{', '.join(prompt.row)}"
+            ) from None
     grader = Grader()
     atexit.register(grader.close, wait=False)
 
