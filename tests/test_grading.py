@@ -28,6 +28,20 @@ FOUND = [
     (r"Hence $\boxed{31$.", "31"),  # a brace forgotten
     (r"First \boxed{3}, but in the end \boxed{}", None),
     (r"<think>Perhaps \boxed{1}.</think> It is \boxed{2}.", "2"),
+    # an empty box, or the bare name of the command, in mid-sentence
+    (r"I put it into \boxed{}. The answer is 12.", "12"),
+    (r"The answer goes into \boxed{} and it is 12.", "12"),
+    (r"As asked, in \boxed form: the answer is 12.", "12"),
+    (r"I use \boxed. The answer is 12.", "12"),
+    (r"Written in $\boxed$ it is 12", "12"),
+    (r"First \boxed{} and then \boxed{12}.", "12"),
+    (r"The answer is 12, in \boxed{}.", None),
+    (r"The answer is 12, in \boxed", None),
+    # a question that the text invents after its answer
+    ("2 + 3 = 5\n#### 5\n\nQuestion: What is 3 + 4?\nAnswer: 3 + 4 = 7\n#### 7", "5"),
+    ("\\boxed{5}\n\nProblem 2: What is 3 + 4?\n\\boxed{7}", "5"),
+    ("Question: What is 2 + 3?\nThe answer is 5.", "5"),
+    ("The answer is 5.\nQ: What is 3 + 4?\nA: 7", "5"),
     # a stated answer
     ("4 pens cost 12.\n#### 12", "12"),
     ("She pays 3 * 5 = $<<3*5=15>>15 in all.\n#### 15", "15"),

@@ -2,16 +2,34 @@
 
 import multiprocessing
 import os
+import random
+import re
+import string
 import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from poweropd.grading import answers, exact, shapes
 from poweropd.grading import grader as grading_grader
-from poweropd.grading.grader import REASONS, Grader
+from poweropd.grading.grader import REASONS, Grader, Rule
+
+#: Texts that a careless pattern reads once for each of their characters; repeated to 200,000.
+FRAGMENTS = [
+    *string.printable, "####", "#### ", "####1", "#### 1. a\n", r"\boxed{", r"\boxed", r"\fbox ",
+    "Answer:", "answer ", "answer is ", "answer: a b c d e f\n", "A:", "A: *", "---", " \n", "\n* ",
+    "$$", "$ ", "$a$,", "$$a$$,", r"\[", r"\]", r"\(", r"\$", "{}", r"\{", "<<", "<|im_end|>",
+    "</think>", "(1,", "1,000,", "1 000 ", "1 1/", "1 and ", "€", r"\frac{", r"\frac{1}{2}", "ab$",
+    "final value ", "then ", "because ", "答案", "Question:", "\nQ:", "1 percent ", "xyz ",
+    "2 m/s ", "**", " square units",
+]  # fmt: skip
+_CHOICE = random.Random(0)
+PAIRS = ["".join(_CHOICE.sample(string.printable, 2)) for _ in range(100)]
+MIXED = ["".join(_CHOICE.sample(FRAGMENTS, 3)) for _ in range(60)]
 
 TOWER = r"\boxed{10^{10^{10^{10}}}}"
 
@@ -30,6 +48,51 @@ def test_endless_answers_cost_the_time_limit_at_most(completion: str) -> None:
         assert (grade.correct, grade.reason) == (False, "timeout")
         assert seconds < 0.5 + 1.0
         assert grader.grade("x + 1", r"\boxed{1 + x}").correct
+
+
+def test_the_search_is_linear() -> None:
+    """A search that is quadratic in one of these texts takes minutes; this one takes 0.3 s."""
+    slow = {}
+    for fragment in [*FRAGMENTS, *PAIRS, *MIXED]:
+        start = time.process_time()
+        answers.extract(fragment * (200_000 // len(fragment)))
+        seconds = time.process_time() - start
+        if seconds > 3:
+            slow[fragment] = seconds
+    assert slow == {}
+
+
+def test_what_runs_in_the_caller_is_quick() -> None:
+    """Answers are compared in the caller up to this length, where nothing could end a search."""
+    slow = {}
+    for fragment in [*FRAGMENTS, *PAIRS, *MIXED]:
+        answer = "1" + fragment * (exact.LONGEST // len(fragment) - 1) + "|"
+        start = time.process_time()
+        exact.quick("x + 1", answer, Rule())
+        shapes.lists_several(answer)
+        seconds = time.process_time() - start
+        if seconds > 1:
+            slow[fragment] = seconds
+    assert slow == {}
+
+
+def test_long_completions_are_searched_by_workers() -> None:
+    long = "Well. " * 5_000
+    with Grader(workers=1, timeout=20.0) as grader:
+        pending = [grader.submit("x + 1", rf"{long}\boxed{{{i} + x}}") for i in (1, 2)]
+        hashes = grader.submit("5", "#" * 131_000)
+        assert not hashes.done()
+    assert [grade.result().correct for grade in pending] == [True, False]
+    assert hashes.result().reason == "no_answer"
+    assert grader.counts["crash"] == 0
+
+
+def test_a_search_keeps_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "extract", partial(re.search, "(a+)+$"))  # never ends
+    with Grader(workers=1, timeout=0.3) as grader:
+        grader.warm_up()
+        grade = grader.grade("5", "a" * 20_000 + "b")
+    assert (grade.correct, grade.reason) == (False, "timeout")
 
 
 def test_a_crash_of_the_parser_is_told() -> None:

@@ -249,6 +249,36 @@ def test_the_grader_is_a_task_reward(recipe: MAKES) -> None:
     assert bonus == {0: 0.5, 1: 0.5 * same}
 
 
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [("2 + 2 = <<2+2=4>>4\n#### 4", "4"), (4, "4"), ([4, -4], "-4, 4"), (r"So $\boxed{4}$.", "4")],
+)
+def test_golds_of_every_writing_reward_right_answers(
+    answer: object, right: str, recipe: MAKES, tmp_path: Path
+) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps({"problem": "2 + 2?", "answer": answer}) + "\n")
+    options = {"data.prompts": str(path), "train.prompts_per_step": 1}
+    trainer = Trainer(recipe(**task_reward("grader"), **options), progress=False)
+    ids = trainer.inputs.tokenizer(f"\\boxed{{{right}}}")["input_ids"]
+    rollouts = [
+        replace(r, completion_ids=ids, sampling_log_probs=[-1.0] * len(ids), stopped=False)
+        for r in trainer.sample(0)
+    ]
+    assert {e.task_reward for e in trainer.scored(rollouts)} == {0.5}
+
+
+@pytest.mark.parametrize("answer", [None, "", True, {"a": 1}, [], "Work.\n####"])
+def test_golds_that_state_nothing_are_refused(
+    answer: object, recipe: MAKES, tmp_path: Path
+) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps({"problem": "2 + 2?", "answer": answer}) + "\n")
+    with pytest.raises(UsageError, match=r"answer_column: .* 'answer' of row 0, .* got ") as caught:
+        Trainer(recipe(**task_reward("grader"), **{"data.prompts": str(path)}), progress=False)
+    assert "\n" not in str(caught.value)
+
+
 def test_task_rewards_that_cannot_be_had_are_refused(recipe: MAKES) -> None:
     with pytest.raises(UsageError, match=r"rollout.task_reward.name: expected one of grader, pack"):
         recipe(**task_reward("judge"))

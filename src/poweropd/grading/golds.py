@@ -1,6 +1,7 @@
 """Reads gold answers, however they are written: the one reader for files, recipes and rewards."""
 
 import math
+from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from numbers import Real
 
@@ -24,7 +25,7 @@ def read_gold(value: object) -> str:
     if isinstance(value, str):
         return _from_text(value)
     if isinstance(value, (list, tuple)):
-        answers = [read_gold(one) for one in value]
+        answers = [read_gold(one) for one in _leaves(value)]
         if not answers:
             raise ValueError("got an empty list")
         several = any(len(list(top_level(normalise(one), (",",)))) > 1 for one in answers)
@@ -36,6 +37,15 @@ def read_gold(value: object) -> str:
     if value is None:
         raise ValueError("got nothing")
     raise ValueError(f"got {value!r:.80}, which is {type(value).__name__}")
+
+
+def _leaves(values: Iterable[object]) -> Iterator[object]:
+    """Yields the elements of a list and of the lists in it."""
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _leaves(value)
+        else:
+            yield value
 
 
 def _from_text(text: str) -> str:
