@@ -25,7 +25,7 @@ def read_gold(value: object) -> str:
     if isinstance(value, str):
         return _from_text(value)
     if isinstance(value, (list, tuple)):
-        answers = [read_gold(one) for one in _flattened(value)]
+        answers = [read_gold(one) for one in _leaves(value)]
         if not answers:
             raise ValueError("got an empty list")
         several = any(len(list(top_level(normalise(one), (",",)))) > 1 for one in answers)
@@ -39,11 +39,11 @@ def read_gold(value: object) -> str:
     raise ValueError(f"got {value!r:.80}, which is {type(value).__name__}")
 
 
-def _flattened(values: Iterable[object]) -> Iterator[object]:
+def _leaves(values: Iterable[object]) -> Iterator[object]:
     """Yields the elements of a list and of the lists in it."""
     for value in values:
         if isinstance(value, (list, tuple)):
-            yield from _flattened(value)
+            yield from _leaves(value)
         else:
             yield value
 

@@ -187,6 +187,8 @@ _NO_WORD_BEFORE = r"(?<!(?<!\\)[A-Za-z]{3} )"
 _NO_WORD_AFTER = rf"(?! (?!(?:{_NAMES_LONGEST_FIRST}|{_LETTER_NAMES}|and|or)\b)[A-Za-z]{{3}})"
 _PLAIN: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\operatorname\*?\s*\{\s*([A-Za-z]+)\s*\}", r" \1 "),
+    (r"\+/-|^\+-(?=\s?[\d\\(a-z])", r"\\pm "),
+    (r"(?<![A-Za-z\\])(ln|log)\s?(\d+)(?=\s?/\s?(?:ln|log))", r"\1(\2)"),
     (r"(?<![A-Za-z\\])oo(?![A-Za-z])", r"\\infty "),
     (r"(?<=[)\]}])\s*(?:[Uu]|union)\s*(?=[(\[{\\])", r"\\cup "),
     (r"(?<=\d)\s?deg(?:rees?)?(?![A-Za-z])", r"^\\circ "),
@@ -210,6 +212,12 @@ _PLAIN: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     ),
     (r"\^\s?(-?\d{2,}(?:\.\d+)?|-?\d\.\d+|-\s?(?:\d|[a-zA-Z](?![a-zA-Z])))", r"^{\1}"),
     (r"_\s?(\d{2,})", r"_{\1}"),
+    # The parser would put the factor after a fraction into its denominator.
+    (
+        rf"(?<![\w.}})/^])(\d{{1,9}})/(\d{{1,9}}) (?=[a-z](?![A-Za-z])"
+        rf"|\\(?:sqrt|{_NAMES_LONGEST_FIRST}|{_LETTER_NAMES})(?![A-Za-z])|sqrt)",
+        r"\\frac{\1}{\2} ",
+    ),
     (r"(?<![A-Za-z\\])([a-zA-Z]|\d+) choose ([a-zA-Z]|\d+)(?![A-Za-z\d])", r"\\binom{\1}{\2}"),
 ]
 _PLAIN_REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in _PLAIN]
@@ -218,8 +226,8 @@ _CALL = re.compile(
     r"|binom(?:ial)?)(\[[^\[\]]*\])?\s?\(|\^\s?\("
 )
 _FINAL_UNIT = re.compile(
-    r"(?<=[\d)}\]A-Za-z]) (?:(?:sq(?:uare)?|cu(?:bic)?)\.? [a-z]+|units?|radians?|inch(?:es)?|feet"
-    r"|(?:centi|kilo|milli)?met(?:er|re)s?|seconds?|minutes?|hours?|dollars?)\.?$"
+    r"(?<=[\d)}\]A-Za-z]) (?:(?:sq(?:uare)?|cu(?:bic)?)\.? [a-z]+|units?|rad(?:ian)?s?|[cmk]m"
+    r"|kg|ft|inch(?:es)?|feet|(?:centi|kilo|milli)?met(?:er|re)s?|seconds?|minutes?|hours?|dollars?)\.?$"
 )
 
 
