@@ -17,6 +17,7 @@ from tiny_models import (
     TURN_END,
     TURN_START,
     make_byte_tokenizer,
+    make_config,
     make_model,
     make_recipe,
 )
@@ -165,8 +166,12 @@ def test_dropout_of_a_config_within_the_config_is_off_and_can_be_restored() -> N
     assert with_dropout(config.to_dict(), rates) == before
 
 
-def test_the_context_of_gpt2_is_known(tmp_path: Path) -> None:
-    assert loading.context_length(loading.load_config(str(pair(tmp_path, "gpt2")[0]))) == 256
+@pytest.mark.parametrize("kind", ["gpt2", "mpt", "qwen2", "codegen", "opt"])
+def test_the_context_is_known_by_whichever_name(kind: str) -> None:
+    assert loading.context_length(make_config(kind, 320)) == 256
+
+
+def test_the_context_of_gpt2_bounds_prompts(tmp_path: Path) -> None:
     data = write_rows(tmp_path / "long.jsonl", "x" * 300, "y")
     with pytest.raises(UsageError, match=r"data.prompts row 0: .* student's context of 256 tokens"):
         train(tmp_path, "gpt2", **{"data.prompts": data})

@@ -366,14 +366,14 @@ def attacked() -> Iterator[Attacked]:
         server.shutdown()
 
 
-def connect(server: Attacked) -> ServerTeacher:
+def connect(server: Attacked, concurrency: int = 2) -> ServerTeacher:
     return ServerTeacher(
         TeacherConfig(
             model="teacher",
             servers=[server.url],
             timeout=TIMEOUT,
             patience=PATIENCE,
-            concurrency=2,
+            concurrency=concurrency,
             api_key_env="ATTACKED_KEY",
         )
     )
@@ -495,6 +495,28 @@ def test_no_score_of_another_model_behind_the_same_address_is_used(
                 torch.testing.assert_close(example.teacher_log_probs, right_scores(example))
 
     assert_right_or_one_line(attempt, caplog, must_fail=True)
+
+
+def test_no_score_of_another_model_that_is_there_for_one_connection_is_used(
+    attacked: Attacked,
+) -> None:
+    """As behind a balancer: the second connection reaches another model, all others the first."""
+    teacher = connect(attacked, concurrency=1)
+    answered: dict[Any, int] = {}
+
+    def balanced(handler: Handler, right: Any) -> None:
+        own = answered[handler.client_address] = answered.get(handler.client_address, 0) + 1
+        if len(answered) == 2:
+            for entry in right["choices"][0]["prompt_logprobs"][1:]:
+                next(iter(entry.values()))["logprob"] -= 0.5
+        # The check of two sequences, twice, takes four requests, and a score with its check two.
+        handler.close_connection = own == (4 if len(answered) == 1 else 2)
+        handler.send(json.dumps(right).encode())
+
+    attacked.fault, attacked.path, attacked.count = balanced, "/v1/completions", 10**9
+    teacher.check([[4, 5, 6], [7, 8]])
+    with pytest.raises(RunError, match="gives other log-probs than when the run started"):
+        base.score(teacher, some_examples())
 
 
 # The rollout server.
