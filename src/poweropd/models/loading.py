@@ -122,7 +122,8 @@ def load_model(
     if absent:
         raise UsageError(
             f"{name}: its files lack {len(absent)} of the model's weights in its shapes, such as "
-            f"{absent[0]}, which would be random: they are not of this model, or a part of them is missing"
+            f"{absent[0]}, which would be random: they are not of this model, or a part of them is "
+            "missing"
         )
     if adapted(name) is not None:
         model = _with_adapter(model, resolve(name))
