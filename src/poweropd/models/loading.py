@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from poweropd import embedded
 from poweropd.data.batch import Sequences
 from poweropd.embedded import EMBEDDED_PREFIX
-from poweropd.errors import UsageError
+from poweropd.errors import UsageError, one_line
 from poweropd.kernels import score_tokens
 from poweropd.models import DTYPES
 from poweropd.models.language_model import LanguageModel, dropout_rates
@@ -114,13 +115,15 @@ def load_model(
         dtype=DTYPES[dtype],
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are told below
         **options,
     )
-    absent = sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
+    absent = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
     if absent:
         raise UsageError(
-            f"{name}: its files lack {len(absent)} of the model's weights, such as {absent[0]}, "
-            "which would be random: they are not of this model, or a part of them is missing"
+            f"{name}: its files lack {len(absent)} of the model's weights in its shapes, such as "
+            f"{absent[0]}, which would be random: they are not of this model, or a part of them is "
+            "missing"
         )
     if adapted(name) is not None:
         model = _with_adapter(model, resolve(name))
@@ -163,8 +166,8 @@ def _load(kind: Any, name: str, **options: Any) -> Any:
     path = resolve(name)
     try:
         return kind.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        reason = one_line(str(error))[:200]
         raise UsageError(f"{name}: cannot load it as a model: {reason}") from error
 
 
