@@ -3,10 +3,13 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from poweropd.config import Config
@@ -107,3 +110,35 @@ def test_every_row_comes_once_per_epoch_in_an_order_of_the_seed() -> None:
     assert order.at_step(3, 4) == data_prompts.PromptOrder(10, 3).at_step(3, 4) == steps[3]
     assert data_prompts.PromptOrder(10, 4).at_step(0, 10) != order.at_step(0, 10)
     assert data_prompts.PromptOrder(3, 0, shuffle=False).at_step(1, 4) == [1, 2, 0, 1]
+
+
+@given(st.integers(2, 40), st.integers(0, 2**32 - 1), st.data())
+def test_held_out_prompts_are_the_seeds_and_no_others(count: int, seed: int, draw: Any) -> None:
+    prompts = [data_prompts.Prompt(i, [i], [i]) for i in range(count)]
+    size = draw.draw(st.integers(0, count - 1))
+    trained, held = data_prompts.split_holdout(prompts, size, seed)
+    assert len(held) == size
+    assert sorted(p.index for p in [*trained, *held]) == list(range(count))
+    assert trained == sorted(trained, key=lambda p: p.index)
+    assert data_prompts.split_holdout(prompts, size, seed) == (trained, held)
+
+
+def test_another_seed_holds_out_others() -> None:
+    prompts = [data_prompts.Prompt(i, [i], [i]) for i in range(100)]
+    one, other = (data_prompts.split_holdout(prompts, 20, seed)[1] for seed in (0, 1))
+    assert one != other
+
+
+def test_a_copy_of_a_held_out_prompt_is_not_trained_on(caplog: pytest.LogCaptureFixture) -> None:
+    prompts = [data_prompts.Prompt(i, [i // 2], [i // 2]) for i in range(8)]
+    trained, held = data_prompts.split_holdout(prompts, 2, seed=1)
+    assert not {p.prompt_ids[0] for p in trained} & {p.prompt_ids[0] for p in held}
+    assert "read the same as a held-out one" in caplog.text
+    with pytest.raises(UsageError, match="all 7 prompts beside the 1 held-out ones read the same"):
+        data_prompts.split_holdout([data_prompts.Prompt(i, [1], [1]) for i in range(8)], 1, 0)
+
+
+def test_a_holdout_leaves_something_to_train_on() -> None:
+    prompts = [data_prompts.Prompt(i, [i], [i]) for i in range(3)]
+    with pytest.raises(UsageError, match=r"expected fewer than the 3 prompts .* got 3"):
+        data_prompts.split_holdout(prompts, 3, 0)

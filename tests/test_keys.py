@@ -113,6 +113,21 @@ def test_temperature_and_truncation_change_what_is_sampled(recipe: MAKES) -> Non
     assert sampled(**{"rollout.batch_size": 3}) == free  # how many at once changes nothing
 
 
+def test_held_out_prompts_are_kept_out_of_training_and_stay_the_same(recipe: MAKES) -> None:
+    config = recipe(**{"data.holdout": 24})
+    trainer = Trainer(config, progress=False)
+    held = {prompt.index for prompt in trainer.inputs.holdout}
+    assert len(held) == 24
+    assert len(trainer.inputs.prompts) == 40
+    assert not held & {p.index for step in range(20) for p in trainer.prompts(step)}
+    trainer.train(until=1)
+    recorded = json.loads((trainer.run.path / "inputs.json").read_text())
+    assert "the held-out prompts of data.prompts" in recorded
+    again = Trainer(config, progress=False)
+    assert again.inputs.holdout == trainer.inputs.holdout
+    assert again.train().steps == 3
+
+
 def test_prompts_come_in_the_order_that_the_recipe_says(recipe: MAKES) -> None:
     plain = Trainer(recipe(**{"data.shuffle": False}), progress=False)
     assert [prompt.index for prompt in plain.prompts(1)] == [4, 5, 6, 7]

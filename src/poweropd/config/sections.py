@@ -175,6 +175,8 @@ class DataConfig(Section):
     """System turn before each prompt, for student and teacher."""
     shuffle: bool = True
     """Whether the prompts are shuffled in every epoch."""
+    holdout: NonNegativeInt = 0
+    """Number of prompts, chosen by train.seed, that are kept out of training for validation."""
 
 
 class VllmConfig(Section):

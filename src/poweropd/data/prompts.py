@@ -5,6 +5,7 @@ of processes see the same prompts at the same step.
 """
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,10 @@ if TYPE_CHECKING:  # they take a second to import, and benchmarks need no pydant
 
     from poweropd.config.sections import DataConfig
 
+logger = logging.getLogger("poweropd")
+
 EMBEDDED_PROBLEMS = 8192
+HOLDOUT = -1  # number of the permutation that chooses held-out prompts
 FILE_ENDINGS = (".jsonl", ".json", ".parquet")
 Row = Mapping[str, Any]
 # A row, behind the place that an error about it names: "file:line" or "dataset[split] row i".
@@ -221,6 +225,39 @@ def check_ids(
                 )
 
 
+def split_holdout(
+    prompts: Sequence[Prompt], count: int, seed: int
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Returns the prompts to train on and `count` held-out ones, chosen by the seed.
+
+    Both keep the order of the data. A prompt that reads the same as a held-out one is not trained
+    on, which a notice says. Raises UsageError if nothing is left to train on.
+    """
+    if not count:
+        return list(prompts), []
+    if count >= len(prompts):
+        raise UsageError(
+            f"data.holdout: expected fewer than the {len(prompts)} prompts of data.prompts, got "
+            f"{count}: none would be left to train on; lower it"
+        )
+    chosen = {*_permutation(len(prompts), seed, HOLDOUT)[:count]}
+    held = [prompt for i, prompt in enumerate(prompts) if i in chosen]
+    texts = {(*prompt.prompt_ids,) for prompt in held}
+    kept = [prompt for prompt in prompts if (*prompt.prompt_ids,) not in texts]
+    copies = len(prompts) - count - len(kept)
+    if not kept:
+        raise UsageError(
+            f"data.holdout: all {copies} prompts beside the {count} held-out ones read the same as "
+            "one of them: none is left to train on; lower it, or drop repeated rows"
+        )
+    if copies:
+        logger.warning(
+            "data.holdout: %d more prompts read the same as a held-out one and are not trained on",
+            copies,
+        )
+    return kept, held
+
+
 @dataclass(frozen=True)
 class PromptOrder:
     """Says which of `count` rows come at which step: each epoch is a permutation of all rows."""
@@ -239,5 +276,13 @@ class PromptOrder:
     def _epoch(self, epoch: int) -> list[int]:
         if not self.shuffle:
             return list(range(self.count))
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(self.count, generator=generator).tolist()
+        return _permutation(self.count, self.seed, epoch)
+
+
+def _permutation(count: int, seed: int, number: int) -> list[int]:
+    """Returns permutation `number` of the first `count` numbers, one of a sequence for each seed.
+
+    Epochs take those from 0 on.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    return torch.randperm(count, generator=generator).tolist()

@@ -187,6 +187,7 @@ def check_prompts(
         return None, PlanCheck("prompts", "not checked", f"hub unreachable: {source}")
     try:
         prompts = data_prompts.load_prompts(config.data, tokenizers[0], {"": tokenizers[1]})
+        data_prompts.split_holdout(prompts, config.data.holdout, config.train.seed)
     except UsageError as error:
         return None, PlanCheck("prompts", "failed", str(error))
     lengths = [len(prompt.prompt_ids) for prompt in prompts]

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,14 @@ from transformers import PreTrainedTokenizerBase
 from poweropd import stops
 from poweropd.config import Config
 from poweropd.data import chat
-from poweropd.data.prompts import Prompt, PromptOrder, check_ids, check_lengths, load_prompts
+from poweropd.data.prompts import (
+    Prompt,
+    PromptOrder,
+    check_ids,
+    check_lengths,
+    load_prompts,
+    split_holdout,
+)
 from poweropd.data.rollout import Example
 from poweropd.errors import UsageError, import_object, shown
 from poweropd.kernels import Support
@@ -52,11 +59,12 @@ class RunInputs:
     """Prompts, tokenizer and stop ids: all that a run needs before any weight is loaded."""
 
     tokenizer: PreTrainedTokenizerBase  # the student's
-    prompts: list[Prompt]
+    prompts: list[Prompt]  # to train on
     order: PromptOrder
     student_stop_ids: list[int]
     teachers: dict[str, TeacherProfile]  # by domain; a single one under ""
     student_context: int  # tokens
+    holdout: list[Prompt] = field(default_factory=list)  # kept out of training
 
     @classmethod
     def load(cls, config: Config, notify: bool = True) -> "RunInputs":
@@ -90,8 +98,9 @@ class RunInputs:
                 logger.warning("%s%s", f"teacher.{name}: " if name else "", notice)
         if notify:
             _show_first_prompt(prompts[0], tokenizer, tokenizers[prompts[0].domain], config)
-        order = PromptOrder(len(prompts), config.train.seed, config.data.shuffle)
-        return cls(tokenizer, prompts, order, stop_ids, teachers, context)
+        trained, held = split_holdout(prompts, config.data.holdout, config.train.seed)
+        order = PromptOrder(len(trained), config.train.seed, config.data.shuffle)
+        return cls(tokenizer, trained, order, stop_ids, teachers, context, held)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -131,6 +140,8 @@ def input_fingerprints(config: Config, inputs: RunInputs) -> dict[str, str]:
         "the tokenizer of model.student": fingerprints.of_tokenizer(inputs.tokenizer),
         "data.prompts": fingerprints.of_prompts(inputs.prompts),
     }
+    if inputs.holdout:
+        found["the held-out prompts of data.prompts"] = fingerprints.of_prompts(inputs.holdout)
     for name, section in config.teachers.items():
         if not section.servers:
             where = f"teacher.{name}.model" if name else "teacher.model"
@@ -262,7 +273,8 @@ def make_engine(
     log_probs: Callable[[Sequence[Example]], list[list[float]]],
 ) -> RolloutEngine:
     """Returns the recipe's engine; `log_probs` are the student's own, for a comparison."""
-    tokenizer, prompts, context = inputs.tokenizer, inputs.prompts, inputs.student_context
+    tokenizer, prompts = inputs.tokenizer, [*inputs.prompts, *inputs.holdout]
+    context = inputs.student_context
     return build_engine(config, student, tokenizer, prompts, context, accelerator, log_probs)
 
 
