@@ -69,6 +69,9 @@ def test_over_multiplies_and_case_adds_one(recipe_file: Path) -> None:
         "full_vocab log_ratio",
     ]
     assert [t.seed for t in found] == [42, 43] * 6
+    assert cells.baseline_cell(found, 2, None) == "clip"  # the first case
+    assert cells.baseline_cell(found, 0, None) == found[0].cell
+    assert cells.baseline_cell(found, 2, "full_vocab log_ratio") == "full_vocab log_ratio"
     assert found[-1].config.run.dir == "out/full_vocab-log_ratio-seed43"
     assert found[-1].config.objective.kind == "full_vocab"
     assert found[0].config.reward.model_dump()["alpha"] == 0.5
@@ -109,6 +112,7 @@ def test_values_may_be_lists_and_labels_stay_different(recipe_file: Path) -> Non
         (["--case", "train.seed=1"], "--case train.seed=1: train.seed is set by --seeds"),
         (["--case", "a='1"], "--case a='1: no closing quotation"),
         (["--over", "reward.alpha=1,1"], "the same as --over reward.alpha=1"),
+        ([*OVER, "--baseline", "vanilla"], "--baseline: expected one of alpha=1, alpha=100, got"),
         (["run.dir=x", *OVER], "run.dir: a sweep names its runs' directories; use --out"),
     ],
 )

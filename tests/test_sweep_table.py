@@ -11,9 +11,15 @@ import pytest
 from rich.console import Console
 
 from poweropd.config import Config
-from poweropd.evaluation.metrics import Estimate, estimate_over_seeds
-from poweropd.sweep import paper, table
-from poweropd.sweep.results import BenchmarkFigures, Row, over_seeds
+from poweropd.evaluation.metrics import (
+    Estimate,
+    estimate_over_seeds,
+    paired_bootstrap,
+    paired_over_seeds,
+)
+from poweropd.sweep import comparison, paper, table
+from poweropd.sweep.comparison import CellResults
+from poweropd.sweep.results import BenchmarkFigures, Row, compared, over_seeds
 
 MODELS = {
     "model": {"student": "Qwen/Qwen3-0.6B-Base"},
@@ -122,50 +128,118 @@ def row(cell: str, average: float | None, **options: Any) -> Row:
 def rows() -> list[Row]:
     ours = paper.results(config(reward={"name": "power", "alpha": 500}), ["gsm8k"])
     return [
-        row("alpha=500", 0.7, of_paper=ours),
+        row(
+            "alpha=500",
+            0.7,
+            of_paper=ours,
+            best={"gsm8k": ["avg_at_k"]},
+            minus_baseline={"gsm8k": Estimate(0.1, 0.05, 0.15)},
+        ),
         row("clip", 0.6),
         row("tanh", 0.5),
-        row("same as clip", 0.6),
+        row("same as clip", 0.6, minus_baseline={"gsm8k": Estimate(0.0, -0.02, 0.02)}),
         row("failed", None),
     ]
 
 
-def test_best_and_second_best_are_marked(rows: list[Row]) -> None:
-    text = table.markdown(rows, best=False)
+def solving(*seeds: dict[str, float]) -> CellResults:
+    """A cell whose runs, from seed 42 on, solved so much of each problem of one benchmark."""
+    found = enumerate((result(one, 4, 10) for one in seeds), 42)
+    return CellResults({seed: {"a": one} for seed, one in found})
+
+
+def test_differences_are_paired_by_problem_and_seed() -> None:
+    generator = np.random.default_rng(0)
+    hard = generator.integers(0, 4, (2, 300)) / 4  # most of what varies is the problem
+    better = np.clip(hard + (generator.random((2, 300)) < 0.2) / 4, 0, 1)
+    solved = [
+        [{str(i).zfill(3): float(v) for i, v in enumerate(seed)} for seed in values]
+        for values in (better, hard)
+    ]
+    a, b = (solving(*seeds) for seeds in solved)
+    found = comparison.difference(a, b, ["a"], "avg_at_k")
+    assert found is not None
+    assert found.mean == pytest.approx((better - hard).mean())
+    assert 0 < found.low < found.mean < found.high
+    assert found.high - found.low < 0.03  # unpaired, it would be three times that
+    alone, single = (
+        paired_over_seeds((better[:1], hard[:1])),
+        paired_bootstrap(*next(zip(*solved, strict=True))),
+    )
+    assert alone.mean == pytest.approx(single.mean)
+    assert (alone.low, alone.high) == pytest.approx((single.low, single.high), abs=5e-3)
+    # Only the seed that both have counts; other problems cannot be compared at all.
+    common = comparison.difference(a, CellResults({43: b.by_seed[43]}), ["a"], "avg_at_k")
+    assert common is not None
+    assert common.mean == pytest.approx((better - hard)[1].mean())
+    assert comparison.difference(a, solving({"other": 1.0}), ["a"], "avg_at_k") is None
+    with pytest.raises(ValueError, match=r"shape \[seeds, problems\]"):
+        paired_over_seeds((np.zeros((2, 3)), np.zeros((2, 3))), (np.zeros((1, 3)), np.zeros(3)))
+
+
+def test_a_best_needs_a_paired_interval_against_every_other_row() -> None:
+    ids = [str(i) for i in range(200)]
+    cells = {
+        "far": solving(dict.fromkeys(ids, 1.0)),
+        "near": solving({id: float(i % 20 > 0) for i, id in enumerate(ids)}),
+        "low": solving({id: float(i % 2) for i, id in enumerate(ids)}),
+    }
+    figures = {"a": row("", 0.5).benchmarks["gsm8k"]}
+    rows = [Row(cell, 1, 1, {}, figures) for cell in cells]
+    found = {r.cell: r for r in compared(rows, cells, "low")}
+    assert found["far"].best == {"a": ["avg_at_k", "pass_at_k"]}
+    assert found["near"].best == found["low"].best == {}
+    assert found["low"].minus_baseline == {}
+    assert found["near"].minus_baseline["a"].mean == pytest.approx(0.45)
+    same = {"one": cells["near"], "two": cells["near"], "low": cells["low"]}
+    unsure = [Row(cell, 1, 1, {}, figures) for cell in same]
+    assert all(r.best == r.minus_baseline == {} for r in compared(unsure, same, None))
+    text = table.markdown(compared(unsure, same, "low"), best=False, baseline="low")
+    assert "No row is better than every other one" in text
+    assert "| +45.00 [" in text
+
+
+def test_the_best_and_differences_from_the_baseline_are_shown(rows: list[Row]) -> None:
+    text = table.markdown(rows, best=False, baseline="clip")
     lines = {line.split("|")[1].strip(): line for line in text.splitlines() if "|" in line}
     assert "**70.00** [60.0, 80.0]" in lines["alpha=500"]
-    assert "<u>60.00</u>" in lines["clip"]
-    assert "<u>60.00</u>" in lines["same as clip"]
+    assert "| +10.00 [+5.0, +15.0] |" in lines["alpha=500"]
+    assert "| 60.00 [" in lines["clip"]
+    assert "| +0.00 [-2.0, +2.0] |" in lines["same as clip"]
+    assert "gsm8k Avg@8 minus clip" in lines[""]
     assert "| 50.00 [" in lines["tanh"]
     assert "| – | – |" in lines["failed (0 of 1 seeds)"]
-    assert lines["*paper (k = 8)*"].startswith("| *paper (k = 8)* | 69.77 | 87.49 | 397 |")
+    assert lines["*paper (k = 8)*"].startswith("| *paper (k = 8)* | 69.77 | 87.49 |  | 397 |")
     assert len({line.count("|") for line in lines.values()}) == 1
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_the_terminal_cuts_no_number(rows: list[Row], width: int) -> None:
     console = Console(width=width, record=True, file=io.StringIO())
-    table.print_table(rows, best=True, console=console)
+    table.print_table(rows, best=True, baseline="clip", console=console)
     text = console.export_text()
     assert "70.00 ▲" in text
-    assert text.count("60.00 △") == 2
+    assert text.count("▲") == 2  # and in the legend
+    assert "+10.00" in text
     assert "69.77" in text
     assert "…" not in text
     assert "best evaluated step" in " ".join(text.split())
 
 
 def test_numbers_for_programs(rows: list[Row]) -> None:
-    (first, *_, last) = csv.DictReader(io.StringIO(table.as_csv(rows)))
+    (first, *_, last) = csv.DictReader(io.StringIO(table.as_csv(rows, "clip")))
     assert float(first["gsm8k Avg@8"]) == 0.7
     assert float(first["gsm8k Pass@8 high"]) == pytest.approx(1.0)
     assert float(first["gsm8k paper Avg@8"]) == pytest.approx(0.6977)
     assert last["gsm8k Avg@8"] == ""
-    content = json.loads(table.as_json(rows, best=True))
+    assert float(first["gsm8k Avg@8 minus clip low"]) == 0.05
+    content = json.loads(table.as_json(rows, best=True, baseline="clip"))
+    assert content["baseline"] == "clip"
     assert content["step"] == "best"
     assert content["rows"][1]["benchmarks"]["gsm8k"]["avg_at_k"]["mean"] == 0.6
 
 
 def test_a_sweep_without_evaluation_says_how_to_have_one(tmp_path: Path) -> None:
-    text = table.markdown([row("alpha=1", None)], best=False)
+    text = table.markdown([row("alpha=1", None)], best=False, baseline=None)
     assert "evaluate: {every: 500, benchmarks: [math500], n: 8}" in text
     assert "0.500" in text

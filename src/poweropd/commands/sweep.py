@@ -38,6 +38,13 @@ def sweep_command(
     best: Annotated[
         bool, typer.Option("--best", help="Figures of each run's best step, not its last.")
     ] = False,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CELL",
+            help="The row that the others are compared with; the first --case if absent.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run.")] = False,
 ) -> None:
     """Run a recipe's variants, each with several seeds, and compare them in one table."""
@@ -53,12 +60,13 @@ def sweep_command(
         out=folder,
         measure=command.at_both_ends(snr),
     )
+    compared = cells.baseline_cell(trainings, len(case or []), baseline)
     if snr:
         command.check_snr(trainings)
     if dry_run:
         command.print_trainings(trainings)
     else:
-        raise typer.Exit(command.run_sweep(folder, trainings, parallel, snr, best))
+        raise typer.Exit(command.run_sweep(folder, trainings, parallel, snr, best, compared))
 
 
 def sweep_run(

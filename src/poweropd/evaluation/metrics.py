@@ -192,6 +192,24 @@ def estimate_over_seeds(
     return _spanning(mean, [_means_over_seeds(pool, resamples, seed) for pool in (arrays, added)])
 
 
+def paired_over_seeds(
+    *benchmarks: tuple[ArrayLike, ArrayLike], resamples: int = RESAMPLES, seed: int = 0
+) -> Estimate:
+    """Returns the mean difference a - b of several trainings over benchmarks, with its interval.
+
+    benchmarks: (a, b) each, both [seeds, problems] with the same seeds and problems in the same
+    order. Differences are taken within a seed and a problem, so that what makes both models fail
+    cancels; then seeds and problems are drawn as in `estimate_over_seeds`. With one seed this is
+    `paired_bootstrap`, whose interval is over problems alone.
+    """
+    differences = [np.asarray(a, np.float64) - np.asarray(b, np.float64) for a, b in benchmarks]
+    shapes = [array.shape for array in differences]
+    if not differences or any(len(s) != 2 or 0 in s or s[0] != shapes[0][0] for s in shapes):
+        raise ValueError(f"expected pairs of shape [seeds, problems], got differences of {shapes}")
+    mean = np.mean([array.mean() for array in differences])
+    return _spanning(mean, [_means_over_seeds(differences, resamples, seed)])
+
+
 def _spanning(mean: np.floating, bootstraps: Sequence[_Values]) -> Estimate:
     """Returns a mean with an interval that spans the intervals of all bootstraps."""
     tail = (1.0 - CONFIDENCE) / 2

@@ -80,6 +80,20 @@ def trainings(
     return found
 
 
+def baseline_cell(trainings: Sequence[Training], num_cases: int, named: str | None) -> str:
+    """Returns the cell that the others are compared with.
+
+    It is the one that `--baseline` names, else the first `--case`, else the first cell. Raises
+    UsageError for a name that no cell has.
+    """
+    names = list(dict.fromkeys(training.cell for training in trainings))
+    if named is None:
+        return names[-num_cases] if num_cases else names[0]
+    if named not in names:
+        raise UsageError(f"--baseline: expected one of {', '.join(names)}, got {named}")
+    return named
+
+
 def expand(over: Sequence[str], case: Sequence[str]) -> list[Cell]:
     """Returns the product of all `over`, then one cell for each `case`.
 

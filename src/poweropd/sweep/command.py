@@ -14,7 +14,12 @@ from poweropd.sweep.runner import SweepOutcome
 
 
 def run_sweep(
-    folder: Path, trainings: Sequence[Training], parallel: int, snr: int, best: bool
+    folder: Path,
+    trainings: Sequence[Training],
+    parallel: int,
+    snr: int,
+    best: bool,
+    baseline: str,
 ) -> int:
     """Runs what is not finished and prints the table; returns the exit status.
 
@@ -23,7 +28,7 @@ def run_sweep(
     with runner.only_sweep(folder) as lock:
         runner.claim(folder, trainings, {"snr": snr})
         outcome = runner.JobRunner(trainings, parallel, lock).run()
-        show_sweep(folder, trainings, outcome, best)
+        show_sweep(folder, trainings, outcome, best, baseline)
         return exit_status(folder, outcome, len(trainings))
 
 
@@ -54,18 +59,22 @@ def print_trainings(trainings: Sequence[Training]) -> None:
 
 
 def show_sweep(
-    folder: Path, trainings: Sequence[Training], outcome: SweepOutcome, best: bool
+    folder: Path,
+    trainings: Sequence[Training],
+    outcome: SweepOutcome,
+    best: bool,
+    baseline: str,
 ) -> None:
     """Prints the table and what failed, and writes the table's files."""
     console = Console()
-    rows = results.table_rows(trainings, outcome.failed, best)
-    table.print_table(rows, best, console)
+    rows = results.table_rows(trainings, outcome.failed, best, baseline)
+    table.print_table(rows, best, baseline, console)
     for name, why in outcome.failed.items():
         console.print(f"failed: {name}: {why}", soft_wrap=True, markup=False, highlight=False)
     try:
-        write_atomically(folder / "sweep.md", table.markdown(rows, best))
-        write_atomically(folder / "sweep.csv", table.as_csv(rows))
-        write_atomically(folder / "sweep.json", table.as_json(rows, best))
+        write_atomically(folder / "sweep.md", table.markdown(rows, best, baseline))
+        write_atomically(folder / "sweep.csv", table.as_csv(rows, baseline))
+        write_atomically(folder / "sweep.json", table.as_json(rows, best, baseline))
     except OSError as error:
         if not outcome.unfinished:
             raise

@@ -2,18 +2,15 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from poweropd.evaluation.metrics import Estimate, avg_values, estimate_over_seeds, pass_values
 from poweropd.runs.files import JsonObject
 from poweropd.runs.metrics import OF_GRADIENTS, OF_STEPS
-from poweropd.sweep import paper
+from poweropd.sweep import comparison, paper
 from poweropd.sweep.jobs import Training
-
-MEAN = "mean"  # the name of the mean over the benchmarks
 
 
 @dataclass(frozen=True)
@@ -38,22 +35,73 @@ class Row:
     benchmarks: dict[str, BenchmarkFigures] = field(default_factory=dict)
     training: dict[str, float] = field(default_factory=dict)
     of_paper: dict[str, paper.Figures] | None = None
+    #: Benchmark -> Avg@k minus that of the baseline; the baseline itself has none.
+    minus_baseline: dict[str, Estimate] = field(default_factory=dict)
+    #: Benchmark -> the metrics by which this cell is better than every other one for sure.
+    best: dict[str, list[str]] = field(default_factory=dict)
 
 
 def table_rows(
-    trainings: Sequence[Training], failed: Mapping[str, str], best: bool = False
+    trainings: Sequence[Training],
+    failed: Mapping[str, str],
+    best: bool = False,
+    baseline: str | None = None,
 ) -> list[Row]:
-    """Returns a row for each cell, from each run's last step or, if `best`, from its best one."""
+    """Returns a row for each cell, from each run's last step or, if `best`, from its best one.
+
+    `baseline`: the cell that the others are compared with; None means no comparison.
+    """
     cells: dict[str, list[Training]] = {}
     for training in trainings:
         cells.setdefault(training.cell, []).append(training)
-    return [_row(cell, group, failed, best) for cell, group in cells.items()]
+    graded = {cell: graded_cell(group, best) for cell, group in cells.items()}
+    rows = [_row(cell, group, failed, graded[cell]) for cell, group in cells.items()]
+    return compared(rows, graded, baseline)
 
 
-def _row(cell: str, group: Sequence[Training], failed: Mapping[str, str], best: bool) -> Row:
+def graded_cell(group: Sequence[Training], best: bool) -> comparison.CellResults:
+    """Returns the evaluations of a cell's finished runs."""
+    found = {run.seed: evaluation(run, best) for run in group if run.is_finished()}
+    return comparison.CellResults({seed: one for seed, one in found.items() if one})
+
+
+def compared(rows: Sequence[Row], graded: comparison.Cells, baseline: str | None) -> list[Row]:
+    """Returns the rows with their differences from the baseline and with what is best for sure."""
+    names = list(dict.fromkeys(n for row in rows for n in row.benchmarks if n != comparison.MEAN))
+    groups = comparison.benchmark_groups(names)
+    winners = {
+        (name, key): comparison.best_cell(graded, group, key)
+        for name, group in groups.items()
+        for key in comparison.VALUES
+    }
+    found = []
+    for row in rows:
+        against = graded[baseline] if baseline is not None and row.cell != baseline else None
+        pairs = {
+            name: comparison.difference(graded[row.cell], against, group, "avg_at_k")
+            for name, group in groups.items()
+            if against is not None
+        }
+        won = [column for column, cell in winners.items() if cell == row.cell]
+        best = {name: [key for n, key in won if n == name] for name in groups}
+        found.append(
+            replace(
+                row,
+                minus_baseline={name: pair for name, pair in pairs.items() if pair is not None},
+                best={name: keys for name, keys in best.items() if keys},
+            )
+        )
+    return found
+
+
+def _row(
+    cell: str,
+    group: Sequence[Training],
+    failed: Mapping[str, str],
+    graded: comparison.CellResults,
+) -> Row:
     done = [training for training in group if training.is_finished()]
-    found = [evaluation(training, best) for training in done]
-    figures = over_seeds([one for one in found if one])
+    figures = over_seeds([*graded.by_seed.values()])
     return Row(
         cell=cell,
         seeds=len(group),
@@ -61,7 +109,9 @@ def _row(cell: str, group: Sequence[Training], failed: Mapping[str, str], best: 
         failed={t.name: failed[t.name] for t in group if t.name in failed},
         benchmarks=figures,
         training=_mean_by_key([of_training(training) for training in done]),
-        of_paper=paper.results(group[0].config, [name for name in figures if name != MEAN]),
+        of_paper=paper.results(
+            group[0].config, [name for name in figures if name != comparison.MEAN]
+        ),
     )
 
 
@@ -71,17 +121,16 @@ def evaluation(training: Training, best: bool) -> dict[str, JsonObject]:
     return training.directory.evaluation(found.step if found else training.steps)
 
 
-def over_seeds(found: Sequence[JsonObject]) -> dict[str, BenchmarkFigures]:
+def over_seeds(found: Sequence[Mapping[str, JsonObject]]) -> dict[str, BenchmarkFigures]:
     """Returns benchmark -> its figures over seeds and, for several benchmarks, "mean" -> theirs."""
     if not found:
         return {}
     names = list(found[0])
     averages, passes = {}, {}
     for name in names:
-        correct = [_grades(one[name]) for one in found]
+        correct = [comparison.grades(one[name]) for one in found]
         averages[name] = np.array([avg_values(c) for c in correct])
         passes[name] = np.array([pass_values(c) for c in correct])
-    groups = {name: [name] for name in names} | ({MEAN: names} if len(names) > 1 else {})
     return {
         title: BenchmarkFigures(
             k=found[0][group[0]]["k"],
@@ -90,19 +139,8 @@ def over_seeds(found: Sequence[JsonObject]) -> dict[str, BenchmarkFigures]:
             mean_length=statistics.fmean(o[n]["mean_length"]["mean"] for o in found for n in group),
             seeds=np.mean([averages[name].mean(1) for name in group], axis=0).tolist(),
         )
-        for title, group in groups.items()
+        for title, group in comparison.benchmark_groups(names).items()
     }
-
-
-def _grades(result: JsonObject) -> NDArray[np.bool_]:
-    """Returns [problems, n] grades in the order of the problems' ids.
-
-    They come from each problem's correct fraction: which of the n completions were correct is not
-    kept, and no figure at k = n depends on it.
-    """
-    n = result["n"]
-    counts = np.rint(np.array([result["solved"][id] for id in sorted(result["solved"])]) * n)
-    return np.arange(n) < counts[:, None]
 
 
 def of_training(training: Training) -> dict[str, float]:

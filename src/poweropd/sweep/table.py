@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from rich.box import SIMPLE_HEAD
@@ -13,7 +13,8 @@ from rich.table import Table
 from poweropd.evaluation.metrics import Estimate
 from poweropd.runs.metrics import OF_BENCHMARKS, OF_GRADIENTS, OF_STEPS
 from poweropd.sweep import paper
-from poweropd.sweep.results import MEAN, BenchmarkFigures, Row
+from poweropd.sweep.comparison import MEAN
+from poweropd.sweep.results import BenchmarkFigures, Row
 
 #: Metric of a benchmark -> how the table shows it.
 ACCURACIES = {key: metric.sweep for key, metric in OF_BENCHMARKS.items() if metric.sweep}
@@ -24,20 +25,12 @@ NO_EVALUATION = (
     "evaluate: {every: 500, benchmarks: [math500], n: 8}"
 )
 WIDEST = 1000
-Mark = Callable[[str, int], str]  # (text, rank: 0 best, 1 second) -> text
+SYMBOL, EMPHASIS = "{} ▲", "**{}**"  # how a terminal and Markdown mark the best
 
 
-def _symbols(text: str, rank: int) -> str:
-    return f"{text} {'▲△'[rank]}" if rank < 2 else text
-
-
-def _emphasis(text: str, rank: int) -> str:
-    return (f"**{text}**", f"<u>{text}</u>", text)[min(rank, 2)]
-
-
-def print_table(rows: Sequence[Row], best: bool, console: Console) -> None:
+def print_table(rows: Sequence[Row], best: bool, baseline: str | None, console: Console) -> None:
     """Prints accuracies (intervals for the only benchmark, or the mean over all), then training."""
-    tables = [_accuracies(rows, best)] if evaluated(rows) else []
+    tables = [_accuracies(rows, best, baseline)] if evaluated(rows) else []
     if training_columns(rows):
         tables.append(_trainings(rows))
     for table in tables:
@@ -47,25 +40,25 @@ def print_table(rows: Sequence[Row], best: bool, console: Console) -> None:
         console.print(table)
 
 
-def _accuracies(rows: Sequence[Row], best: bool) -> Table:
+def _accuracies(rows: Sequence[Row], best: bool, baseline: str | None) -> Table:
     names = evaluated(rows)
     detailed = MEAN if MEAN in names else names[0]
-    table = _empty_table(f"▲ best, △ second best. {accuracy_caption(best)}")
-    ranks = {
-        (name, key): ranking(rows, name, key) for name in names for key in _metrics(rows, name)
-    }
+    differing = any(row.minus_baseline for row in rows)
+    table = _empty_table(accuracy_caption(rows, best, baseline, SYMBOL.format("")))
     for name in names:
         titles = [_title(rows, name, key) for key in _metrics(rows, name)]
         table.add_column("\n".join([name, *titles]), justify="right", no_wrap=True)
+    if differing:
+        table.add_column(f"minus\n{baseline}", justify="right")
     table.add_column("Len", justify="right")
-    for number, row in enumerate(rows):
+    for row in rows:
         cells = [
             "\n".join(
-                _estimate(row, name, key, ranks[name, key][number], _symbols, name == detailed)
-                for key in _metrics(rows, name)
+                _estimate(row, name, key, SYMBOL, name == detailed) for key in _metrics(rows, name)
             )
             for name in names
         ]
+        cells += [_difference(row, detailed)] if differing else []
         table.add_row(_name(row), *cells, _length(row.benchmarks.get(detailed)))
         if row.of_paper is not None:
             theirs = [
@@ -74,6 +67,7 @@ def _accuracies(rows: Sequence[Row], best: bool) -> Table:
             ]
             length = row.of_paper[detailed].mean_length if detailed in row.of_paper else None
             length_text = "" if length is None else f"{length:.0f}"
+            theirs += [""] if differing else []
             table.add_row(f"  paper (k = {paper.k()})", *theirs, length_text, style="dim")
     return table
 
@@ -95,19 +89,31 @@ def _empty_table(caption: str) -> Table:
     return table
 
 
-def accuracy_caption(best: bool) -> str:
-    """Returns what the accuracies are, and of which step."""
-    return (
-        f"Accuracy in %, of each run's {'best evaluated' if best else 'last'} step: mean over "
-        "seeds [95% interval over problems and seeds]. Len: mean completion length there."
+def accuracy_caption(rows: Sequence[Row], best: bool, baseline: str | None, mark: str) -> str:
+    """Returns what the accuracies and their differences are, and what is marked."""
+    step = "best evaluated" if best else "last"
+    text = (
+        f"Accuracy in %, of each run's {step} step: mean over seeds [95% interval over problems "
+        "and seeds]. Len: mean completion length there."
     )
+    if any(row.minus_baseline for row in rows):
+        text += (
+            f" Minus {baseline}: difference of {_title(rows, evaluated(rows)[0], 'avg_at_k')}, "
+            "paired by problem and seed."
+        )
+    if any(row.best for row in rows):
+        text += f" {mark.strip()}: better than every other row, by such a paired interval."
+    elif len(rows) > 1:
+        text += " No row is better than every other one by such a paired interval."
+    return text
 
 
 def training_caption(rows: Sequence[Row]) -> str:
     """Returns what the columns of the training are and, if there are no accuracies, why."""
     text = (
-        "KL to the teacher, length of completions, fraction cut at the limit: in the last tenth of "
-        "training. Grad norm: median of all steps. s: seconds of all steps."
+        "KL to the teacher (an estimate from the sampled tokens), length of completions, fraction "
+        "cut at the limit: in the last tenth of training. Grad norm: median of all steps. s: "
+        "seconds of all steps."
     )
     if "snr_start" in training_columns(rows):
         text += (
@@ -117,20 +123,19 @@ def training_caption(rows: Sequence[Row]) -> str:
     return text if evaluated(rows) else f"{text}\n{NO_EVALUATION}"
 
 
-def markdown(rows: Sequence[Row], best: bool) -> str:
-    """Returns one table with every mean and its interval; best bold, second best underlined."""
+def markdown(rows: Sequence[Row], best: bool, baseline: str | None) -> str:
+    """Returns one table with every mean, its interval and its difference from the baseline."""
     names, columns = evaluated(rows), training_columns(rows)
     shown = [(name, key) for name in names for key in _metrics(rows, name)]
-    ranks = {column: ranking(rows, *column) for column in shown}
+    differing = [name for name in names if any(name in row.minus_baseline for row in rows)]
     headings = ["", *(f"{name} {_title(rows, name, key)}" for name, key in shown)]
+    headings += [f"{name} {_title(rows, name, 'avg_at_k')} minus {baseline}" for name in differing]
     headings += [f"{name} len" for name in names] + [TRAINING[c].heading for c in columns]
     lines = [headings, ["---", *["---:"] * (len(headings) - 1)]]
-    for number, row in enumerate(rows):
+    for row in rows:
         cells = [_name(row)]
-        cells += [
-            _estimate(row, name, key, ranks[name, key][number], _emphasis, True)
-            for name, key in shown
-        ]
+        cells += [_estimate(row, name, key, EMPHASIS, True) for name, key in shown]
+        cells += [_difference(row, name) for name in differing]
         cells += [_length(row.benchmarks.get(name)) for name in names]
         lines.append([*cells, *_training(row, columns)])
         if row.of_paper is not None and shown:
@@ -138,15 +143,16 @@ def markdown(rows: Sequence[Row], best: bool) -> str:
                 f"{row.of_paper[n].mean_length:.0f}" if n in row.of_paper else "" for n in names
             ]
             cells = [f"*paper (k = {paper.k()})*", *(_paper(row.of_paper, *s) for s in shown)]
-            lines.append([*cells, *lengths, *([""] * len(columns))])
+            blank = [""] * len(differing)
+            lines.append([*cells, *blank, *lengths, *([""] * len(columns))])
     text = "\n".join(f"| {' | '.join(' '.join(c.split()) for c in line)} |" for line in lines)
-    legend = f"Best bold, second best underlined. {accuracy_caption(best)}" if names else ""
+    legend = accuracy_caption(rows, best, baseline, "Bold") if names else ""
     return "\n\n".join(part for part in (text, legend, training_caption(rows)) if part) + "\n"
 
 
-def as_csv(rows: Sequence[Row]) -> str:
+def as_csv(rows: Sequence[Row], baseline: str | None) -> str:
     """Returns one line for each cell: fractions and tokens, and an empty field for no number."""
-    found = [_flat(row) for row in rows]
+    found = [_flat(row, baseline) for row in rows]
     columns = list(dict.fromkeys(key for one in found for key in one))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -155,9 +161,13 @@ def as_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def as_json(rows: Sequence[Row], best: bool) -> str:
-    """Returns all rows with their figures, and whether they are of the best or the last step."""
-    content = {"step": "best" if best else "last", "rows": [asdict(row) for row in rows]}
+def as_json(rows: Sequence[Row], best: bool, baseline: str | None) -> str:
+    """Returns all rows with their figures, the baseline, and of which step they are."""
+    content = {
+        "step": "best" if best else "last",
+        "baseline": baseline,
+        "rows": [asdict(row) for row in rows],
+    }
     return json.dumps(content, indent=2) + "\n"
 
 
@@ -169,16 +179,6 @@ def evaluated(rows: Sequence[Row]) -> list[str]:
 def training_columns(rows: Sequence[Row]) -> list[str]:
     """Returns the columns of the training that any of the rows has."""
     return [column for column in TRAINING if any(column in row.training for row in rows)]
-
-
-def ranking(rows: Sequence[Row], name: str, key: str) -> list[int]:
-    """Returns each row's rank by a figure, 0 the best; ties share one, rows without it are last."""
-    values = [
-        asdict(row.benchmarks[name])[key]["mean"] if name in row.benchmarks else -1.0
-        for row in rows
-    ]
-    places = {value: place for place, value in enumerate(sorted(set(values) - {-1.0})[::-1])}
-    return [places.get(value, len(rows)) for value in values]
 
 
 def _metrics(rows: Sequence[Row], name: str) -> list[str]:
@@ -201,12 +201,21 @@ def _name(row: Row) -> str:
     return f"{row.cell} ({row.finished} of {row.seeds} seeds{failed})"
 
 
-def _estimate(row: Row, name: str, key: str, rank: int, mark: Mark, interval: bool) -> str:
+def _estimate(row: Row, name: str, key: str, mark: str, interval: bool) -> str:
     if name not in row.benchmarks:
         return "–"
     found = Estimate(**asdict(row.benchmarks[name])[key])
-    text = mark(ACCURACIES[key].text(found.mean), rank)
+    text = ACCURACIES[key].text(found.mean)
+    text = mark.format(text) if key in row.best.get(name, ()) else text
     return f"{text}\n[{100 * found.low:.1f}, {100 * found.high:.1f}]" if interval else text
+
+
+def _difference(row: Row, name: str) -> str:
+    """Returns the difference from the baseline in percentage points, with its interval."""
+    if name not in row.minus_baseline:
+        return "–"
+    found = row.minus_baseline[name]
+    return f"{100 * found.mean:+.2f}\n[{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
 
 
 def _length(found: BenchmarkFigures | None) -> str:
@@ -221,7 +230,7 @@ def _paper(found: dict[str, paper.Figures], name: str, key: str) -> str:
     return ACCURACIES[key].text(asdict(found[name])[key]) if name in found else ""
 
 
-def _flat(row: Row) -> dict[str, object]:
+def _flat(row: Row, baseline: str | None) -> dict[str, object]:
     flat: dict[str, object] = {"cell": row.cell, "seeds": row.seeds, "finished": row.finished}
     for name, found in row.benchmarks.items():
         for key, shown in ACCURACIES.items():
@@ -233,6 +242,10 @@ def _flat(row: Row) -> dict[str, object]:
                 for part in (" mean", " low", " high")
             }
         flat[f"{name} length"] = found.mean_length
+        if name in row.minus_baseline:
+            minus = f"{name} {ACCURACIES['avg_at_k'].heading}{found.k} minus {baseline}"
+            pair = row.minus_baseline[name]
+            flat |= {minus: pair.mean, f"{minus} low": pair.low, f"{minus} high": pair.high}
         if row.of_paper is not None and name in row.of_paper:
             theirs: dict[str, object] = {
                 f"{name} paper {shown.heading}{paper.k()}": asdict(row.of_paper[name])[key]
