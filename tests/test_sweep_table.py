@@ -157,7 +157,7 @@ def test_differences_are_paired_by_problem_and_seed() -> None:
         for values in (better, hard)
     ]
     a, b = (solving(*seeds) for seeds in solved)
-    found = comparison.difference(a, b, ["a"], "avg_at_k")
+    found = comparison.paired_difference(a, b, ["a"], "avg_at_k")
     assert found is not None
     assert found.mean == pytest.approx((better - hard).mean())
     assert 0 < found.low < found.mean < found.high
@@ -169,10 +169,10 @@ def test_differences_are_paired_by_problem_and_seed() -> None:
     assert alone.mean == pytest.approx(single.mean)
     assert (alone.low, alone.high) == pytest.approx((single.low, single.high), abs=5e-3)
     # Only the seed that both have counts; other problems cannot be compared at all.
-    common = comparison.difference(a, CellResults({43: b.by_seed[43]}), ["a"], "avg_at_k")
+    common = comparison.paired_difference(a, CellResults({43: b.by_seed[43]}), ["a"], "avg_at_k")
     assert common is not None
     assert common.mean == pytest.approx((better - hard)[1].mean())
-    assert comparison.difference(a, solving({"other": 1.0}), ["a"], "avg_at_k") is None
+    assert comparison.paired_difference(a, solving({"other": 1.0}), ["a"], "avg_at_k") is None
     with pytest.raises(ValueError, match=r"shape \[seeds, problems\]"):
         paired_over_seeds((np.zeros((2, 3)), np.zeros((2, 3))), (np.zeros((1, 3)), np.zeros(3)))
 

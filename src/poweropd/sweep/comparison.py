@@ -45,7 +45,9 @@ def benchmark_groups(names: Sequence[str]) -> dict[str, list[str]]:
     return {name: [name] for name in names} | ({MEAN: [*names]} if len(names) > 1 else {})
 
 
-def difference(a: CellResults, b: CellResults, names: Sequence[str], key: str) -> Estimate | None:
+def paired_difference(
+    a: CellResults, b: CellResults, names: Sequence[str], key: str
+) -> Estimate | None:
     """Returns a - b, averaged over these benchmarks and over the seeds that both cells have.
 
     It is None if no seed has all benchmarks in both cells, or if the problems are not the same.
@@ -68,7 +70,7 @@ def best_cell(cells: Cells, names: Sequence[str], key: str) -> str | None:
     """Returns the cell whose paired interval against every other cell is above zero, if any."""
     having = {c: r for c, r in cells.items() if any(set(names) <= {*f} for f in r.by_seed.values())}
     for cell, results in having.items():
-        found = [difference(results, having[o], names, key) for o in having if o != cell]
+        found = [paired_difference(results, having[o], names, key) for o in having if o != cell]
         if found and all(one is not None and one.low > 0 for one in found):
             return cell
     return None

@@ -78,7 +78,7 @@ def compared(rows: Sequence[Row], graded: comparison.Cells, baseline: str | None
     for row in rows:
         against = graded[baseline] if baseline is not None and row.cell != baseline else None
         pairs = {
-            name: comparison.difference(graded[row.cell], against, group, "avg_at_k")
+            name: comparison.paired_difference(graded[row.cell], against, group, "avg_at_k")
             for name, group in groups.items()
             if against is not None
         }
