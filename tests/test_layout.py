@@ -146,7 +146,8 @@ def test_each_name_is_defined_once() -> None:
         for node in tree.body:
             if isinstance(node, Function | ast.ClassDef):
                 homes[node.name].append(module_name(path))
-    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+    hooks = {"__getattr__"}  # which Python calls by this name in any module
+    assert {n: found for n, found in homes.items() if len(found) > 1 and n not in hooks} == {}
 
 
 def test_functions_say_what_they_do() -> None:

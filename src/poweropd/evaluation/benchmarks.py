@@ -1,6 +1,6 @@
 """The table of benchmarks, and loading their problems from the Hub or from files."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -8,18 +8,41 @@ from pathlib import Path
 from poweropd.data.prompts import hub_rows, json_lines
 from poweropd.embedded import task
 from poweropd.errors import UsageError
-from poweropd.grading.golds import read_gold
+from poweropd.evaluation.settings import EvaluationSettings
+from poweropd.grading.graders.base import Asked, NamedGrader
+from poweropd.grading.graders.mathematics import Mathematics
 from poweropd.grading.rules import Rule
+
+MATH = Mathematics()
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem with its gold answer and the rule that its answers are graded by."""
+    """One problem with its gold answer and the rule that its answers are graded by.
+
+    answer: the gold as its grader reads it, which is text but for a few graders.
+    row: the columns of the data, which a user's own grader gets.
+    """
 
     id: str
     problem: str
-    answer: str
+    answer: object
     rule: Rule = field(default_factory=Rule)
+    row: Mapping[str, object] = field(default_factory=dict, compare=False)
+
+    def asked(self, benchmark: str) -> Asked:
+        """Returns what the graders get of the problem."""
+        place = f"problem {self.id!r} of {benchmark}"
+        return Asked(self.answer, self.row, self.rule, place)
+
+
+@dataclass(frozen=True)
+class ProblemSet:
+    """The problems of a benchmark, and how completions of them are sampled and graded."""
+
+    problems: Sequence[Problem]
+    settings: EvaluationSettings
+    grader: NamedGrader = MATH
 
 
 @dataclass(frozen=True)
@@ -88,12 +111,17 @@ def load_benchmark(
     answer_column: str | None = None,
     config: str | None = None,
     split: str | None = None,
+    file: str | None = None,
+    dataset: str | None = None,
+    grader: NamedGrader = MATH,
 ) -> list[Problem]:
     """Returns the problems of a benchmark, or the first `limit` of them.
 
     name: a key of BENCHMARKS, the path of a JSONL file, or a Hub dataset (owner/name).
     data_dir: a folder with NAME.jsonl (id, problem, answer), read instead of the Hub.
     problem_column, answer_column, config, split: for the user's own file or dataset.
+    file, dataset: where the problems are, if `name` does not say it.
+    grader: reads the golds.
 
     Raises UsageError for an unknown name, a file that cannot be used, or no problems at all.
     """
@@ -102,13 +130,16 @@ def load_benchmark(
     name = str(name)
     if name == "embedded":
         sums = task.problems("evaluation", limit or EMBEDDED_PROBLEMS)
-        return [Problem(toy.id, toy.problem, toy.answer) for toy in sums]
+        rows = ({"id": t.id, "problem": t.problem, "answer": t.answer} for t in sums)
+        places = ((f"embedded:{row['id']}", row) for row in rows)
+        return list(_from_rows(places, Benchmark(None, id="id"), grader))
     path = Path(data_dir or ".") / f"{name}.jsonl"
-    if data_dir is not None and (name in BENCHMARKS or path.is_file()):
+    if not (file or dataset) and data_dir is not None and (name in BENCHMARKS or path.is_file()):
         known = BENCHMARKS.get(name, Benchmark(None))
         benchmark = Benchmark(None, id="id", rule=known.rule, tolerances=known.tolerances)
     else:
-        path, known = Path(name), _benchmark(name)
+        path = Path(file or name)
+        known = Benchmark(dataset, id="id") if file or dataset else _benchmark(name)
         benchmark = replace(
             known,
             problem=problem_column or known.problem,
@@ -116,7 +147,7 @@ def load_benchmark(
             config=config or known.config,
             split=split or known.split,
         )
-    problems = list(islice(_from_rows(benchmark.rows(path), benchmark), limit))
+    problems = list(islice(_from_rows(benchmark.rows(path), benchmark, grader), limit))
     if not problems:
         raise UsageError(f"{name}: expected at least one problem, got none; check its content")
     return problems
@@ -142,7 +173,7 @@ def _benchmark(name: str) -> Benchmark:
 
 
 def _from_rows(
-    rows: Iterable[tuple[str, Mapping[str, object]]], benchmark: Benchmark
+    rows: Iterable[tuple[str, Mapping[str, object]]], benchmark: Benchmark, grader: NamedGrader
 ) -> Iterator[Problem]:
     """Yields problems, numbered if they have no id. Raises UsageError if an id comes twice."""
     places: dict[str, str] = {}
@@ -153,7 +184,7 @@ def _from_rows(
                 f"{place}: expected text in {benchmark.problem!r}, got nothing; "
                 "fill it or drop the line"
             )
-        answer = gold_of(row, benchmark.answer, place)
+        answer = gold_of(row, benchmark.answer, place, grader)
         given = row.get(benchmark.id) if benchmark.id is not None else None
         identifier = str(number if given is None else given)
         if identifier in places:
@@ -162,18 +193,26 @@ def _from_rows(
                 f"(first at {places[identifier]}); make them differ"
             )
         places[identifier] = place
-        yield Problem(identifier, problem, answer, benchmark.rule_for(identifier))
+        question = grader.question(problem, row)
+        yield Problem(identifier, question, answer, benchmark.rule_for(identifier), row)
 
 
-def gold_of(row: Mapping[str, object], column: str, place: str) -> str:
-    """Returns the gold answer of a row. Raises UsageError, which names the place and the column."""
+def gold_of(
+    row: Mapping[str, object], column: str, place: str, grader: NamedGrader = MATH
+) -> object:
+    """Returns the gold answer of a row, or whatever is there if the grader needs none.
+
+    Raises UsageError, which names the place and the column.
+    """
+    if not grader.needs_gold:
+        return row.get(column)
     value = _field(row, column, place)
     try:
-        return read_gold(value)
+        return grader.gold(value, row)
     except ValueError as error:
+        expected = grader.expected.format(repr(column))
         raise UsageError(
-            f"{place}: expected text in {column!r}, a number or a list of them, {error}; "
-            "correct it or drop the line"
+            f"{place}: expected {expected}, {error}; correct it or drop the line"
         ) from None
 
 

@@ -6,7 +6,7 @@ of one problem resemble each other. So intervals come from resampling problems, 
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import NotRequired, TypedDict
 
@@ -20,11 +20,25 @@ _PSEUDO_PROBLEMS = (0.0, 1.0)
 _DRAWS_AT_ONCE = 2**21
 #: The key in `Summary.stops` of the completions that reached the length limit.
 TRUNCATED = "truncated"
+#: The grading reason of completions in which no answer was found.
+NO_ANSWER = "no_answer"
+_SHOWN_COMPLETIONS, _SHOWN_CHARACTERS = 3, 400
 
 _Values = NDArray[np.float64]
 
 
-class GradedRow(TypedDict):
+class GradedPart(TypedDict):
+    """The grade of a completion, as its row has it."""
+
+    answer: str | None
+    correct: bool  # a score of at least 1
+    score: NotRequired[float]  # absent in rows of the first release, where it is 0 or 1
+    scores: NotRequired[dict[str, float]]  # further ones, by name
+    reason: str  # a key of poweropd.grading.REASONS
+    detail: NotRequired[str]  # the text of an error of the comparison
+
+
+class GradedRow(GradedPart):
     """One completion with its grade: a line of the JSONL file of an evaluation."""
 
     id: str  # of the problem
@@ -32,10 +46,6 @@ class GradedRow(TypedDict):
     completion: NotRequired[str]
     tokens: int
     stop: str | None  # the stop token; None if the completion is truncated
-    answer: str | None
-    correct: bool
-    reason: str  # a key of poweropd.grading.REASONS
-    detail: NotRequired[str]  # the text of an error of the comparison
 
 
 @dataclass(frozen=True)
@@ -62,9 +72,13 @@ def _checked_grades(correct: ArrayLike, k: int | None) -> tuple[NDArray[np.bool_
     return array, k
 
 
-def avg_values(correct: ArrayLike, k: int | None = None) -> _Values:
-    """Returns the correct fraction of a problem's first k samples. [problems, n] -> [problems]"""
-    array, k = _checked_grades(correct, k)
+def avg_values(scores: ArrayLike, k: int | None = None) -> _Values:
+    """Returns the mean score of a problem's first k samples. [problems, n] -> [problems]
+
+    scores: numbers, or whether each sample is correct; of these the mean is the correct fraction.
+    """
+    array = np.asarray(scores, dtype=np.float64)
+    _, k = _checked_grades(array, k)
     return array[:, :k].mean(axis=1)
 
 
@@ -111,12 +125,12 @@ def _majority(answers: Sequence[Hashable], grades: Sequence[bool]) -> float:
 # Figures over all problems
 
 
-def avg_at_k(correct: ArrayLike, k: int | None = None) -> float:
-    """Returns the mean correct fraction over the first k samples of every problem.
+def avg_at_k(scores: ArrayLike, k: int | None = None) -> float:
+    """Returns the mean score, or correct fraction, over the first k samples of every problem.
 
-    correct: [problems, n]; k: None means all n. Raises ValueError if n < k.
+    scores: [problems, n]; k: None means all n. Raises ValueError if n < k.
     """
-    return float(avg_values(correct, k).mean())
+    return float(avg_values(scores, k).mean())
 
 
 def pass_at_k(correct: ArrayLike, k: int | None = None) -> float:
@@ -253,7 +267,10 @@ class Summary:
     k: how many completions avg_at_k, pass_at_k and maj_at_k are about.
     stops: stop token -> completions that end with it; TRUNCATED -> those at the length limit.
     reasons: grading reason -> completions.
-    solved: problem id -> correct fraction of its completions.
+    solved: problem id -> mean score of its completions, which is their correct fraction for all
+        graders but those of the user's own that give parts of 1.
+    scores: further scores by name, over all n completions.
+    unanswered: three completions without an answer, if more than half of them have none.
     """
 
     problems: int
@@ -268,6 +285,8 @@ class Summary:
     stops: dict[str, int]
     reasons: dict[str, int]
     solved: dict[str, float]
+    scores: dict[str, Estimate] = field(default_factory=dict)
+    unanswered: list[str] = field(default_factory=list)
 
 
 def summarize(rows: Sequence[GradedRow], *, n: int | None = None, k: int | None = None) -> Summary:
@@ -278,6 +297,7 @@ def summarize(rows: Sequence[GradedRow], *, n: int | None = None, k: int | None 
     """
     groups = _by_problem(rows, n)
     correct = np.array([[row["correct"] for row in group] for group in groups.values()], bool)
+    scores = np.array([[score_of(row) for row in group] for group in groups.values()])
     answers = [[row["answer"] for row in group] for group in groups.values()]
     k = correct.shape[1] if k is None else k
 
@@ -285,11 +305,12 @@ def summarize(rows: Sequence[GradedRow], *, n: int | None = None, k: int | None 
         return np.array([[value(row) for row in group] for group in groups.values()]).mean(axis=1)
 
     fraction = partial(estimate, fraction=True)
+    further = {name: means(lambda row, name=name: row["scores"][name]) for name in _names(rows)}
     return Summary(
         problems=len(groups),
         n=correct.shape[1],
         k=k,
-        avg_at_k=fraction(avg_values(correct, k)),
+        avg_at_k=_of_scores(avg_values(scores, k)),
         pass_at_k=fraction(pass_values(correct, k)),
         maj_at_k=fraction(maj_values(answers, correct, k)),
         mean_length=estimate(means(lambda row: row["tokens"])),
@@ -298,13 +319,47 @@ def summarize(rows: Sequence[GradedRow], *, n: int | None = None, k: int | None 
         stops=_counts(TRUNCATED if row["stop"] is None else str(row["stop"]) for row in rows),
         reasons=_counts(str(row["reason"]) for row in rows),
         solved=problem_values(rows),
+        scores={name: _of_scores(values) for name, values in further.items()},
+        unanswered=_unanswered(rows),
     )
 
 
+def score_of(row: GradedRow) -> float:
+    """Returns the score of a completion."""
+    return row.get("score", float(row["correct"]))
+
+
 def problem_values(rows: Sequence[GradedRow], *, n: int | None = None) -> dict[str, float]:
-    """Returns each problem's correct fraction by id, as `paired_bootstrap` compares them."""
+    """Returns each problem's mean score by id, as `paired_bootstrap` compares them."""
     groups = _by_problem(rows, n)
-    return {key: sum(row["correct"] for row in group) / len(group) for key, group in groups.items()}
+    return {key: sum(map(score_of, group)) / len(group) for key, group in groups.items()}
+
+
+def _names(rows: Sequence[GradedRow]) -> list[str]:
+    """Returns the names of the further scores; raises ValueError unless all rows have the same."""
+    names = list(rows[0].get("scores", {}))
+    for row in rows:
+        if row.get("scores", {}).keys() != set(names):
+            raise ValueError(
+                f"expected the scores {', '.join(names) or 'none'} of every completion, as of the "
+                f"first, got {', '.join(row.get('scores', {})) or 'none'} of {row['id']!r}"
+            )
+    return names
+
+
+def _of_scores(values: _Values) -> Estimate:
+    """Returns the mean of scores, as a fraction if all of them lie in [0, 1]."""
+    return estimate(values, fraction=bool(values.min() >= 0 and values.max() <= 1))
+
+
+def _unanswered(rows: Sequence[GradedRow]) -> list[str]:
+    """Returns the first completions without an answer, shortened, if more than half have none."""
+    without = [row for row in rows if row["reason"] == NO_ANSWER]
+    if 2 * len(without) <= len(rows):
+        return []
+    texts = [row.get("completion", "") for row in without[:_SHOWN_COMPLETIONS]]
+    half = _SHOWN_CHARACTERS // 2
+    return [t if len(t) <= 2 * half else f"{t[:half]} ... {t[-half:]}" for t in texts]
 
 
 def _by_problem(rows: Sequence[GradedRow], n: int | None) -> dict[str, list[GradedRow]]:

@@ -26,10 +26,11 @@ from poweropd.data import prompts as data_prompts
 from poweropd.data.prompts import Prompt
 from poweropd.data.rollout import Request, Rollout
 from poweropd.errors import RunError, UsageError
-from poweropd.evaluation.benchmarks import Problem
-from poweropd.evaluation.metrics import GradedRow, Summary, summarize
+from poweropd.evaluation.benchmarks import Problem, ProblemSet
+from poweropd.evaluation.metrics import GradedPart, GradedRow, Summary, summarize
 from poweropd.evaluation.settings import BATCH_SIZE, EvaluationSettings
 from poweropd.grading.grader import Grade, Grader
+from poweropd.grading.graders.base import NamedGrader, create_grader
 from poweropd.models import loading
 from poweropd.rollouts.base import RolloutEngine, Sampling, completion_seed
 from poweropd.rollouts.transformers import TransformersEngine
@@ -66,8 +67,10 @@ class Evaluation:
         folder: Path,
         model: str,
         share: tuple[int, int] = (0, 1),
+        grader: NamedGrader | None = None,
     ) -> None:
         self.name, self.settings, self.model = name, settings, model
+        self.grader = grader or create_grader("grader", settings.grader)
         self.first, self.stride = share
         self.problems = problems[self.first :: self.stride]
         self.path = folder / f"{name}.jsonl"
@@ -80,13 +83,16 @@ class Evaluation:
     def _claim(self) -> None:
         """Raises UsageError if the file is about another model, other settings or problems."""
         texts = [[p.id, p.problem, p.answer] for p in self.problems]
-        digest = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(texts, default=str).encode()).hexdigest()[:16]
         asked = {"model": self.model, "problems": digest, "count": len(texts)}
         asked |= json.loads(json.dumps(asdict(self.settings)))
         if not self.settings_path.exists():
             files.write_json(self.settings_path, asked)
             return
-        found = json.loads(self.settings_path.read_text(encoding="utf-8"))
+        # Before there were graders to choose from, there was this one.
+        found = {"grader": EvaluationSettings.grader} | json.loads(
+            self.settings_path.read_text(encoding="utf-8")
+        )
         differing = [
             f"{k}: {found.get(k)!r} != {v!r}" for k, v in asked.items() if found.get(k) != v
         ]
@@ -157,7 +163,8 @@ class Evaluation:
                     problem = self.problems[rollout.request.prompt_index]
                     if (problem.id, rollout.request.sample_index) not in self.done:
                         row = _ungraded_row(problem, rollout, subject.tokenizer)
-                        grade = grader.submit(problem.answer, row["completion"], rule=problem.rule)
+                        asked = problem.asked(self.name)
+                        grade = self.grader.submit(grader, asked, row["completion"])
                         waiting.append((row, grade))
                     while waiting and waiting[0][1].done():
                         yield self._append(file, *waiting.popleft())
@@ -170,10 +177,7 @@ class Evaluation:
             ) from error
 
     def _append(self, file: TextIO, row: GradedRow, grade: "Future[Grade]") -> GradedRow:
-        found = grade.result()
-        row["answer"], row["correct"], row["reason"] = found.answer, found.correct, found.reason
-        if found.detail:
-            row["detail"] = found.detail
+        row |= graded_part(grade.result())
         file.write(json.dumps(row) + "\n")
         file.flush()
         self.rows.append(row)
@@ -221,8 +225,24 @@ def _ungraded_row(
         "stop": None if stop is None else tokenizer.convert_ids_to_tokens(stop),
         "answer": None,
         "correct": False,
+        "score": 0.0,
         "reason": "",
     }
+
+
+def graded_part(grade: Grade) -> GradedPart:
+    """Returns what the row of a completion has of its grade."""
+    part: GradedPart = {
+        "answer": grade.answer,
+        "correct": grade.correct,
+        "score": grade.score,
+        "reason": grade.reason,
+    }
+    if grade.scores:
+        part["scores"] = dict(grade.scores)
+    if grade.detail:
+        part["detail"] = grade.detail
+    return part
 
 
 def load_subject(
@@ -246,22 +266,23 @@ def load_subject(
 
 def evaluate(
     subject: Subject,
-    problem_sets: Mapping[str, Sequence[Problem]],
-    settings: EvaluationSettings,
+    problem_sets: Mapping[str, ProblemSet],
     folder: Path,
     progress: bool = True,
     share: tuple[int, int] = (0, 1),
 ) -> dict[str, Evaluation]:
-    """Runs every benchmark of `problem_sets`, name -> problems, one after another.
+    """Runs every benchmark of `problem_sets`, by its name, one after another.
 
     `folder` keeps rows and settings; an evaluation that runs on it again goes on where it was
     stopped. `share` (first, stride) leaves other problems to other processes. Raises UsageError if
     the folder holds other completions, and RunError if nothing can be written any more.
     """
     done = {}
-    with Grader() as grader:
-        for name, problems in problem_sets.items():
-            done[name] = Evaluation(name, problems, settings, folder, subject.identity, share)
+    with Grader() as workers:
+        for name, one in problem_sets.items():
+            done[name] = Evaluation(
+                *(name, one.problems, one.settings, folder, subject.identity, share), one.grader
+            )
             if done[name].problems:
-                done[name].run(subject, grader, progress)
+                done[name].run(subject, workers, progress)
     return done

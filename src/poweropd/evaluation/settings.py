@@ -19,4 +19,5 @@ class EvaluationSettings:
     chat: Mapping[str, object] | None = field(default_factory=lambda: {"enable_thinking": False})
     system: str | None = None
     instruction: str | None = None  # appended to each problem, after a line break
+    grader: str = "math"  # a name of poweropd.grading.graders, or package.module:function
     group_size: int = 256  # completions sampled together; part of what makes a run repeatable

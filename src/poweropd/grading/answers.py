@@ -119,7 +119,7 @@ class Box(NamedTuple):
 
 def extract(completion: str) -> Extraction:
     """Returns the answer of a completion; nothing after an empty last box means there is none."""
-    text = _final_part(completion)
+    text = final_part(completion)
     boxes = _boxes(text)
     closed = [box for box in boxes if box.content is not None]
     if closed and closed[-1].content:
@@ -138,7 +138,7 @@ def boxed(text: str) -> str | None:
     return (_joined(text, boxes) or boxes[-1].content) if boxes else None
 
 
-def _final_part(completion: str) -> str:
+def final_part(completion: str) -> str:
     """Removes thinking, calculator annotations, what follows an end token, and invented questions.
 
     A question is invented if it comes after an answer.

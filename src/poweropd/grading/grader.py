@@ -14,11 +14,12 @@ raises: whatever goes wrong is a reason of the grade, counted, with the error's 
 import atexit
 import threading
 from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Self
+from typing import Self, TypeVar
 
 from pebble import ProcessFuture
 
@@ -40,16 +41,23 @@ _CACHE_SIZE = 100_000
 _PLAIN_RULE = Rule()
 
 _Key = tuple[str, str, Rule]
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
 class Grade:
-    """The outcome for a completion: `reason` is a key of REASONS, `detail` an error's text."""
+    """The outcome for a completion: `reason` is a key of REASONS, `detail` an error's text.
+
+    score: 1 for a correct answer and 0 for any other; graders of the user's own may give any
+    number, and `scores` beside it, by name. `correct` is whether the score is at least 1.
+    """
 
     correct: bool
     answer: str | None
     reason: str
     detail: str = ""
+    score: float = 0.0
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 class Grader:
@@ -143,6 +151,26 @@ class Grader:
         if failure is not None:
             self._finish(future, None, failure)
 
+    def submit_work(
+        self,
+        work: Callable[..., _Found],
+        arguments: tuple[object, ...],
+        judge: Callable[[_Found], tuple[str | None, Verdict]],
+    ) -> "Future[Grade]":
+        """Returns a future of the grade that `judge` gives to what `work` finds in a worker.
+
+        judge: returns the answer and the verdict. Work that fails or takes too long is graded so.
+        """
+        future: Future[Grade] = Future()
+
+        def receive(done: "ProcessFuture[_Found]") -> None:
+            failure = self._failure(done)
+            self._finish(future, *((None, failure) if failure else judge(done.result())))
+
+        task = self._pool.schedule(work, args=arguments, timeout=self.timeout)
+        task.add_done_callback(receive)
+        return future
+
     def _end_search(self, future: "Future[Grade]") -> None:
         with self._lock:
             self._searches.discard(future)
@@ -167,7 +195,8 @@ class Grader:
         with self._lock:
             self._counts[verdict.reason] += 1
         correct = verdict.reason == rules.CORRECT
-        future.set_result(Grade(correct, answer, verdict.reason, verdict.detail))
+        grade = Grade(correct, answer, verdict.reason, verdict.detail, float(correct))
+        future.set_result(grade)
 
     def _verdict(self, key: _Key) -> "Future[Verdict]":
         """Returns the cached verdict, or a new one, decided at once if no algebra is needed."""
@@ -199,9 +228,7 @@ class Grader:
                 self._verdicts.pop(key, None)
         verdict.set_result(result)
 
-    def _failure(
-        self, done: "ProcessFuture[Verdict] | ProcessFuture[answers.Extraction]"
-    ) -> Verdict | None:
+    def _failure(self, done: ProcessFuture) -> Verdict | None:
         """Returns the verdict on work that failed; None for work that ended with a result."""
         if done.cancelled() or isinstance(error := done.exception(), CancelledError):
             return Verdict(rules.CRASH, "the grader was closed before this comparison ended")

@@ -7,6 +7,7 @@ while a worker starts: a training script without a main guard can grade, too.
 """
 
 import logging
+import re
 import sys
 import threading
 import warnings
@@ -40,6 +41,21 @@ def compare_in_worker(gold: str, answer: str, rule: Rule) -> Verdict:
     from poweropd.grading import comparison
 
     return comparison.compare(gold, answer, rule)
+
+
+def search_in_worker(pattern: str, group: int, text: str) -> str | None:
+    """Returns what the group holds in the last match of a pattern that has it; None without one.
+
+    Group 0 is the whole match, of which the first is enough.
+    """
+    warnings.simplefilter("ignore")
+    found = None
+    for match in re.finditer(pattern, text):
+        if match.group(group) is not None:
+            found = match.group(group)
+            if group == 0:
+                break
+    return found
 
 
 def worker_pool(workers: int) -> ProcessPool:

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 
 from poweropd.config import Config
-from poweropd.evaluation.benchmarks import Problem, load_benchmark
+from poweropd.evaluation.benchmarks import Problem, ProblemSet, load_benchmark
 from poweropd.evaluation.metrics import problem_values
 from poweropd.evaluation.runner import Subject, evaluate
 from poweropd.evaluation.settings import EvaluationSettings
@@ -50,7 +50,8 @@ def solve(
     subject: Subject, problems: Sequence[Problem], settings: EvaluationSettings, path: Path
 ) -> dict[str, float]:
     """Returns accuracy and mean length on problems; `path` is the file of the completions."""
-    done = evaluate(subject, {path.stem: problems}, settings, path.parent, progress=False)
+    asked = {path.stem: ProblemSet(problems, settings)}
+    done = evaluate(subject, asked, path.parent, progress=False)
     rows = done[path.stem].rows
     accuracy = fmean(problem_values(rows).values())
     return {"accuracy": accuracy, "mean_length": fmean(row["tokens"] for row in rows)}
