@@ -22,7 +22,16 @@ MAY_IMPORT = {
     "grading": set(),
     "embedded": set(),
     # The tables that name choices, no more: see the light import below.
-    "config": {"evaluation", "models", "net", "objectives", "rewards", "rollouts", "stops"},
+    "config": {
+        "evaluation",
+        "grading",
+        "models",
+        "net",
+        "objectives",
+        "rewards",
+        "rollouts",
+        "stops",
+    },
     "data": {"config", "embedded", "stops"},
     "objectives": {"data", "kernels", "rewards"},
     "models": {"config", "data", "embedded", "kernels", "objectives", "rewards"},

@@ -107,8 +107,9 @@ def kind(schema: dict[str, Any]) -> str:
     """Returns in words which values a field's schema allows."""
     if "$ref" in schema:
         return "section"
-    if "anyOf" in schema:
-        return " or ".join(kind(one) for one in schema["anyOf"])
+    for several in ("anyOf", "oneOf"):
+        if several in schema:
+            return " or ".join(kind(one) for one in schema[several])
     if "const" in schema or "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
     if "pattern" in schema:

@@ -43,6 +43,13 @@ Instruction = Annotated[str | None, typer.Option(help="Text appended to every pr
 Dtype = Annotated[str, typer.Option(help="Dtype of the weights.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Completions sampled at once.")]
 TrustRemoteCode = Annotated[bool, typer.Option(help="Run code that comes with the model.")]
+GraderOption = Annotated[
+    str,
+    typer.Option(
+        help="How completions are graded: math, exact, contains, choice, regex:PATTERN, json, "
+        "json:KEY,KEY, or your own package.module:function."
+    ),
+]
 Out = Annotated[
     Path | None, typer.Option(help="The folder of the completions (default: runs/eval/MODEL).")
 ]
@@ -80,6 +87,7 @@ def eval_command(
     out: Out = None,
     json_file: JsonFile = None,
     compare: Compare = None,
+    grader: GraderOption = EvaluationSettings.grader,
     grade: GradeFile = None,
 ) -> None:
     """Measures a model on benchmarks: Avg@k, Pass@k, length, with 95% intervals over problems."""
@@ -87,11 +95,13 @@ def eval_command(
 
     names = [name.strip() for name in benchmark.split(",") if name.strip()]
     columns = {"problem_column": problem, "answer_column": answer, "split": split}
-    chosen = (names, data, limit, columns)
+    own_grader = command.named_grader(grader)
+    chosen = (names, data, limit, columns, own_grader)
     if grade is not None:
         if model is not None:
             raise UsageError(f"expected a MODEL or --grade FILE, got both: {model} and {grade}")
-        report = command.grade_file(grade, command.chosen_problems(*chosen), k)
+        problems = command.chosen_problems(*chosen)
+        report = command.grade_file(grade, problems, own_grader, answer, k)
     elif model is None:
         raise UsageError("expected a MODEL to evaluate, or --grade FILE")
     elif k is not None and k > n:
@@ -99,11 +109,11 @@ def eval_command(
     else:
         chat = {"enable_thinking": thinking} if chat_template else None
         settings = EvaluationSettings(
-            n, max_new_tokens, temperature, top_p, top_k, seed, chat, system, instruction
+            n, max_new_tokens, temperature, top_p, top_k, seed, chat, system, instruction, grader
         )
         folder = out or Path("runs/eval") / model.strip("/").replace("/", "--").replace(":", "-")
         problems = command.chosen_problems(*chosen)
         report = command.evaluate_model(
-            model, problems, settings, folder, dtype, trust_remote_code, k, batch_size
+            model, problems, settings, own_grader, folder, dtype, trust_remote_code, k, batch_size
         )
     command.show_report(report, json_file, compare)

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
 
 from poweropd import net, objectives, rewards, rollouts, stops
+from poweropd.config.benchmarks import AnyBenchmark, GraderName, check_grader
 from poweropd.config.fields import (
     LEARNING_RATE_SCHEDULES,
     TRACKER_NAMES,
@@ -26,6 +27,7 @@ from poweropd.config.fields import (
     one_of,
 )
 from poweropd.evaluation.settings import EvaluationSettings
+from poweropd.grading.graders import ALIASES, GRADERS
 
 Attention = Literal[
     "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
@@ -216,12 +218,17 @@ class RolloutServerConfig(Section):
 class TaskRewardConfig(Section):
     """An outcome reward of each completion, added to the rewards of its tokens."""
 
-    name: Annotated[str, one_of(["grader"], custom=True)]
-    """The grader, or a function (the prompt's row, the completion's text) -> number."""
+    name: Annotated[str, one_of([*GRADERS, *ALIASES], custom=True)]
+    """A grader as in evaluate.grader; grader is math. A function of yours may give any number."""
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     """Factor of the outcome reward."""
     answer_column: str = "answer"
-    """Column with the right answer, for the grader."""
+    """Column with the right answer, for graders that need one."""
+
+    @model_validator(mode="after")
+    def _valid(self) -> Self:
+        check_grader("name", self.name)
+        return self
 
 
 class RolloutConfig(Section):
@@ -344,8 +351,10 @@ class EvaluateConfig(Section):
 
     every: PositiveInt
     """Optimizer steps between two evaluations; the last step is always followed by one."""
-    benchmarks: Annotated[list[str], Field(min_length=1), Address]
-    """Names of benchmarks, .jsonl files or Hub datasets."""
+    benchmarks: Annotated[list[AnyBenchmark], Field(min_length=1), Address]
+    """Benchmarks: names, .jsonl files, Hub datasets, or sections that describe them."""
+    grader: GraderName = EvaluationSettings.grader
+    """How completions are graded; a function of yours (row, completion) -> number is one, too."""
     n: PositiveInt = 1
     """Completions of each problem."""
     limit: PositiveInt | None = None
@@ -362,6 +371,11 @@ class EvaluateConfig(Section):
     """Number of most probable tokens that sampling keeps; 0 keeps all tokens."""
     best: str = "avg_at_k"
     """Metric, averaged over the benchmarks, by which the student in best/ is chosen."""
+
+    @model_validator(mode="after")
+    def _valid(self) -> Self:
+        check_grader("grader", self.grader)
+        return self
 
 
 class CheckpointConfig(Section):

@@ -12,11 +12,12 @@ from rich.progress import track
 from poweropd.data.prompts import read_rows
 from poweropd.errors import RunError, UsageError
 from poweropd.evaluation import benchmarks, results
-from poweropd.evaluation.benchmarks import Problem
+from poweropd.evaluation.benchmarks import Problem, ProblemSet
 from poweropd.evaluation.metrics import GradedRow, Summary, summarize
-from poweropd.evaluation.runner import evaluate, load_subject
+from poweropd.evaluation.runner import evaluate, graded_part, load_subject
 from poweropd.evaluation.settings import BATCH_SIZE, EvaluationSettings
 from poweropd.grading.grader import Grader
+from poweropd.grading.graders.base import NamedGrader, create_grader
 from poweropd.runs.files import write_json
 
 UNKNOWN_STOP = "unknown"
@@ -43,7 +44,11 @@ class Report:
 
 
 def chosen_problems(
-    names: Sequence[str], data: Path | None, limit: int | None, columns: Mapping[str, str | None]
+    names: Sequence[str],
+    data: Path | None,
+    limit: int | None,
+    columns: Mapping[str, str | None],
+    grader: NamedGrader,
 ) -> dict[str, list[Problem]]:
     """Loads benchmarks, files or Hub datasets; returns short name -> problems.
 
@@ -53,7 +58,7 @@ def chosen_problems(
     if len(shown) < len(names):
         raise UsageError(f"--benchmark: {', '.join(names)} do not have different names")
     return {
-        short: benchmarks.load_benchmark(name, data, limit, **columns)
+        short: benchmarks.load_benchmark(name, data, limit, grader=grader, **columns)
         for short, name in shown.items()
     }
 
@@ -62,6 +67,7 @@ def evaluate_model(
     model: str,
     problem_sets: Mapping[str, Sequence[Problem]],
     settings: EvaluationSettings,
+    grader: NamedGrader,
     folder: Path,
     dtype: str,
     trust_remote_code: bool = False,
@@ -73,8 +79,9 @@ def evaluate_model(
         known = ", ".join(benchmarks.BENCHMARKS)
         raise UsageError(f"--benchmark: expected one or more of {known}, a file or a dataset")
     subject = load_subject(model, dtype, trust_remote_code, batch_size)
+    asked = {name: ProblemSet(own, settings, grader) for name, own in problem_sets.items()}
     try:
-        done = evaluate(subject, problem_sets, settings, folder)
+        done = evaluate(subject, asked, folder)
     except torch.OutOfMemoryError:
         raise RunError(
             f"out of memory with --batch-size {batch_size}: run the same command with a smaller "
@@ -87,8 +94,17 @@ def evaluate_model(
     return Report(model, figures, {**facts, "completions": str(folder)})
 
 
+def named_grader(named: str) -> NamedGrader:
+    """Returns the grader that the command line names."""
+    return create_grader("--grader", named)
+
+
 def grade_file(
-    path: Path, problem_sets: Mapping[str, Sequence[Problem]], k: int | None = None
+    path: Path,
+    problem_sets: Mapping[str, Sequence[Problem]],
+    grader: NamedGrader,
+    answer_column: str | None = None,
+    k: int | None = None,
 ) -> Report:
     """Grades the completions of a JSONL file: id, completion, and answer (the gold) in each line.
 
@@ -99,11 +115,12 @@ def grade_file(
         raise UsageError("--grade: expected at most one benchmark, whose ids the lines have")
     golds = {p.id: p for problems in problem_sets.values() for p in problems}
     rows: list[GradedRow] = []
-    with Grader() as grader:
+    with Grader() as workers:
         pending = []
+        column = answer_column or "answer"
         for number, row in enumerate(read_rows(str(path), ["completion"], allow_empty=True), 1):
-            problem = _gold(row, golds, f"{path}: row {number}")
-            future = grader.submit(problem.answer, row["completion"], rule=problem.rule)
+            problem = _problem(row, golds, column, f"{path}: row {number}", grader)
+            future = grader.submit(workers, problem.asked(str(path)), row["completion"])
             pending.append((problem.id, row, future))
         samples: dict[str, int] = {}
         for id, row, future in track(pending, "grading", console=Console(stderr=True)):
@@ -113,9 +130,13 @@ def grade_file(
                 "sample": row.get("sample", samples[id]),
                 "tokens": row.get("tokens", 0),
                 "stop": row.get("stop", UNKNOWN_STOP),
+                "completion": row["completion"],
             }
-            rows.append(cast(GradedRow, given | asdict(future.result())))
-    return Report(str(path), {path.stem: _summary(rows, None, k)}, {"graded": str(path)}, rows)
+            rows.append(cast(GradedRow, given | graded_part(future.result())))
+    figures = _summary(rows, None, k)
+    for graded in rows:  # which the user's file has
+        graded.pop("completion", None)
+    return Report(str(path), {path.stem: figures}, {"graded": str(path)}, rows)
 
 
 def _summary(rows: Sequence[GradedRow], n: int | None, k: int | None) -> Summary:
@@ -125,17 +146,23 @@ def _summary(rows: Sequence[GradedRow], n: int | None, k: int | None) -> Summary
         raise UsageError(str(error)) from None
 
 
-def _gold(row: Mapping[str, object], golds: Mapping[str, Problem], where: str) -> Problem:
+def _problem(
+    row: Mapping[str, object],
+    golds: Mapping[str, Problem],
+    column: str,
+    where: str,
+    grader: NamedGrader,
+) -> Problem:
     """Returns the problem that a row names or, without one, a problem with the row's own answer."""
     id = str(row.get("id", where))
     if id in golds:
         return golds[id]
-    if row.get("answer") is None:
+    if grader.needs_gold and row.get(column) is None:
         raise UsageError(
-            f"{where}: expected the gold in a field 'answer', or an id of the benchmark given by "
+            f"{where}: expected the gold in a field {column!r}, or an id of the benchmark given by "
             f"--benchmark; got id {id!r} with neither"
         )
-    return Problem(id, "", benchmarks.gold_of(row, "answer", where))
+    return Problem(id, "", benchmarks.gold_of(row, column, where, grader), row=row)
 
 
 def show_report(report: Report, json_file: Path | None, compare: Path | None) -> None:
@@ -143,7 +170,7 @@ def show_report(report: Report, json_file: Path | None, compare: Path | None) ->
     console = Console()
     console.print(results.results_table(report.results, report.title))
     for note in results.grading_notes(report.results):
-        console.print(note)
+        console.print(note, markup=False, highlight=False)
     if compare is not None:
         solved = results.read_solved(compare)
         console.print(results.comparison_table(report.results, solved, compare.stem))

@@ -269,6 +269,7 @@ class Summary:
     reasons: grading reason -> completions.
     solved: problem id -> mean score of its completions, which is their correct fraction for all
         graders but those of the user's own that give parts of 1.
+    correct: problem id -> correct fraction, if it is not the mean score; {} if it is.
     scores: further scores by name, over all n completions.
     unanswered: three completions without an answer, if more than half of them have none.
     """
@@ -285,6 +286,7 @@ class Summary:
     stops: dict[str, int]
     reasons: dict[str, int]
     solved: dict[str, float]
+    correct: dict[str, float] = field(default_factory=dict)
     scores: dict[str, Estimate] = field(default_factory=dict)
     unanswered: list[str] = field(default_factory=list)
 
@@ -300,12 +302,15 @@ def summarize(rows: Sequence[GradedRow], *, n: int | None = None, k: int | None 
     scores = np.array([[score_of(row) for row in group] for group in groups.values()])
     answers = [[row["answer"] for row in group] for group in groups.values()]
     k = correct.shape[1] if k is None else k
+    fractions = dict(zip(groups, correct.mean(axis=1).tolist(), strict=True))
 
     def means(value: Callable[[GradedRow], float]) -> _Values:
         return np.array([[value(row) for row in group] for group in groups.values()]).mean(axis=1)
 
+    def means_of(name: str) -> _Values:
+        return means(lambda row: row["scores"][name])
+
     fraction = partial(estimate, fraction=True)
-    further = {name: means(lambda row, name=name: row["scores"][name]) for name in _names(rows)}
     return Summary(
         problems=len(groups),
         n=correct.shape[1],
@@ -319,7 +324,8 @@ def summarize(rows: Sequence[GradedRow], *, n: int | None = None, k: int | None 
         stops=_counts(TRUNCATED if row["stop"] is None else str(row["stop"]) for row in rows),
         reasons=_counts(str(row["reason"]) for row in rows),
         solved=problem_values(rows),
-        scores={name: _of_scores(values) for name, values in further.items()},
+        correct=fractions if (scores != correct).any() else {},
+        scores={name: _of_scores(means_of(name)) for name in _score_names(rows)},
         unanswered=_unanswered(rows),
     )
 
@@ -335,7 +341,7 @@ def problem_values(rows: Sequence[GradedRow], *, n: int | None = None) -> dict[s
     return {key: sum(map(score_of, group)) / len(group) for key, group in groups.items()}
 
 
-def _names(rows: Sequence[GradedRow]) -> list[str]:
+def _score_names(rows: Sequence[GradedRow]) -> list[str]:
     """Returns the names of the further scores; raises ValueError unless all rows have the same."""
     names = list(rows[0].get("scores", {}))
     for row in rows:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from poweropd.errors import UsageError
-from poweropd.evaluation.metrics import Estimate, Summary, paired_bootstrap
+from poweropd.errors import UsageError, shown
+from poweropd.evaluation.metrics import NO_ANSWER, Estimate, Summary, paired_bootstrap
 
 #: Reasons of grades that are not about the answer, which a reader of the table should know.
 _NOTED = ("crash", "timeout", "unparsed_gold")
@@ -15,34 +15,51 @@ _NOTED = ("crash", "timeout", "unparsed_gold")
 
 def results_table(results: Mapping[str, Summary], title: str) -> Table:
     """Returns a table with a line for each benchmark and, if there are several, for their mean."""
-    shown = Table(title=title)
-    k = next(iter(results.values())).k
+    table = Table(title=title)
+    ks = {one.k for one in results.values()}
+    k = ks.pop() if len(ks) == 1 else "k"
     for column in ("", f"Avg@{k}", f"Pass@{k}", "Len", "truncated", "no answer"):
-        shown.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left")
     for name, one in results.items():
-        shown.add_row(
-            f"{name}\n{one.problems} problems",
+        table.add_row(
+            f"{name}\n{one.problems} problems" + (f", k = {one.k}" if k == "k" else ""),
             _with_interval(one.avg_at_k),
             _with_interval(one.pass_at_k),
             _with_interval(one.mean_length, "{:.0f}", factor=1.0),
             _with_interval(one.truncated_fraction),
             _with_interval(one.no_answer_fraction),
         )
+        for score, estimate in one.scores.items():
+            table.add_row(f"  {score}", _with_interval(estimate, "{:.3f}", factor=1.0))
     if len(results) > 1:
         average = 100 * sum(one.avg_at_k.mean for one in results.values()) / len(results)
         passed = 100 * sum(one.pass_at_k.mean for one in results.values()) / len(results)
-        shown.add_row("mean", f"{average:.2f}", f"{passed:.2f}", "", "", "")
-    return shown
+        table.add_row("mean", f"{average:.2f}", f"{passed:.2f}", "", "", "")
+    return table
 
 
 def grading_notes(results: Mapping[str, Summary]) -> list[str]:
-    """Returns a line for each count of grades that are not about the answer."""
-    return [
+    """Returns a line for each count of grades that are not about the answer, and for benchmarks in
+    which answers were hardly found.
+    """
+    lacking = [unanswered_note(name, one) for name, one in results.items() if one.unanswered]
+    return lacking + [
         f"{name}: {one.reasons[reason]} completions counted as wrong for reason {reason!r}"
         for name, one in results.items()
         for reason in _NOTED
         if one.reasons.get(reason)
     ]
+
+
+def unanswered_note(name: str, result: Summary) -> str:
+    """Returns what to say where the grader finds no answer in more than half of the completions."""
+    count, total = result.reasons.get(NO_ANSWER, 0), result.problems * result.n
+    texts = "\n".join(f"    {shown(text, 2 * len(text) + 2)}" for text in result.unanswered)
+    return (
+        f"{name}: the grader finds no answer in {count} of {total} completions: tell the model how "
+        'to end (an instruction such as "End with: Answer: ..."), raise max_new_tokens if they '
+        f"are truncated, or choose another grader. Three of them:\n{texts}"
+    )
 
 
 def read_solved(path: Path) -> dict[str, dict[str, float]]:
@@ -65,16 +82,16 @@ def comparison_table(
         raise UsageError(
             f"{name} shares no benchmark with this evaluation: it has {', '.join(other)}"
         )
-    shown = Table(title=f"Accuracy minus {name}, paired by problem")
-    shown.add_column("benchmark")
-    shown.add_column("difference [95%]", justify="right")
+    table = Table(title=f"Accuracy minus {name}, paired by problem")
+    table.add_column("benchmark")
+    table.add_column("difference [95%]", justify="right")
     for benchmark in shared:
         try:
             difference = paired_bootstrap(results[benchmark].solved, other[benchmark])
         except ValueError as error:
             raise UsageError(f"{name}: {benchmark}: {error}") from None
-        shown.add_row(benchmark, _with_interval(difference, "{:+.2f}"))
-    return shown
+        table.add_row(benchmark, _with_interval(difference, "{:+.2f}"))
+    return table
 
 
 def _with_interval(estimate: Estimate, form: str = "{:.2f}", factor: float = 100.0) -> str:

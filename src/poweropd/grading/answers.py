@@ -51,7 +51,7 @@ _STATED_FILLER = re.compile(
 )
 _HOPE = re.compile(r"I hope (?:it|this) is correct.*", re.IGNORECASE | re.DOTALL)
 _SENTENCE_END = re.compile(r"[.!?](?=[\s*\"')\]]|$)(?<!\bno\.)(?<!\bRs\.)", re.IGNORECASE)
-_AFTERTHOUGHT = re.compile(
+AFTERTHOUGHT = re.compile(
     r",?\s+(?:because|since|as|so|which|where|when|if|for|after|not|but|rather)\b.*", re.DOTALL
 )
 _CLAUSE = re.compile(r".*(?:\b(?:is|are|be|equals|was|were)\b|:)\s*", re.IGNORECASE | re.DOTALL)
@@ -241,7 +241,7 @@ def _refine(tail: str, line: str) -> str | None:
         if attached or _EXPRESSION_GOES_ON.match(rest):
             return _trim(sentence)
         units = _UNIT_WORDS.match(rest)
-        unit = units.group() if units and not _AFTERTHOUGHT.match(" " + rest.strip()) else ""
+        unit = units.group() if units and not AFTERTHOUGHT.match(" " + rest.strip()) else ""
         return _trim(tail[:end] + unit)
     if _PHRASE.match(sentence):
         clause = _CLAUSE.match(sentence)
@@ -251,7 +251,7 @@ def _refine(tail: str, line: str) -> str | None:
 
 
 def _first_sentence(line: str) -> str:
-    return _AFTERTHOUGHT.sub("", _SENTENCE_END.split(line, maxsplit=1)[0])
+    return AFTERTHOUGHT.sub("", _SENTENCE_END.split(line, maxsplit=1)[0])
 
 
 def _trim(text: str) -> str | None:

@@ -58,10 +58,14 @@ def _public(section: Section) -> JsonObject:
             found[key] = _public(value)
         elif Address in marks:
             many = isinstance(value, list)
-            found[key] = [public_name(one) for one in value] if many else public_name(value)
+            found[key] = [_public_one(one) for one in value] if many else public_name(value)
         else:
             found[key] = value
     return found
+
+
+def _public_one(benchmark: str | Section) -> object:
+    return _public(benchmark) if isinstance(benchmark, Section) else public_name(benchmark)
 
 
 def public_name(address: str | None) -> str | None:

@@ -67,9 +67,12 @@ class Metric:
         """Returns the title with the unit."""
         return f"{self.title}, {self.unit}" if self.unit else self.title
 
-    def of(self, benchmark: str) -> str:
-        """Returns the key of this metric of a benchmark."""
-        return self.key.replace("*", benchmark)
+    def of(self, *names: str) -> str:
+        """Returns the key of this metric of a benchmark, or of whatever its stars stand for."""
+        key = self.key
+        for name in names:
+            key = key.replace("*", name, 1)
+        return key
 
 
 #: The metrics that a training step writes, in the order in which they are shown.
@@ -136,6 +139,9 @@ OF_BENCHMARKS = {
     "mean_length": Metric("eval/*/mean_length", "mean length", "tokens", better="lower"),
     "truncated_fraction": Metric("eval/*/truncated_fraction", "truncated", "share", better="lower"),
 }
+
+#: The further scores that a grader of one's own gives: of a benchmark, by name.
+OF_SCORES = Metric("eval/*/scores/*", "further score")
 
 #: The quality of gradients at both ends of a training, by its dotted keys in gradients.json.
 OF_GRADIENTS = tuple(

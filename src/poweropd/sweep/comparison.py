@@ -1,16 +1,15 @@
 """What of a sweep's accuracies differs for sure: differences paired by problem and seed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from poweropd.evaluation.metrics import Estimate, avg_values, paired_over_seeds, pass_values
+from poweropd.evaluation.metrics import Estimate, paired_over_seeds, pass_values
 from poweropd.runs.files import JsonObject
 
 MEAN = "mean"  # the name of the mean over the benchmarks
-VALUES = {"avg_at_k": avg_values, "pass_at_k": pass_values}
 Cells = Mapping[str, "CellResults"]
 
 
@@ -22,22 +21,32 @@ class CellResults:
 
     def values(self, name: str, key: str, seeds: Sequence[int]) -> NDArray[np.float64]:
         """Returns the [seeds, problems] values of a metric, in the order of the problems' ids."""
-        return np.array([VALUES[key](grades(self.by_seed[seed][name])) for seed in seeds])
+        return np.array([VALUES[key](self.by_seed[seed][name]) for seed in seeds])
 
     def problems(self, name: str) -> list[list[str]]:
         """Returns the sorted ids of each seed's problems."""
         return [sorted(found[name]["solved"]) for found in self.by_seed.values() if name in found]
 
 
-def grades(result: JsonObject) -> NDArray[np.bool_]:
-    """Returns [problems, n] grades in the order of the problems' ids.
+def _in_order(fractions: Mapping[str, float]) -> NDArray[np.float64]:
+    """Returns the values of problems in the order of their ids."""
+    return np.array([fractions[id] for id in sorted(fractions)])
 
-    They come from each problem's correct fraction: which of the n completions were correct is not
-    kept, and no figure at k = n depends on it.
+
+def _passes(result: JsonObject) -> NDArray[np.float64]:
+    """Returns Pass@n of each problem, from its correct fraction.
+
+    Which of the n completions were correct is not kept, and no figure at k = n depends on it.
     """
-    n = result["n"]
-    counts = np.rint(np.array([result["solved"][id] for id in sorted(result["solved"])]) * n)
-    return np.arange(n) < counts[:, None]
+    counts = np.rint(_in_order(result.get("correct") or result["solved"]) * result["n"])
+    return pass_values(np.arange(result["n"]) < counts[:, None])
+
+
+#: Metric -> its values [problems] in a benchmark's results, in the order of the problems' ids.
+VALUES: dict[str, Callable[[JsonObject], NDArray[np.float64]]] = {
+    "avg_at_k": lambda result: _in_order(result["solved"]),
+    "pass_at_k": _passes,
+}
 
 
 def benchmark_groups(names: Sequence[str]) -> dict[str, list[str]]:

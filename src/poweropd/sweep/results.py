@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from poweropd.evaluation.metrics import Estimate, avg_values, estimate_over_seeds, pass_values
+from poweropd.evaluation.metrics import Estimate, estimate_over_seeds
 from poweropd.runs.files import JsonObject
 from poweropd.runs.metrics import OF_GRADIENTS, OF_STEPS
 from poweropd.sweep import comparison, paper
@@ -128,9 +128,8 @@ def over_seeds(found: Sequence[Mapping[str, JsonObject]]) -> dict[str, Benchmark
     names = list(found[0])
     averages, passes = {}, {}
     for name in names:
-        correct = [comparison.grades(one[name]) for one in found]
-        averages[name] = np.array([avg_values(c) for c in correct])
-        passes[name] = np.array([pass_values(c) for c in correct])
+        averages[name] = np.array([comparison.VALUES["avg_at_k"](one[name]) for one in found])
+        passes[name] = np.array([comparison.VALUES["pass_at_k"](one[name]) for one in found])
     return {
         title: BenchmarkFigures(
             k=found[0][group[0]]["k"],

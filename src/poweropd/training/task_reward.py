@@ -1,8 +1,7 @@
 """An outcome reward of each completion, added to its token rewards: `rollout.task_reward`."""
 
 import atexit
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
@@ -10,37 +9,39 @@ from typing import Any
 from poweropd.config.sections import TaskRewardConfig
 from poweropd.data.prompts import Prompt
 from poweropd.data.rollout import Example, Rollout
-from poweropd.errors import RunError, UsageError, import_object
-from poweropd.grading.golds import read_gold
-from poweropd.grading.grader import Grader
+from poweropd.errors import UsageError
+from poweropd.grading.grader import Grade, Grader
+from poweropd.grading.graders.base import Asked, NamedGrader, create_grader
 
+KEY = "rollout.task_reward"
 Key = tuple[int, int]  # of a completion in its step
-Score = Callable[[Mapping[str, Any], str], "Future[float]"]
 
 
 class TaskRewards:
     """Rewards completions while others are still being sampled.
 
-    A user's function gets the row of the prompt's data and the completion as text without special
-    tokens, and returns a finite number; it is called in this process, one completion at a time. The
-    grader gives 1 for a correct answer and 0 for any other.
+    The reward is the score that a grader gives: 1 for a correct answer and 0 for any other. A
+    user's function gets the row of the prompt's data and the completion as text without special
+    tokens, and returns a finite number; it is called in this process, one completion at a time.
     """
 
     def __init__(
         self, section: TaskRewardConfig, tokenizer: Any, prompts: Sequence[Prompt]
     ) -> None:
         self.weight, self.tokenizer = section.weight, tokenizer
-        if section.name == "grader":
-            self._score = _grader(section.answer_column, prompts)
-        else:
-            self._score = _function(section.name)
-        self._waiting: dict[Key, Future[float]] = {}
+        self.grader = create_grader(f"{KEY}.name", section.name)
+        self.golds = _golds(self.grader, section.answer_column, prompts)
+        self.workers = Grader()
+        atexit.register(self.workers.close, wait=False)
+        self._waiting: dict[Key, Future[Grade]] = {}
         self.collected: list[float] = []  # of the last step's completions, without the weight
 
     def submit(self, rollout: Rollout) -> None:
         """Starts to reward a completion."""
         text = self.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True)
-        self._waiting[rollout.key] = self._score(rollout.request.prompt.row, text)
+        prompt = rollout.request.prompt
+        asked = Asked(self.golds.get(prompt.index), prompt.row, place=f"row {prompt.index}")
+        self._waiting[rollout.key] = self.grader.submit(self.workers, asked, text)
 
     def added_to(self, examples: Sequence[Example]) -> list[Example]:
         """Returns the examples with the weighted rewards of their completions.
@@ -49,41 +50,21 @@ class TaskRewards:
         of which nothing is trained.
         """
         waiting, self._waiting = self._waiting, {}
-        found = {key: future.result() for key, future in waiting.items()}
+        found = {key: future.result().score for key, future in waiting.items()}
         self.collected = list(found.values())
         return [replace(e, task_reward=self.weight * found[e.rollout.key]) for e in examples]
 
 
-def _grader(column: str, prompts: Sequence[Prompt]) -> Score:
-    for prompt in prompts:
+def _golds(grader: NamedGrader, column: str, prompts: Sequence[Prompt]) -> dict[int, object]:
+    """Returns the gold of each prompt by its row; {} if the grader needs none."""
+    golds = {}
+    for prompt in prompts if grader.needs_gold else []:
         try:
-            read_gold(prompt.row.get(column))
+            golds[prompt.index] = grader.gold(prompt.row.get(column), prompt.row)
         except ValueError as error:
+            expected = grader.expected.format(f"column {column!r} of row {prompt.index}")
             raise UsageError(
-                f"rollout.task_reward.answer_column: expected text in column {column!r} of row "
-                f"{prompt.index}, a number or a list of them, {error}; the columns are "
+                f"{KEY}.answer_column: expected {expected}, {error}; the columns are "
                 f"{', '.join(prompt.row)}"
             ) from None
-    grader = Grader()
-    atexit.register(grader.close, wait=False)
-
-    def score(row: Mapping[str, Any], completion: str) -> "Future[float]":
-        reward = Future[float]()
-        grade = grader.submit(row[column], completion)
-        grade.add_done_callback(lambda done: reward.set_result(float(done.result().correct)))
-        return reward
-
-    return score
-
-
-def _function(name: str) -> Score:
-    function = import_object("rollout.task_reward.name", name)
-
-    def score(row: Mapping[str, Any], completion: str) -> "Future[float]":
-        value, reward = function(row, completion), Future[float]()
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise RunError(f"rollout.task_reward {name}: expected a finite number, got {value!r}")
-        reward.set_result(float(value))
-        return reward
-
-    return score
+    return golds

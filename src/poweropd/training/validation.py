@@ -1,5 +1,6 @@
 """Benchmarks during training: on the current student, with the engine that is loaded already."""
 
+import logging
 from dataclasses import asdict
 from typing import Any
 
@@ -7,15 +8,67 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from poweropd.config import Config
+from poweropd.config.benchmarks import BenchmarkConfig
 from poweropd.config.sections import EvaluateConfig
-from poweropd.errors import UsageError
+from poweropd.errors import RunError, UsageError
 from poweropd.evaluation import benchmarks
+from poweropd.evaluation.benchmarks import ProblemSet
 from poweropd.evaluation.metrics import summarize
+from poweropd.evaluation.results import unanswered_note
 from poweropd.evaluation.runner import Subject, check_room, evaluate, prompt_ids
 from poweropd.evaluation.settings import EvaluationSettings
+from poweropd.grading.graders.base import create_grader
 from poweropd.runs.directory import BestStep, RunDirectory
 from poweropd.runs.files import JsonObject
-from poweropd.runs.metrics import OF_BENCHMARKS
+from poweropd.runs.metrics import OF_BENCHMARKS, OF_SCORES
+
+logger = logging.getLogger("poweropd")
+
+
+def load_problem_sets(section: EvaluateConfig, config: Config) -> dict[str, ProblemSet]:
+    """Returns name -> problems of all benchmarks; raises UsageError if any cannot be had."""
+    found: dict[str, ProblemSet] = {}
+    for number, entry in enumerate(section.benchmarks):
+        name, one = _problem_set(section, config, entry, f"evaluate.benchmarks.{number}")
+        if name in found:
+            raise UsageError(f"evaluate.benchmarks: two are called {name!r}: give one a name")
+        found[name] = one
+    return found
+
+
+def _problem_set(
+    section: EvaluateConfig, config: Config, entry: str | BenchmarkConfig, key: str
+) -> tuple[str, ProblemSet]:
+    """Returns the name and the problems of an entry of `evaluate.benchmarks`, which is `key`."""
+    described = isinstance(entry, BenchmarkConfig) and entry.name
+    own = BenchmarkConfig.model_construct(name=entry) if isinstance(entry, str) else entry
+    place = str(own.file or own.dataset or own.name)
+    settings = EvaluationSettings(
+        n=own.n or section.n,
+        max_new_tokens=section.max_new_tokens,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        top_k=section.top_k,
+        seed=config.train.seed,
+        chat=config.data.chat,
+        system=config.data.system,
+        instruction=own.instruction,
+        grader=own.grader or section.grader,
+    )
+    grader = create_grader(f"{key}.grader" if own.grader else "evaluate.grader", settings.grader)
+    problems = benchmarks.load_benchmark(
+        place,
+        section.data_dir,
+        own.limit or section.limit,
+        problem_column=own.problem,
+        answer_column=own.answer,
+        config=own.config,
+        split=own.split,
+        file=own.file,
+        dataset=own.dataset,
+        grader=grader,
+    )
+    return described or benchmarks.short_name(place), ProblemSet(problems, settings, grader)
 
 
 class Validation:
@@ -34,24 +87,10 @@ class Validation:
         if self.section.best not in OF_BENCHMARKS:
             known, got = ", ".join(OF_BENCHMARKS), self.section.best
             raise UsageError(f"evaluate.best: expected one of {known}, got {got!r}")
-        self.problems = {
-            benchmarks.short_name(name): benchmarks.load_benchmark(
-                name, self.section.data_dir, self.section.limit
-            )
-            for name in self.section.benchmarks
-        }
-        self.settings = EvaluationSettings(
-            n=self.section.n,
-            max_new_tokens=self.section.max_new_tokens,
-            temperature=self.section.temperature,
-            top_p=self.section.top_p,
-            top_k=self.section.top_k,
-            seed=config.train.seed,
-            chat=config.data.chat,
-            system=config.data.system,
-        )
-        for name, problems in self.problems.items():
-            check_room(name, prompt_ids(problems, self.settings, tokenizer), context_length)
+        self.problem_sets = load_problem_sets(section, config)
+        self._told: set[str] = set()  # benchmarks whose lack of answers was spoken of
+        for name, one in self.problem_sets.items():
+            check_room(name, prompt_ids(one.problems, one.settings, tokenizer), context_length)
 
     def due(self, steps_done: int, last: bool) -> bool:
         return last or steps_done % self.section.every == 0
@@ -62,18 +101,25 @@ class Validation:
         folder = self.run.evaluation_folder(steps_done)
         done = evaluate(
             subject,
-            self.problems,
-            self.settings,
+            self.problem_sets,
             folder if world == 1 else folder / f"rank-{rank}-of-{world}",
             progress=False,
             share=(rank, world),
         )
         metrics: dict[str, float] = {}
         found: dict[str, JsonObject] = {}
-        for name in self.problems:
+        for name, one in self.problem_sets.items():
             rows = gather_object(done[name].rows)
-            found[name] = asdict(summarize(rows, n=self.section.n))
+            try:
+                summary = summarize(rows, n=one.settings.n)
+            except ValueError as error:
+                raise RunError(f"{name}: {error}") from None
+            found[name] = asdict(summary)
             metrics |= {m.of(name): found[name][key]["mean"] for key, m in OF_BENCHMARKS.items()}
+            metrics |= {OF_SCORES.of(name, key): e.mean for key, e in summary.scores.items()}
+            if summary.unanswered and name not in self._told and self.accelerator.is_main_process:
+                self._told.add(name)
+                logger.warning("%s", unanswered_note(name, summary))
         if self.accelerator.is_main_process:
             self.run.write_evaluation(steps_done, found)
         return metrics
@@ -85,7 +131,7 @@ class Validation:
         """
         name = self.section.best
         metric = OF_BENCHMARKS[name]
-        value = sum(metrics[metric.of(b)] for b in self.problems) / len(self.problems)
+        value = sum(metrics[metric.of(b)] for b in self.problem_sets) / len(self.problem_sets)
         best = self._best()
         sign = -1 if metric.better == "lower" else 1
         if best is not None and sign * value <= sign * best.value and steps_done != best.step:

@@ -1,6 +1,7 @@
 """The grader `choice`: the letter of an option, as in MMLU, ARC, HellaSwag and their like."""
 
 import re
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 
@@ -19,11 +20,13 @@ _MARKED = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _BARE = re.compile(rf"{_OPEN}([A-Za-z])(?![\w'’])(.*)", re.IGNORECASE | re.DOTALL)
+_SAID_OPTION = re.compile(r"\b(?:option|choice|letter)\b[^\n.:?!]{0,60}?\bis\b:?", re.IGNORECASE)
 _LETTERED = re.compile(r"\s*\(?([A-Za-z])[).:]\s*(?=\S)")
 _NOTHING = re.compile(r"[\s*_`\"'“”‘’$}.):\]]*")
 _REASON = re.compile(
     r"[\s*_`\"'”’$}]*(?:[,;–—(-]|(?:because|since|as|for|which|that)\b"
-    r"|is (?:the )?(?:correct|right|best|answer)\b)", re.IGNORECASE
+    r"|is (?:the )?(?:correct|right|best|answer)\b)",
+    re.IGNORECASE,
 )
 _AND_ANOTHER = re.compile(
     r"[\s*_`\"'”’$}).\]]*(?:,|/|&|\+|\band\b|\bor\b)\s*[(\[*]*([A-Za-z])(?![\w'’])", re.IGNORECASE
@@ -83,10 +86,13 @@ class Choice:
 
     def submit(self, workers: Grader, asked: Asked, completion: str) -> "Future[Grade]":
         """Grades at once; a completion that names several options answers, and is wrong."""
-        _, options = self.options(asked.row)
+        _, texts = self.options(asked.row)
+        options = {comparable(option): LETTERS[i] for i, option in enumerate(texts)}
         text = answers.final_part(completion)
         found = statement(text)
         answer = None if found is None else read_choice(found, options)
+        if answer is None and (said := deque(_SAID_OPTION.finditer(text), maxlen=1)):
+            answer = read_choice(text[said[0].end() :].partition("\n")[0], options)
         if answer is None:
             answer = _only_letter(text, options)
         if answer is None:
@@ -133,7 +139,7 @@ def _letter_of(gold: str, labels: Sequence[str], texts: Sequence[str]) -> str:
     same = [i for i, text in enumerate(texts) if comparable(text) == comparable(gold)]
     if len(same) == 1 and not (gold.isalpha() and len(gold) == 1):
         return LETTERS[same[0]]
-    letter = read_choice(gold, [])
+    letter = read_choice(gold, {})
     if letter is not None and len(letter) == 1 and (not texts or letter in LETTERS[: len(texts)]):
         return letter
     if len(same) == 1:
@@ -145,9 +151,11 @@ def _letter_of(gold: str, labels: Sequence[str], texts: Sequence[str]) -> str:
     raise ValueError(f"got {gold!r:.80}" + (f" and {len(texts)} options" if texts else ""))
 
 
-def read_choice(text: str, options: Sequence[str]) -> str | None:
-    """Returns the letter that a statement gives, the text if it gives several, or None."""
-    by_text = {comparable(option): LETTERS[i] for i, option in enumerate(options)}
+def read_choice(text: str, by_text: Mapping[str, str]) -> str | None:
+    """Returns the letter that a statement gives, the text if it gives several, or None.
+
+    by_text: an option's text, as `comparable` writes it -> its letter.
+    """
     if (letter := by_text.get(comparable(text))) is not None:
         return letter
     for pattern in (_MARKED, _BARE):
@@ -165,7 +173,7 @@ def read_choice(text: str, options: Sequence[str]) -> str | None:
     return None
 
 
-def _only_letter(text: str, options: Sequence[str]) -> str | None:
+def _only_letter(text: str, options: Mapping[str, str]) -> str | None:
     """Returns the one letter with which lines begin that give an answer, as "B. Paris" does.
 
     Several letters are a list of the options rather than an answer.

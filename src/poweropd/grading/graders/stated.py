@@ -6,6 +6,7 @@ Every search is linear in the text: no pattern goes back over a run of character
 import re
 import unicodedata
 from collections import deque
+from collections.abc import Iterator
 
 from poweropd.grading import answers
 
@@ -62,6 +63,9 @@ def statement(text: str) -> str | None:
     return lines[0] if len(lines) == 1 else None
 
 
-def first_sentence(line: str) -> str:
-    """Returns a line up to the end of its first sentence."""
-    return _SENTENCE.split(line, maxsplit=1)[0]
+def readings(line: str) -> Iterator[str]:
+    """Yields a line, its first sentence, and that without a reason ("refund because ...")."""
+    yield line
+    sentence = _SENTENCE.split(line, maxsplit=1)[0]
+    yield sentence
+    yield answers.AFTERTHOUGHT.sub("", sentence)

@@ -10,7 +10,7 @@ from numbers import Real
 from poweropd.grading import answers, rules
 from poweropd.grading.grader import Grade, Grader
 from poweropd.grading.graders.base import Asked, Plain, graded
-from poweropd.grading.graders.stated import comparable, first_sentence, shown_answer, statement
+from poweropd.grading.graders.stated import comparable, readings, shown_answer, statement
 
 Golds = str | list[str]
 
@@ -33,8 +33,7 @@ class Exact(Plain):
         found = statement(text)
         if found is None:
             return graded(rules.NO_ANSWER, None)
-        readings = (found, first_sentence(found))
-        right = next((one for one in readings if comparable(one) in wanted), None)
+        right = next((one for one in readings(found) if comparable(one) in wanted), None)
         if right is None:
             return graded(rules.WRONG, shown_answer(found))
         return graded(rules.CORRECT, shown_answer(right))
