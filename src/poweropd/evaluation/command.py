@@ -102,7 +102,7 @@ def named_grader(named: str) -> NamedGrader:
 def grade_file(
     path: Path,
     problem_sets: Mapping[str, Sequence[Problem]],
-    grader: NamedGrader,
+    grader: NamedGrader = benchmarks.MATH,
     answer_column: str | None = None,
     k: int | None = None,
 ) -> Report:
