@@ -58,6 +58,48 @@ def test_overrides_are_yaml(tmp_path: Path) -> None:
     assert (config.train.seed, config.data.chat, config.train.steps) == (7, None, 3)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected", "said"),
+    [
+        (["reward.name=log_ratio"], {}, ["reward.name: alpha of reward power is left out"]),
+        (["reward.low=-2", "reward.name=clip"], {"low": -2, "high": 1.0}, ["reward.name: alpha"]),
+        (["reward.name=power"], {"alpha": 10, "scale": "unit"}, []),
+        (["reward={name: tanh, temperature: 2}"], {"temperature": 2}, []),
+    ],
+)
+def test_another_reward_starts_from_its_own_defaults(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    overrides: list[str],
+    expected: dict[str, object],
+    said: list[str],
+) -> None:
+    caplog.set_level("INFO")
+    reward = Config.load(write(tmp_path), overrides).reward
+    assert reward.model_extra == expected
+    assert [text[: len(start)] for text, start in zip(caplog.messages, said, strict=True)] == said
+    with pytest.raises(UsageError, match="unknown parameter of reward clip"):
+        Config.load(write(tmp_path), ["reward.name=clip", "reward.alpha=3"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rate"),
+    [
+        ([], 5e-7),
+        (["model.lora={}"], 5e-6),
+        (["model.lora={}", "train.learning_rate=3e-5"], 3e-5),
+        (["model.lora=null"], 5e-7),
+    ],
+)
+def test_an_adapter_has_a_learning_rate_of_its_own(
+    tmp_path: Path, overrides: list[str], rate: float
+) -> None:
+    recipe = write(tmp_path, RECIPE.replace("  learning_rate: 5e-7\n", ""))
+    config = Config.load(recipe, overrides)
+    assert config.train.learning_rate == rate
+    assert f"learning_rate: {rate}" in config.to_yaml()
+
+
 def test_differences_name_keys_and_both_values(tmp_path: Path) -> None:
     config, other = (Config.load(write(tmp_path), [f"train.steps={n}"]) for n in (3, 4))
     assert config.differences(other) == ["train.steps: 3 != 4"]

@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from poweropd.config.sections import LoraConfig
+from poweropd.errors import UsageError
+from poweropd.models import devices
 from poweropd.models.language_model import Student
 from poweropd.models.loading import add_lora, load_model
 
@@ -50,3 +52,15 @@ def test_a_saved_model_computes_the_same_and_has_a_tied_head_once(
     saved = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert saved.generation_config.eos_token_id == [3]
     torch.testing.assert_close(saved(input_ids=IDS).logits, student.model(input_ids=IDS).logits)
+
+
+def test_auto_is_bfloat16_where_the_machine_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for native, expected in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda found=native: found)
+        assert devices.dtype_here("auto") == expected
+        assert devices.name_of(devices.torch_dtype("auto")) == expected
+    assert devices.dtype_here("float16") == "float16"
+    with pytest.raises(UsageError, match=r"dtype: expected one of auto, bfloat16, .*got 'int8'"):
+        load_model("embedded:student", "int8")

@@ -7,6 +7,7 @@ import huggingface_hub.constants
 import pytest
 
 from poweropd import Config, Trainer
+from poweropd.config.recipe_file import read_yaml
 from poweropd.plan import command
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +34,26 @@ def test_every_recipe_is_planned_offline_and_fits_one_gpu(
     assert hours > 0
 
 
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes" / "paper").iterdir()), ids=lambda p: p.stem
+)
+def test_the_papers_numbers_are_in_its_recipes_and_not_in_the_defaults(path: Path) -> None:
+    tree = read_yaml(path)
+    numbers = {"steps": 1500, "prompts_per_step": 32, "learning_rate": 5e-7, "seed": 42}
+    assert numbers.items() <= tree["train"].items()
+    assert tree["rollout"] == {"max_new_tokens": 1024, "top_p": 0.95, "top_k": 20}
+    assert tree["reward"] == {"name": "power", "alpha": 5.0}
+    assert tree["model"]["dtype"] == tree["teacher"]["dtype"] == "bfloat16"
+
+
+def test_the_quickstart_fits_a_gpu_of_24_gb_with_an_offloaded_teacher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    config = Config.load(ROOT / "recipes" / "quickstart.yaml", ["teacher.offload=true"])
+    assert command.make_plan(config, command.Options(gpu="L4")).gpus_needed == 1
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_trains_two_steps_with_tiny_models(
     path: Path, student_dir: Path, teacher_dir: Path, prompts: Path, tmp_path: Path
@@ -45,6 +66,7 @@ def test_every_recipe_trains_two_steps_with_tiny_models(
         "teacher.dtype": "float32",
         "data.prompts": prompts,
         "data.column": "problem",
+        "rollout.engine": "transformers",
         "rollout.max_new_tokens": 6,
         "train.steps": 2,
         "train.prompts_per_step": 2,

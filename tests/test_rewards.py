@@ -187,6 +187,34 @@ def test_a_users_own_function_by_name() -> None:
         rewards.create(f"{__name__}:wrong_shape")(teacher, student)
 
 
+def of_one(log_probs: torch.Tensor) -> torch.Tensor:
+    return log_probs.exp()
+
+
+def of_three(t: torch.Tensor, p: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    return t - p
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("of_one", {}, r"of_one is called with \(teacher_log_probs, student_log_probs\), got"),
+        ("of_three", {}, "got a function <Signature .*: missing a required argument: 'ids'"),
+        ("square", {"wieght": 1}, r"student_log_probs, wieght=...\).*unexpected keyword"),
+    ],
+)
+def test_a_users_function_is_checked_when_it_is_named(
+    name: str, parameters: dict, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        rewards.create(f"{__name__}:{name}", **parameters)
+
+
+def test_a_function_without_a_signature_is_taken_as_it_is() -> None:
+    log_probs = torch.tensor([-1.0, -0.5])
+    assert rewards.create("torch:add")(log_probs, log_probs).tolist() == [-2.0, -1.0]
+
+
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [

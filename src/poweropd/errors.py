@@ -5,6 +5,8 @@ A message is one line that says what was expected, what was got, where, and what
 """
 
 import importlib
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 # What a module of the user's own may raise while it is imported.
@@ -46,3 +48,25 @@ def import_object(key: str, name: str) -> Any:
         raise UsageError(f"{key}: cannot import {name}: {reason}") from error
     except KeyError:
         raise UsageError(f"{key}: module {module} has no {attribute!r}") from None
+
+
+def check_call(
+    key: str, name: str, function: Callable[..., object], takes: str, keywords: Mapping[str, object]
+) -> None:
+    """Raises UsageError about `key` unless a user's function can be called in a way.
+
+    takes: the names of its positional arguments, separated by commas. What Python cannot inspect,
+    such as a function written in C, is not checked.
+    """
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        return
+    try:
+        signature.bind(*takes.split(","), **keywords)
+    except TypeError as error:
+        given = "".join(f", {keyword}=..." for keyword in keywords)
+        raise UsageError(
+            f"{key}: {name} is called with ({takes}{given}), got a function {shown(signature)}: "
+            f"{error}"
+        ) from None

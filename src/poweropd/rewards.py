@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from poweropd.errors import import_object, shown
+from poweropd.errors import check_call, import_object, shown
 
 RewardFunction = Callable[..., Tensor]
 Number = Any  # a float, or a Schedule of floats until `Reward.at` resolves it
@@ -286,8 +286,7 @@ class Custom(Reward):
         reward = self.function(t, p, **self.parameters)
         if not isinstance(reward, Tensor) or reward.shape != t.shape:
             got = tuple(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
-            expected = f"expected a tensor of {tuple(t.shape)}"
-            raise ValueError(f"reward {self.name}: {expected}, got {got}")
+            raise ValueError(f"reward {self.name}: expected a tensor of {(*t.shape,)}, got {got}")
         return reward
 
 
@@ -355,6 +354,7 @@ def _custom(name: str, parameters: Mapping[str, Any]) -> Reward:
             raise ValueError(f"name: {name}: {error}") from None
     if not callable(target):
         raise ValueError(f"name: expected {name} to be a function or a Reward, got {target!r}")
+    check_call("name", name, target, "teacher_log_probs, student_log_probs", parameters)
     return Custom(name, target, parameters)
 
 

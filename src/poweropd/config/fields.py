@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, model_vali
 from pydantic_core import core_schema
 
 from poweropd.errors import shown
-from poweropd.models import DTYPES
+from poweropd.models import AUTO_DTYPE, DTYPES
 
 #: Learning-rate schedule -> its name in transformers, whose plain "constant" ignores the warm-up.
 LEARNING_RATE_SCHEDULES = {
@@ -63,6 +63,7 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 Dtype = Annotated[str, one_of(DTYPES)]
+DtypeOrAuto = Annotated[str, one_of([AUTO_DTYPE, *DTYPES])]
 
 
 class Section(BaseModel):

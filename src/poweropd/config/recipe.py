@@ -7,6 +7,7 @@ expected and what was got.
 
 import dataclasses
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -18,6 +19,7 @@ from poweropd import rewards
 from poweropd.config import rules, sections
 from poweropd.config.fields import MayChange, Section
 from poweropd.config.recipe_file import (
+    Key,
     Where,
     apply_override,
     check_values,
@@ -27,7 +29,9 @@ from poweropd.config.recipe_file import (
     refuse_secrets,
     rename_keys,
 )
-from poweropd.errors import UsageError
+from poweropd.errors import UsageError, one_line
+
+logger = logging.getLogger("poweropd")
 
 
 class Config(Section):
@@ -80,7 +84,10 @@ class Config(Section):
         """Reads a recipe file and applies overrides such as "reward.alpha=10"."""
         path = Path(path)
         tree = read_yaml(path)
+        before = _reward_name(tree)
         overridden = [apply_override(tree, override) for override in overrides]
+        if _reward_name(tree) != before:
+            _drop_parameters(tree, overridden, before)
         return cls._from_tree(tree, path.stem, Where(path, tree, overridden))
 
     @classmethod
@@ -106,9 +113,10 @@ class Config(Section):
     def _from_tree(
         cls, tree: Mapping[str, object], name: str, where: Where, context: str | None = None
     ) -> Self:
-        own = plain(tree)
+        own: Any = plain(tree)
         check_values(own)
         refuse_secrets(tree)
+        own = _with_rate_of_lora(own)
         try:
             config = cls.model_validate(own, context=context)
         except ValidationError as error:
@@ -155,6 +163,38 @@ class Config(Section):
             for key in sorted({*mine, *theirs})
             if mine.get(key, missing) != theirs.get(key, missing)
         ]
+
+
+def _reward_name(tree: Mapping[str, object]) -> object:
+    """Returns the name of a recipe's reward, or the default."""
+    section = tree.get("reward")
+    default = sections.RewardConfig.model_fields["name"].default
+    return section.get("name", default) if isinstance(section, Mapping) else default
+
+
+def _drop_parameters(tree: dict[str, Any], overridden: Sequence[Key], of: object) -> None:
+    """Leaves out the parameters of the recipe's reward after overrides named another reward.
+
+    Those that the overrides set stay; nothing is left out if they replaced the whole section.
+    """
+    if ("reward",) in overridden:
+        return
+    own = {parts[1] for parts in overridden if parts[0] == "reward"}
+    dropped = [key for key in tree["reward"] if key not in own]
+    for key in dropped:
+        del tree["reward"][key]
+    if dropped:
+        what = ", ".join(map(one_line, dropped))
+        logger.info("reward.name: %s of reward %s is left out", what, one_line(str(of)))
+
+
+def _with_rate_of_lora(tree: dict[str, Any]) -> dict[str, Any]:
+    """Returns a recipe with the learning rate of an adapter, if it has one and names no rate."""
+    model, train = tree.get("model"), tree.get("train", {})
+    adapted = isinstance(model, dict) and model.get("lora") is not None
+    if not adapted or not isinstance(train, dict) or "learning_rate" in train:
+        return tree
+    return {**tree, "train": {**train, "learning_rate": sections.LORA_RATE}}
 
 
 def _lasting(section: Section) -> dict[str, object]:

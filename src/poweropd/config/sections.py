@@ -16,6 +16,7 @@ from poweropd.config.fields import (
     TRACKER_NAMES,
     Address,
     Dtype,
+    DtypeOrAuto,
     MayChange,
     NonNegativeFloat,
     NonNegativeInt,
@@ -28,11 +29,15 @@ from poweropd.config.fields import (
 )
 from poweropd.evaluation.settings import EvaluationSettings
 from poweropd.grading.graders import ALIASES, GRADERS
+from poweropd.models import AUTO_DTYPE
 
 Attention = Literal[
     "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
 ]
 TeacherPlace = Literal["in process", "served", "several"]
+#: Default learning rates: the paper's for every weight; an adapter's is about ten times as high
+#: (Schulman et al., LoRA Without Regret, 2025).
+FULL_RATE, LORA_RATE = 5e-7, 5e-6
 #: The context of pydantic in which nothing that a recipe names is imported.
 READING = "reading"
 
@@ -62,8 +67,8 @@ class ModelConfig(Section):
 
     student: Annotated[str, Address]
     """Student: a directory, a Hub model or embedded:student."""
-    dtype: Dtype = "bfloat16"
-    """Number format of the student's forward and backward."""
+    dtype: DtypeOrAuto = AUTO_DTYPE
+    """Number format of the student's forward and backward; auto is float32 without bfloat16."""
     master_dtype: Dtype = "float32"
     """Number format of the trained weights and of the optimizer's state."""
     lora: LoraConfig | None = None
@@ -87,8 +92,8 @@ class TeacherConfig(Section):
     """Teacher: a directory, a Hub model or embedded:teacher; with servers, its name there."""
     trust_remote_code: bool = False
     """Whether Python code that the teacher's repository ships may be run."""
-    dtype: Dtype = "bfloat16"
-    """In the training process: number format of the weights and of the forward."""
+    dtype: DtypeOrAuto = AUTO_DTYPE
+    """In the training process: number format of weights and forward; auto as `model.dtype`."""
     max_tokens_per_batch: PositiveInt = 32768
     """In the training process: tokens of one forward with padding; halved if memory is short."""
     quantization: dict[str, object] | None = None
@@ -326,14 +331,14 @@ class TrainConfig(Section):
     """Number of optimizer steps."""
     prompts_per_step: PositiveInt = 32
     """Prompts of one optimizer step, over all processes."""
-    max_tokens_per_batch: Annotated[PositiveInt, MayChange] = 16384
+    max_tokens_per_batch: Annotated[PositiveInt, MayChange] = 2048
     """Tokens of one micro-batch with padding; halved if memory is short on a single process."""
     packing: Annotated[Literal["auto", "padded", "flat"], MayChange] = "auto"
     """Layout of a micro-batch: padded rows, or one flat row; auto is flat where attention gains."""
     sharding: Annotated[Literal["none", "fsdp2"], MayChange] = "none"
     """How the student is kept: whole in every process, or sharded over the processes."""
-    learning_rate: PositiveFloat = 5e-7
-    """Peak learning rate of AdamW."""
+    learning_rate: PositiveFloat = FULL_RATE
+    """Peak learning rate of AdamW; the default with `model.lora` is ten times as high, 5e-06."""
     schedule: Annotated[str, one_of(LEARNING_RATE_SCHEDULES)] = "constant"
     """Shape of the learning rate after the warm-up."""
     warmup_steps: NonNegativeInt = 0

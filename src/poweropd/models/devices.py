@@ -1,9 +1,11 @@
-"""GPUs by name: the memory and the peak that their makers state."""
+"""GPUs by name: the memory and the peak that their makers state; the dtype of this machine."""
 
 import re
 from dataclasses import dataclass
 
 import torch
+
+from poweropd.models import AUTO_DTYPE, DTYPES
 
 
 @dataclass(frozen=True)
@@ -41,3 +43,29 @@ def peak_flops_of(device_name: str) -> float | None:
     words = set(re.split(r"[\s-]+", device_name))
     found = [name for name in GPUS if set(name.split()) <= words]
     return GPUS[max(found, key=len)].peak_flops if found else None
+
+
+def dtype_here(name: str) -> str:
+    """Returns a dtype's name; auto is bfloat16 where this machine computes in it, else float32.
+
+    A CPU without instructions for bfloat16, and a GPU that only emulates it, are slower in it.
+    """
+    return name if name != AUTO_DTYPE else "bfloat16" if _has_bfloat16() else "float32"
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Returns the dtype that a recipe names, auto included."""
+    return DTYPES[dtype_here(name)]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Returns the name of a dtype in a recipe."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def _has_bfloat16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.backends.mps.is_available():
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -26,7 +26,8 @@ from poweropd.data.batch import Sequences
 from poweropd.embedded import EMBEDDED_PREFIX
 from poweropd.errors import UsageError, one_line
 from poweropd.kernels import score_tokens
-from poweropd.models import DTYPES
+from poweropd.models import AUTO_DTYPE, DTYPES
+from poweropd.models.devices import torch_dtype
 from poweropd.models.language_model import LanguageModel, dropout_rates
 
 if TYPE_CHECKING:  # benchmarks of models need no pydantic
@@ -102,8 +103,9 @@ def load_model(
 
     `options` are passed on to `from_pretrained`. Raises UsageError if it cannot be loaded.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype not in (AUTO_DTYPE, *DTYPES):
+        known = ", ".join((AUTO_DTYPE, *DTYPES))
+        raise UsageError(f"dtype: expected one of {known}, got {dtype!r}")
     transformers_logging.disable_progress_bar()
     config = load_config(name, trust_remote_code)
     if not dropout:
@@ -112,7 +114,7 @@ def load_model(
         AutoModelForCausalLM,
         adapted(name) or name,
         config=config,
-        dtype=DTYPES[dtype],
+        dtype=torch_dtype(dtype),
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are told below

@@ -13,7 +13,8 @@ from poweropd.models.geometry import Geometry
 from poweropd.plan.memory import Memory, Setup, of_step
 from poweropd.plan.throughput import Throughput
 
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+# Bytes of a number; auto is bfloat16 on the GPUs that are planned for.
+BYTES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 # Share of a device's memory; the rest is the CUDA context and what the allocator cannot use.
 USABLE = 0.9
 KINDS = ("sampled", "full_vocab")

@@ -9,7 +9,7 @@ from poweropd.config import Config
 from poweropd.data.prompts import Prompt
 from poweropd.data.rollout import Example, Request, Rollout, make_example
 from poweropd.errors import UsageError, import_object
-from poweropd.models import loading
+from poweropd.models import devices, loading
 from poweropd.models.language_model import Student
 from poweropd.rollouts import ENGINES
 from poweropd.rollouts.base import RolloutEngine, Sampling
@@ -61,7 +61,7 @@ def build_engine(
         (probes, Sampling(max_new_tokens=tokens, stop_ids=())),
         log_probs,
         every=config.rollout.verify_every,
-        tolerance=TOLERANCES[config.model.dtype],
+        tolerance=TOLERANCES[devices.name_of(student.compute_dtype)],
     )
 
 

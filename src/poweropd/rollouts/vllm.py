@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from poweropd.config import Config
 from poweropd.data.rollout import Request, Rollout
 from poweropd.errors import UsageError
+from poweropd.models.devices import name_of
 from poweropd.models.language_model import Student
 from poweropd.models.loading import resolve
 from poweropd.rollouts.base import Sampling, Weights, shared_weights
@@ -44,7 +45,7 @@ class VllmEngine:
     ) -> "VllmEngine":
         """Returns the engine of a run, with room for the `longest` sequence, in tokens."""
         options: dict[str, Any] = {
-            "dtype": config.model.dtype,
+            "dtype": name_of(student.compute_dtype),
             "trust_remote_code": config.model.trust_remote_code,
         }
         if student.causal_lm.get_output_embeddings().weight.shape[0] > student.vocab_size:

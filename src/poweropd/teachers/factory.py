@@ -11,7 +11,7 @@ from transformers.quantizers import AutoQuantizationConfig
 from poweropd import stops
 from poweropd.config.sections import TeacherConfig
 from poweropd.errors import UsageError
-from poweropd.models import language_model, loading
+from poweropd.models import devices, language_model, loading
 from poweropd.teachers.local import LocalTeacher
 from poweropd.teachers.server import ServerTeacher
 
@@ -94,7 +94,7 @@ def unquantized_teacher(
 ) -> LocalTeacher:
     """Loads the same teacher as it was before it was quantized."""
     plain = section.model_copy(update={"quantization": None})
-    dtype = loading.DTYPES[section.dtype]
+    dtype = devices.torch_dtype(section.dtype)
     return local_teacher(
         plain, language_model.Teacher(load_teacher_model(plain, device), vocab_size, dtype), device
     )

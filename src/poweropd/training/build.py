@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from poweropd import stops
 from poweropd.config import Config
+from poweropd.config.sections import LORA_RATE
 from poweropd.data import chat
 from poweropd.data.prompts import (
     Prompt,
@@ -25,7 +26,7 @@ from poweropd.data.prompts import (
 from poweropd.data.rollout import Example
 from poweropd.errors import UsageError, import_object, shown
 from poweropd.kernels import Support
-from poweropd.models import attention, fingerprints, loading
+from poweropd.models import AUTO_DTYPE, attention, devices, fingerprints, loading
 from poweropd.models.language_model import Student, Teacher, dropout_rates
 from poweropd.objectives import OBJECTIVES, SELECTIONS
 from poweropd.objectives.base import Objective
@@ -97,6 +98,7 @@ class RunInputs:
             if notice and notify:
                 logger.warning("%s%s", f"teacher.{name}: " if name else "", notice)
         if notify:
+            _show_choices(config)
             _show_first_prompt(prompts[0], tokenizer, tokenizers[prompts[0].domain], config)
         trained, held = split_holdout(prompts, config.data.holdout, config.train.seed)
         order = PromptOrder(len(trained), config.train.seed, config.data.shuffle)
@@ -112,6 +114,24 @@ class RunInputs:
         others = [i for teacher in self.teachers.values() for i in teacher.stop_ids]
         own = self.teachers[domain].stop_ids if domain else []
         return list(dict.fromkeys([*own, *others]))
+
+
+def _show_choices(config: Config) -> None:
+    """Says what `auto` is on this machine, and which learning rate an adapter has."""
+    if config.model.dtype == AUTO_DTYPE and devices.dtype_here(AUTO_DTYPE) != "bfloat16":
+        logger.info("model.dtype: float32, since this machine has no bfloat16 of its own")
+    rate = config.train.learning_rate
+    if config.model.lora is None:
+        return
+    if rate < LORA_RATE / 2:
+        logger.warning(
+            "train.learning_rate: %g is low for model.lora, which needs about ten times the rate "
+            "of full weights (its default is %g)",
+            rate,
+            LORA_RATE,
+        )
+    else:
+        logger.info("train.learning_rate: %g, for model.lora", rate)
 
 
 def _show_first_prompt(
@@ -179,12 +199,12 @@ def load_models(config: Config, inputs: RunInputs, device: torch.device) -> RunM
         Student(
             model,
             vocab_size,
-            loading.DTYPES[config.model.dtype],
+            devices.torch_dtype(config.model.dtype),
             lora=config.model.lora is not None,
             dropout=dropout_rates(own),
         ),
         {
-            name: Teacher(loaded[name], vocab_size, loading.DTYPES[section.dtype])
+            name: Teacher(loaded[name], vocab_size, devices.torch_dtype(section.dtype))
             for name, section in local.items()
         },
     )

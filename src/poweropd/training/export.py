@@ -17,6 +17,7 @@ from poweropd.data.prompts import Prompt
 from poweropd.data.rollout import Example, Request, make_example
 from poweropd.errors import RunError, UsageError
 from poweropd.models import loading
+from poweropd.models.devices import name_of
 from poweropd.models.language_model import Student, Teacher
 from poweropd.teachers.base import score
 from poweropd.teachers.local import LocalTeacher
@@ -84,7 +85,8 @@ def verify(
         )
         if example.teacher_log_probs is not None
     ]
-    difference, tolerance = torch.cat(differences).mean().item(), TOLERANCES[config.dtype]
+    difference = torch.cat(differences).mean().item()
+    tolerance = TOLERANCES[name_of(student.compute_dtype)]
     if not difference <= tolerance:
         raise _refused(
             folder,
