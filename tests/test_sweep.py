@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 
-from poweropd import Config, Trainer, commands
+from poweropd import Config, Trainer, commands, rewards
 from poweropd.errors import RunError, UsageError
 from poweropd.runs.directory import RunDirectory
 from poweropd.runs.files import read_jsonl
 from poweropd.sweep import cells, runner
+from poweropd.sweep.demo import shipped_recipe
 from poweropd.training import gradient_noise
 
 MAKES = Callable[..., Config]
@@ -234,6 +236,43 @@ def test_exact_gradients_agree_more_than_sampled_ones(
         found = gradient_noise.measure_gradient(Trainer(config, progress=False), count=4)
         cosines[kind] = found["gradient_cosine"]
     assert -1 <= cosines["sampled"] < cosines["full_vocab"] <= 1
+
+
+def test_projected_gradients_have_the_lengths_and_angles_of_whole_ones() -> None:
+    torch.manual_seed(0)
+    common = torch.randn(3_000_000)
+    own = [common + 2 * torch.randn(3_000_000) for _ in range(4)]
+    split = [[g[:1_999_999].view(-1, 1), None, g[1_999_999:]] for g in own]
+    whole = torch.stack([gradient_noise.concatenated(parts) for parts in split])
+    small = torch.stack([gradient_noise.projected(parts) for parts in split])
+    assert small.shape == (4, 2**16)
+    products, expected = small @ small.T, whole @ whole.T
+    assert (products - expected).abs().max() < 0.02 * expected.max()
+    ratio = gradient_noise.signal_to_noise(small)
+    assert ratio == pytest.approx(gradient_noise.signal_to_noise(whole), rel=0.05)
+    assert not torch.equal(small[0], gradient_noise.projected(split[0], seed=1))
+    with pytest.raises(ValueError, match="gradient of at least one parameter"):
+        gradient_noise.projected([None])
+
+
+def test_projections_rank_rewards_as_whole_gradients_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the embedded pair, with the same completions; those of tanh and power."""
+    monkeypatch.setattr(gradient_noise, "PROMPTS", 16)
+    recipe = shipped_recipe("demo.yaml")
+    trainer = Trainer(Config.load(recipe, [f"run.dir={tmp_path}/run"]), progress=False)
+    batches = gradient_noise.fresh_batches(trainer, 6)
+    monkeypatch.setattr(gradient_noise, "fresh_batches", lambda trainer, count: batches)
+    found: dict[int, list[float]] = {}
+    for stored in (2**30, 0):
+        monkeypatch.setattr(gradient_noise, "STORED_BYTES", stored)
+        for reward in ("tanh", "power"):
+            trainer.reward = rewards.create(reward)
+            measured = gradient_noise.measure_gradient(trainer, 6, cosine=False)
+            found.setdefault(stored, []).append(measured["gradient_snr"])
+    assert found[0] == pytest.approx(found[2**30], rel=0.03)
+    assert found[0][0] < found[0][1]
 
 
 def test_cores_and_gpus_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ def sweep_command(
         typer.Option(
             min=0,
             metavar="K",
-            help="Measure gradients on K batches, say 32; keeps all K: for small models.",
+            help="Measure gradients on K batches of 32 prompts, say 32.",
         ),
     ] = 0,
     best: Annotated[

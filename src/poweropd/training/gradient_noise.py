@@ -2,57 +2,58 @@
 
 Gradient norms of different rewards differ in units and prove little. What an optimizer such as
 AdamW, which ignores scale, feels is the noise relative to the mean.
+
+The gradients of a small model are kept as they are. Those of a large one are projected at random
+to a vector of fixed size each, which keeps lengths and angles up to a small error, so a model of
+any size can be measured that can be trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from poweropd.data.batch import Batch, collate
 from poweropd.data.prompts import PromptOrder
-from poweropd.data.rollout import Request
-from poweropd.kernels import Head
-from poweropd.models.language_model import Student
-from poweropd.objectives.base import Objective, TokenRecord
+from poweropd.data.rollout import Example, Request
 from poweropd.objectives.full_vocab import FullVocab
 from poweropd.rewards import Reward
 from poweropd.rollouts.base import completion_seed
 from poweropd.training.trainer import Trainer
-from poweropd.training.update import with_teacher
+from poweropd.training.update import Updater
 
 PROMPTS = 32  # of one batch
+#: Bytes that all gradients may take before they are projected.
+STORED_BYTES = 2**28
+BUCKETS, BLOCK = 2**16, 2**20  # numbers of a projected gradient, and numbers projected at once
+
+#: Makes one vector of a gradient, given by parameter: None where a parameter has none.
+Flatten = Callable[[Iterable[Tensor | None]], Tensor]
 
 
 def measure_gradient(trainer: Trainer, count: int, cosine: bool = True) -> dict[str, float]:
-    """Signal-to-noise ratio of the gradients of `count` fresh batches, by the run's own reward and
-    objective and, where wanted, their mean cosine to the exact gradient of that reward."""
-    student, teacher = trainer.student, trainer.models.teacher
+    """Measures the gradients of `count` fresh batches, by the run's own reward and objective.
+
+    Returns their signal-to-noise ratio and, if wanted, their mean cosine to the exact gradient of
+    that reward, which needs a single teacher in this process.
+    """
+    updater, reward = trainer.updater, trainer.reward.at(trainer.steps_done)
     batches = fresh_batches(trainer, count)
-    if cosine or trainer.config.needs_local_teacher:
-        batches = [with_teacher(batch, teacher) for batch in batches]
-    reward = _with_statistics(trainer, batches, trainer.reward.at(trainer.steps_done))
-    own = gradients(student, batches, trainer.updater.objective, reward)
+    if reward.needs_statistics:
+        reward = updater.standardized([example for batch in batches for example in batch], reward)
+    size = sum(weight.numel() for weight in trainer.student.trained_weights().values())
+    flatten = concatenated if 4 * size * count <= STORED_BYTES else projected
+    own = gradients(updater, batches, reward, flatten)
     found = {"gradient_snr": signal_to_noise(own)}
     if cosine:
-        exact = exact_gradient(student, teacher.head(), batches, reward)
-        found["gradient_cosine"] = mean_cosine(own, exact)
+        teacher = trainer.models.teacher
+        exact = updater.with_objective(FullVocab(teacher.head()), teacher)
+        direction = gradients(exact, batches, reward, flatten).mean(0)
+        found["gradient_cosine"] = mean_cosine(own, direction)
     return found
 
 
-@torch.no_grad()
-def _with_statistics(trainer: Trainer, batches: Sequence[Batch], reward: Reward) -> Reward:
-    """The reward given, where it needs them, its base's mean and population std over batches."""
-    if not reward.needs_statistics:
-        return reward
-    objective, base = trainer.updater.objective, reward.unstandardized
-    records = [trainer.student(batch, objective, base, 0.0)[1] for batch in batches]
-    rewards = TokenRecord.cat(records).rewards.double()
-    return reward.with_statistics(rewards.mean().item(), rewards.std(correction=0).item())
-
-
-def fresh_batches(trainer: Trainer, batches: int) -> list[Batch]:
-    """Scored rollouts of the current student on training prompts; no training step sees them."""
+def fresh_batches(trainer: Trainer, batches: int) -> list[list[Example]]:
+    """Samples and scores completions of training prompts; no training step sees them."""
     count = batches * PROMPTS
     seed = trainer.config.train.seed
     prompts = [
@@ -64,41 +65,67 @@ def fresh_batches(trainer: Trainer, batches: int) -> list[Batch]:
         for number, prompt in enumerate(prompts)
     ]
     examples = trainer.scored(trainer.engine.generate(requests, trainer.sampling))
-    groups = [examples[i::batches] for i in range(batches)]
-    return [collate(group).to(trainer.accelerator.device) for group in groups]
+    return [examples[i::batches] for i in range(batches)]
 
 
 def gradients(
-    student: Student, batches: Sequence[Batch], objective: Objective, reward: Reward
+    updater: Updater, batches: Sequence[Sequence[Example]], reward: Reward, flatten: Flatten
 ) -> Tensor:
-    """Returns the gradients [K, P] of K batches; for small models, since all are kept.
+    """Returns the gradients of K batches, [K, n], as vectors that `flatten` makes; float32.
 
-    The batches hold what the objective reads: the teacher's log-probs or hidden states.
+    By an objective over the whole vocabulary they are exact in the next token: the noise that is
+    left is that of the contexts.
     """
     found = []
     for batch in batches:
-        num_tokens = objective.num_tokens(batch.completion_index.bincount().tolist())
-        found.append(flat_gradient(student, batch, objective, reward, 1 / num_tokens))
+        num_tokens = updater.objective.num_tokens([example.num_tokens for example in batch])
+        if num_tokens:
+            updater.accumulate_fitting(batch, reward, num_tokens)
+            weights = updater.student.parameters()
+            found.append(flatten(p.grad for p in weights if p.requires_grad))
+            updater.optimizer.zero_grad()
     return torch.stack(found)
 
 
-def exact_gradient(
-    student: Student, teacher_head: Head, batches: Sequence[Batch], reward: Reward
-) -> Tensor:
-    """Returns the mean gradient [P] over batches, exact in the next token.
+def concatenated(gradient: Iterable[Tensor | None]) -> Tensor:
+    """Returns a gradient as one vector [P], for small models; parameters without one are left out.
 
-    The batches hold the teacher's hidden states. The noise that is left is that of the contexts.
+    Which parameters have none is the same for all batches of a small model.
     """
-    return gradients(student, batches, FullVocab(teacher_head), reward).mean(0)
+    return torch.cat([part.flatten().float() for part in gradient if part is not None])
+
+
+def projected(gradient: Iterable[Tensor | None], buckets: int = BUCKETS, seed: int = 0) -> Tensor:
+    """Returns a random projection of a gradient, [buckets], the same one at every call.
+
+    Every number goes into a random bucket with a random sign. Inner products of two projections
+    are those of the gradients on average, with a standard deviation of about |a| |b| /
+    sqrt(buckets) (Charikar et al. 2002, Count sketch; Weinberger et al. 2009). The buckets of a
+    block are drawn when it is projected, so nothing larger than a block is held.
+    """
+    total: Tensor | None = None
+    for number, part in enumerate(gradient):
+        if part is None:
+            continue
+        if total is None:
+            total = torch.zeros(buckets, device=part.device)
+        generator = torch.Generator(part.device).manual_seed(seed + number)
+        for block in part.flatten().split(BLOCK):
+            drawn = torch.randint(2 * buckets, block.shape, generator=generator, device=part.device)
+            signed = torch.where(drawn % 2 == 0, block, -block)
+            total.index_add_(0, drawn // 2, signed.float())
+    if total is None:
+        raise ValueError("expected the gradient of at least one parameter")
+    return total
 
 
 def mean_cosine(gradients: Tensor, direction: Tensor) -> float:
-    """Mean cosine of [K, P] gradients to a [P] direction."""
+    """Returns the mean cosine of [K, P] gradients to a [P] direction."""
     return torch.cosine_similarity(gradients, direction[None]).mean().item()
 
 
 def signal_to_noise(gradients: Tensor) -> float:
-    """[K, P] gradients of K independent batches -> |E g|^2 / tr Cov g, both estimated unbiased.
+    """Returns |E g|^2 / tr Cov g, both estimated unbiased, from [K, P] gradients of K batches.
 
     tr Cov = sum_k |g_k - mean|^2 / (K - 1), and |mean|^2 overestimates |E g|^2 by tr Cov / K. So
     pure noise gives about 0, now and then slightly less.
@@ -107,15 +134,3 @@ def signal_to_noise(gradients: Tensor) -> float:
     mean = gradients.mean(0)
     variance = (gradients - mean).square().sum() / (count - 1)
     return ((mean.square().sum() - variance / count) / variance).item()
-
-
-def flat_gradient(
-    student: Student, batch: Batch, objective: Objective, reward: Reward, token_weight: float
-) -> Tensor:
-    """Returns the gradient [P] of one micro-batch's loss in all trained parameters."""
-    student.zero_grad()
-    loss, _ = student(batch, objective, reward, token_weight)
-    loss.backward()
-    gradients = [p.grad.flatten() for p in student.trained_weights().values() if p.grad is not None]
-    student.zero_grad()
-    return torch.cat(gradients)

@@ -4,6 +4,7 @@ The global number of trained tokens N is known before the first forward, so the 
 whatever the micro-batches, their order and the processes they run on.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -81,12 +82,7 @@ class Updater:
         num_tokens = self.objective.num_tokens(lengths)
         if num_tokens == 0:
             return None
-        while True:
-            try:
-                loss, record = self.accumulate(examples, reward, num_tokens)
-                break
-            except torch.OutOfMemoryError as error:
-                self._shrink(examples, error)
+        loss, record = self.accumulate_fitting(examples, reward, num_tokens)
         record = _check_finite(TokenRecord.cat(gather_object([record])), reward)
         clip = self.train.clip_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(
@@ -103,6 +99,19 @@ class Updater:
         self.optimizer.step()
         self.optimizer.zero_grad()  # frees them for the rollout
         return UpdateOutcome(loss, grad_norm, num_tokens, num_tokens / sum(lengths), record)
+
+    def accumulate_fitting(
+        self, examples: Sequence[Example], reward: Reward, num_tokens: int
+    ) -> tuple[float, TokenRecord]:
+        """Accumulates as `accumulate` does; starts again with smaller batches if memory is short.
+
+        Raises RunError if it never suffices.
+        """
+        while True:
+            try:
+                return self.accumulate(examples, reward, num_tokens)
+            except torch.OutOfMemoryError as error:
+                self._shrink(examples, error)
 
     def accumulate(
         self, examples: Sequence[Example], reward: Reward, num_tokens: int
@@ -129,6 +138,17 @@ class Updater:
             records.append(record)
         total = self.accelerator.reduce(torch.stack(losses).double().sum(), "sum")
         return total.item() / world, TokenRecord.cat(records)
+
+    def with_objective(self, objective: Objective, teacher: Teacher) -> "Updater":
+        """Returns an updater of the same student whose gradients are those of another objective."""
+        other = copy.copy(self)
+        other.objective, other.teacher = objective, teacher
+        other.flat = self.flat[0], teacher.flat
+        return other
+
+    def standardized(self, examples: Sequence[Example], reward: Reward) -> Reward:
+        """Returns a reward with the statistics that it needs, over the tokens of examples."""
+        return self._with_statistics(self._micro_batches(examples), reward)
 
     def _micro_batches(self, examples: Sequence[Example]) -> list[Batch]:
         groups = pack([e.student_length for e in examples], self.max_tokens, self.flat[0])
