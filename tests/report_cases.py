@@ -56,6 +56,38 @@ def with_markup(source: Path, folder: Path) -> Path:
     return run.path
 
 
+def by_hand(config: Config, steps: int) -> RunDirectory:
+    """A run that is going on: metrics and reward records, without any training."""
+    run = RunDirectory.open(config)
+    recorder = RewardRecorder(run.rewards, lambda ids: "x" * len(ids))
+    for step in range(1, steps + 1):
+        recorder.record(step, token_record(40, seed=step), [])
+        run.append_metrics(metrics(step))
+    recorder.write()
+    return run
+
+
+def finish(run: RunDirectory) -> None:
+    """Gives a run what makes it complete, as far as a report looks."""
+    run.final.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (run.final / name).touch()
+
+
+def metrics(step: int) -> dict[str, float]:
+    return {
+        "step": step,
+        "reverse_kl": 1 / step,
+        "grad_norm": float(step),
+        "num_tokens": 40,
+        "completions/mean_length": 10.0,
+        "completions/truncated_fraction": 0.25,
+        "seconds/step": 2.0,
+        "seconds/rollout": 1.5,
+        "memory/peak_bytes": 2**30,
+    }
+
+
 def token_record(n: int, seed: int = 0) -> TokenRecord:
     """One completion of n trained tokens."""
     generator = torch.Generator().manual_seed(seed)

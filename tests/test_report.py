@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_cases import token_record, unknown_teacher
+from report_cases import by_hand, finish, token_record, unknown_teacher
 from typer.testing import CliRunner
 
 from poweropd import Config, commands
 from poweropd.errors import UsageError
-from poweropd.report import curves, distributions, heatmaps, page, samples, tables
-from poweropd.report.runs import RecordedRun, read_runs
+from poweropd.report import curves, distributions, heatmaps, page, planes, samples, tables
+from poweropd.report.runs import RecordedRun, read_runs, run_directories
 from poweropd.runs.directory import RunDirectory
 from poweropd.runs.recorder import RewardRecorder
 
@@ -25,32 +25,11 @@ def make_run(recipe: MAKES, tmp_path: Path) -> Callable[..., Path]:
 
     def make(name: str = "run", steps: int = 20, **overrides: object) -> Path:
         config = recipe(**{"run.dir": str(tmp_path / name), "train.steps": steps, **overrides})
-        run = RunDirectory.open(config)
-        recorder = RewardRecorder(run.rewards, lambda ids: "x" * len(ids))
-        for step in range(1, steps + 1):
-            recorder.record(step, token_record(40, seed=step), [])
-            run.append_metrics(metrics(step))
-        recorder.write()
-        run.final.mkdir()
-        for name in ("config.json", "model.safetensors"):
-            (run.final / name).touch()
+        run = by_hand(config, steps)
+        finish(run)
         return run.path
 
     return make
-
-
-def metrics(step: int) -> dict[str, float]:
-    return {
-        "step": step,
-        "reverse_kl": 1 / step,
-        "grad_norm": float(step),
-        "num_tokens": 40,
-        "completions/mean_length": 10.0,
-        "completions/truncated_fraction": 0.25,
-        "seconds/step": 2.0,
-        "seconds/rollout": 1.5,
-        "memory/peak_bytes": 2**30,
-    }
 
 
 def rendered(paths: list[Path]) -> str:
@@ -122,9 +101,9 @@ def test_runs_of_different_tasks_and_rewards_are_told_apart(
 def test_wrong_arguments_are_one_line(make_run: Callable[..., Path], tmp_path: Path) -> None:
     run = make_run()
     with pytest.raises(UsageError, match=r"RUN: .* directories .*/nowhere does not exist"):
-        read_runs([run, tmp_path / "nowhere"])
+        run_directories([run, tmp_path / "nowhere"])
     with pytest.raises(UsageError, match=r"has no config\.yaml"):
-        read_runs([tmp_path])
+        run_directories([tmp_path / "run" / "final"])
     with pytest.raises(UsageError, match="is given twice"):
         read_runs([run, run / ".." / run.name])
 
@@ -154,7 +133,7 @@ def test_long_curves_are_drawn_by_mean_and_range_of_buckets(make_run: Callable[.
     assert (width, len(rows)) == (4, 250)
     assert rows[1] == {"run": "run", "step": 6.5, "mean": 3.0, "low": 0.0, "high": 6.0}
     assert [row["mean"] for row in curves.curve_rows(run, "grad_norm", 1)][:3] == [1, 2, 3]
-    assert all(row["low"] > 0 for row in curves.curve_rows(run, "grad_norm", 4, "log"))
+    assert all(row["low"] > 0 for row in curves.curve_rows(run, "grad_norm", 4, positive=True))
 
 
 def test_figures_of_rewards_are_those_of_the_tokens(make_run: Callable[..., Path]) -> None:
@@ -207,13 +186,41 @@ def test_the_plane_shows_the_reward_of_the_run(make_run: Callable[..., Path]) ->
     runs = read_runs([scheduled, zscore])
     runs.append(read_runs([make_run("c", steps=1)])[0])
     runs[2].recipe["reward"] = {"name": "nowhere.at:all"}
-    figures, notes = heatmaps.plane(runs)
+    figures, notes = planes.plane(runs)
     assert len(figures) == 2
-    row = figures[0].rows[7]
-    assert row["reward"] == pytest.approx(row["t"] ** 3 - row["p"] ** 3, rel=1e-3)
+    for row in (figures[0].rows[7], figures[0].rows[-20]):
+        assert row["reward"] == pytest.approx(row["t"] ** 3 - row["p"] ** 3, rel=1e-3)
     assert "base reward" in figures[1].description
     (note,) = notes
     assert note.startswith("the reward of c is not drawn: it is code of the user's own")
+
+
+def test_a_plane_shows_an_alpha_of_500(make_run: Callable[..., Path]) -> None:
+    path = make_run(steps=1, **{"reward.name": "power", "reward.alpha": 500.0})
+    (figure,), _ = planes.plane(read_runs([path]))
+    values = np.array([row["reward"] for row in figure.rows])
+    assert (np.abs(values) > 0.5).mean() > 0.2  # of the plane; by linear axes it was none
+    colour = figure.spec()["encoding"]["color"]
+    assert colour["scale"]["domain"] == [-1, 1]  # of the reward, not of what is drawn
+    assert colour["legend"]["values"] == [-1, 0, 1]
+    assert "0.9999" in figure.spec()["encoding"]["x"]["axis"]["labelExpr"]
+
+
+def test_sampled_estimates_are_called_so(make_run: Callable[..., Path]) -> None:
+    runs = read_runs([make_run(steps=2)])
+    found = {figure.key: figure for figure in curves.training(runs, [])}
+    assert "A sampled estimate" in found["reverse_kl"].description
+    table = tables.summary_table(runs)
+    assert "reverse KL (sampled)" in table.columns
+    assert "a sampled estimate" in table.caption
+
+
+def test_tooltips_name_fields_that_the_rows_have(make_run: Callable[..., Path]) -> None:
+    made, _ = page.sections(read_runs([make_run(steps=3), make_run("other", steps=3)]))
+    for figure in (figure for _, _, figures in made for figure in figures):
+        assert 3 <= len(figure.tooltip) <= 6
+        known = {key for row in figure.rows for key in row} | {"smooth"}
+        assert {field.field for field in figure.tooltip} <= known
 
 
 def test_a_tokens_colour_is_its_rewards_share_of_the_scale() -> None:

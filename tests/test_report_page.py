@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 
 from poweropd.report import page
+from poweropd.report.runs import read_runs
+from poweropd.runs.files import write_atomically
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -35,7 +38,7 @@ Promise.all(charts.map(show)).then(() => done(Object.keys(views)), (error) => do
 COLOURED = """
 const canvas = document.querySelector(`[data-figure="${arguments[0]}"] canvas`);
 const swatch = document.querySelectorAll(".swatch")[arguments[1]];
-const wanted = getComputedStyle(swatch).backgroundColor.match(/\\d+/g).map(Number);
+const wanted = getComputedStyle(swatch).borderTopColor.match(/\\d+/g).map(Number);
 const pixels = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
 let count = 0;
 for (let i = 0; i < pixels.length; i += 4)
@@ -136,8 +139,10 @@ def test_hovering_shows_the_values_under_the_pointer(opened: webdriver.Chrome) -
     opened.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
     ActionChains(opened).move_to_element(canvas).move_by_offset(3, 2).perform()
     text = "return document.querySelector('#vg-tooltip-element.visible')?.innerText ?? ''"
-    assert wait_for(opened, text, (), lambda shown: "step" in shown and "mean" in shown)
+    assert wait_for(opened, text, (), lambda shown: "step" in shown and "value" in shown)
     shown = opened.execute_script(text)
+    titles = [line.split("\t")[0] for line in shown.splitlines()]
+    assert titles == ["run", "step", "value", "smoothed"]  # and not every field of the row
     assert any(name in shown for name in ("log_ratio", "power", "bold")), shown
 
 
@@ -150,6 +155,75 @@ def test_what_a_model_wrote_is_text(opened: webdriver.Chrome) -> None:
     assert any(f"{INJECTED}</script>&amp;plain" in text for text in texts)
     assert opened.find_elements(By.CSS_SELECTOR, "img, main b, main script") == []
     assert "<b onclick" in opened.find_element(By.CSS_SELECTOR, "fieldset").text
+
+
+@pytest.mark.parametrize("width", [390, 1366])
+def test_charts_fill_their_columns_and_the_page_does_not_scroll_sideways(
+    opened: webdriver.Chrome, width: int
+) -> None:
+    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        opened.refresh()
+        opened.execute_async_script(DRAW_ALL)
+        beyond, *charts = opened.execute_script(
+            """return [document.documentElement.scrollWidth - innerWidth, ...charts.map((chart) => [
+            chart.querySelector("canvas").getBoundingClientRect().width,
+            chart.parentElement.getBoundingClientRect().width,
+            chart.scrollHeight - chart.clientHeight])]"""
+        )
+    finally:
+        opened.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert beyond <= 0
+    assert len(charts) > 20
+    assert all(abs(canvas - column) <= 1 for canvas, column, _ in charts), charts
+    assert all(column > width / 4 and cut <= 1 for _, column, cut in charts), charts
+
+
+def test_the_slider_smooths_curves_and_keeps_the_raw_line(opened: webdriver.Chrome) -> None:
+    opened.execute_async_script(DRAW_ALL)
+    rows = "const view = await views['grad_norm']; return view.data('rows')"
+    read = f"const done = arguments[0]; (async () => {{ {rows} }})().then(done);"
+    slide = """const slider = document.getElementById("smoothing");
+    slider.value = arguments[0]; slider.dispatchEvent(new Event("input"));"""
+    opened.execute_script(slide, 0)
+    found = opened.execute_async_script(read)
+    assert all(row["smooth"] == pytest.approx(row["mean"]) for row in found)
+    opened.execute_script(slide, 0.9)
+    assert opened.find_element(By.TAG_NAME, "output").text == "0.9"
+    first = [row for row in opened.execute_async_script(read) if row["run"] == "power"]
+    average = weight = 0.0
+    for row in first:
+        average, weight = 0.9 * average + 0.1 * row["mean"], 0.9 * weight + 0.1
+        assert row["smooth"] == pytest.approx(average / weight)
+    assert len({row["mean"] for row in first}) > 5
+
+
+def test_a_watched_page_loads_again_as_the_reader_left_it(
+    opened: webdriver.Chrome, report: Path, tmp_path: Path
+) -> None:
+    runs = read_runs([report.parent / name for name in ("log_ratio", "power")])
+    watched = tmp_path / "watched.html"
+    page.write_page(runs, watched, None, refresh=3)
+    opened.get(watched.as_uri())
+    box = opened.find_elements(By.CSS_SELECTOR, "input.run")[0]
+    box.click()
+    opened.execute_script("""window.first = true; scrollTo(0, 900);
+    const slider = document.getElementById("smoothing");
+    slider.value = 0.8; slider.dispatchEvent(new Event("input"));""")
+    assert wait_for(opened, "return window.first ?? null", (), lambda first: first is None)
+    again = opened.execute_script(
+        "return [scrollY, slider.value, boxes.map((b) => b.checked), refresh.checked]"
+    )
+    assert again == [900, "0.8", [False, True], True]
+    text = re.sub(
+        r' data-refresh="3"|<label><input[^>]*id="refresh".*</label>', "", watched.read_text()
+    )
+    write_atomically(watched, text)  # as when the runs are complete
+    still = "return document.getElementById('refresh') === null"
+    assert wait_for(opened, still, (), lambda gone: gone)
+    assert opened.execute_script("return [scrollY, slider.value]") == [900, "0.8"]
+    assert opened.get_log("browser") == []
 
 
 def test_no_script_runs_but_the_pages_own(opened: webdriver.Chrome) -> None:

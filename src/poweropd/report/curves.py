@@ -1,28 +1,45 @@
 """Figures over training: the metrics of all runs overlaid, accuracy, and the time of a step."""
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any
 
 import altair
 import numpy as np
 
+from poweropd.report.colours import line_styles
 from poweropd.report.runs import RecordedRun, benchmarks
-from poweropd.report.theme import HEIGHT, WIDTH, Figure, named_rows, rounded, run_colour
+from poweropd.report.theme import (
+    HEIGHT,
+    WIDTH,
+    Figure,
+    TooltipField,
+    named_rows,
+    reward_axis,
+    rounded,
+    run_colour,
+    run_dash,
+    whole_row,
+)
 from poweropd.runs.files import JsonObject
 from poweropd.runs.metrics import MEDIAN, OF_STEPS, Metric
 
 POINTS = 250  # of a curve, at most; longer ones are drawn by buckets of steps
-ScaleType = Literal["linear", "log"]
+RUN, STEP = TooltipField("run", "run", "text"), TooltipField("step", "step")
+FAINT = 0.3  # opacity of the raw line behind the smoothed one
 
 
-def training(runs: Sequence[RecordedRun]) -> list[Figure]:
-    """Returns one figure for each metric that a run has, and accuracy where it was measured."""
-    width, names = bucket_width(runs), [run.name for run in runs]
+def training(runs: Sequence[RecordedRun], bounds: Sequence[float]) -> list[Figure]:
+    """Returns one figure for each metric that a run has, and accuracy where it was measured.
+
+    `bounds`: those of the runs' rewards.
+    """
+    width = bucket_width(runs)
     figures = accuracy(runs)
-    for metric, scale in ((m, m.curve) for m in OF_STEPS if m.curve):
-        found = [row for run in runs for row in curve_rows(run, metric.key, width, scale)]
-        if found:
-            figures.append(curve_figure(metric, names, found, width))
+    for metric in OF_STEPS:
+        log = metric.curve == "log"
+        found = [row for run in runs for row in curve_rows(run, metric.key, width, log)]
+        if metric.curve and found:
+            figures.append(curve_figure(metric, runs, found, width, bounds))
     return figures
 
 
@@ -32,11 +49,14 @@ def bucket_width(runs: Sequence[RecordedRun]) -> int:
 
 
 def curve_rows(
-    run: RecordedRun, metric: str, width: int, scale: ScaleType = "linear"
+    run: RecordedRun, metric: str, width: int, positive: bool = False
 ) -> Iterator[JsonObject]:
-    """Yields mean, lowest and highest value of each bucket of `width` steps."""
+    """Yields mean, lowest and highest value of each bucket of `width` steps.
+
+    positive: values that a logarithmic axis cannot show are left out.
+    """
     steps, values = (np.array(column) for column in run.series(metric))
-    keep = np.isfinite(values) & ((values > 0) | (scale != "log"))
+    keep = np.isfinite(values) & ((values > 0) | (not positive))
     steps, values = steps[keep], values[keep]
     if not len(steps):
         return
@@ -53,33 +73,60 @@ def curve_rows(
         yield {"run": run.name, "step": step, **{k: rounded(v, 5) for k, v in row.items()}}
 
 
+def curve_axis(
+    kind: str | None, values: Sequence[float], bounds: Sequence[float]
+) -> dict[str, Any]:
+    """Returns the axis of a metric's values: logarithmic, of rewards, from 0, or around them."""
+    if kind == "reward":
+        return reward_axis(values, None, bounds)
+    scale = altair.Scale(type="log") if kind == "log" else altair.Scale(zero=kind == "zero")
+    return {"title": None, "scale": scale}
+
+
 def curve_figure(
-    metric: Metric, names: Sequence[str], found: list[JsonObject], width: int
+    metric: Metric,
+    runs: Sequence[RecordedRun],
+    found: list[JsonObject],
+    width: int,
+    bounds: Sequence[float],
 ) -> Figure:
-    """Draws the mean as a line in a band from the lowest to the highest value of a bucket."""
+    """Draws a smoothed line over the faint line of means, in a band from lowest to highest value.
+
+    The page puts the smoothed values in the field `smooth`; without them, it is the means' line.
+    """
     title = metric.heading[0].upper() + metric.heading[1:]
-    base = overlay(names).encode(x=altair.X("step:Q", title="optimizer step"))
-    axis = altair.Scale(type="log") if metric.curve == "log" else altair.Scale(zero=False)
-    band = base.mark_area(opacity=0.15).encode(
-        y=altair.Y("low:Q", title=None, scale=axis), y2="high:Q"
-    )
-    line = base.mark_line(strokeWidth=1.8).encode(y=altair.Y("mean:Q", title=None, scale=axis))
-    layers = [band, line] if width > 1 else [line]
+    axis = curve_axis(metric.curve, [row[end] for row in found for end in ("low", "high")], bounds)
+    base = overlay(runs).encode(x=altair.X("step:Q", title="optimizer step"))
+    base = base.transform_calculate(line="isValid(datum.smooth) ? datum.smooth : datum.mean")
+    band = base.mark_area(opacity=0.15).encode(y=altair.Y("low:Q", **axis), y2="high:Q")
+    dash = run_dash([run.name for run in runs], line_styles([r.reward_setting for r in runs]))
+    raw = base.mark_line(strokeWidth=1.2, opacity=FAINT).encode(y=altair.Y("mean:Q", **axis))
+    line = base.mark_line(strokeWidth=1.8).encode(y=altair.Y("line:Q", **axis), strokeDash=dash)
+    layers = [band, raw, line] if width > 1 else [raw, line]
     said = f", mean of every {width} steps, with the range of their values" if width > 1 else ""
+    note = f" {metric.note}" if metric.note else ""
+    many = width > 1
     return Figure(
         key=metric.key.replace("/", "-"),
         title=title,
-        description=f"{title} over optimizer steps, one line a run{said}.",
+        description=f"{title} over optimizer steps, one line a run{said}.{note}",
         chart=hovering(layers, line),
         rows=found,
+        tooltip=[
+            *(RUN, STEP, TooltipField("mean", "mean" if many else "value")),
+            TooltipField("smooth", "smoothed"),
+            *([TooltipField("low", "lowest"), TooltipField("high", "highest")] if many else []),
+        ],
         by_run=True,
+        smooth=True,
     )
 
 
-def overlay(names: Sequence[str]) -> altair.Chart:
+def overlay(runs: Sequence[RecordedRun]) -> altair.Chart:
     """Returns a chart in the colours of the runs, without those that the reader switched off."""
     shown = altair.Chart(named_rows()).transform_filter("indexof(hidden_runs, datum.run) < 0")
-    return shown.encode(color=run_colour(names))
+    colours = [style.colour for style in line_styles([run.reward_setting for run in runs])]
+    return shown.encode(color=run_colour([run.name for run in runs], colours))
 
 
 def hovering(layers: Sequence[altair.Chart], line: altair.Chart) -> altair.LayerChart:
@@ -87,12 +134,11 @@ def hovering(layers: Sequence[altair.Chart], line: altair.Chart) -> altair.Layer
     near = altair.selection_point(
         name="near", nearest=True, on="pointermove", clear="pointerout", empty=False
     )
-    # The tooltip shows the whole row: Vega-Lite 6.4 loses the names of single fields on a nearest
-    # point.
-    points = line.mark_point(filled=True, size=60, tooltip=altair.TooltipContent("data")).encode(
+    points = line.mark_point(filled=True, size=60, tooltip=whole_row()).encode(
         opacity=altair.condition(near, altair.value(1), altair.value(0))
     )
-    points.encoding.strokeDash = altair.Undefined  # filled points would hide its legend's lines
+    # Filled points would hide the legend's lines, and have no dashes.
+    points.encoding.strokeDash = altair.Undefined
     hidden = altair.param(name="hidden_runs", value=[])
     layered = altair.layer(*layers, points.add_params(near)).add_params(hidden)
     return layered.properties(width=WIDTH, height=HEIGHT)
@@ -101,24 +147,35 @@ def hovering(layers: Sequence[altair.Chart], line: altair.Chart) -> altair.Layer
 def accuracy(runs: Sequence[RecordedRun]) -> list[Figure]:
     """Returns a figure for each benchmark: Avg@k over steps with 95% intervals over problems."""
     figures = []
-    names = [run.name for run in runs]
     for benchmark in benchmarks(runs):
         found = [
             {"run": run.name, "step": step, **result["avg_at_k"]}
             for run in runs
             for step, result in run.results(benchmark)
         ]
-        base = overlay(names).encode(x=altair.X("step:Q", title="optimizer step"))
+        base = overlay(runs).encode(x=altair.X("step:Q", title="optimizer step"))
         percent, scale = altair.Axis(format=".0%"), altair.Scale(zero=False)
         line = base.mark_line(point=True).encode(
             y=altair.Y("mean:Q", title=None, axis=percent, scale=scale)
         )
         bars = base.mark_rule(opacity=0.5).encode(y=altair.Y("low:Q", title=None), y2="high:Q")
-        description = f"Avg@k on {benchmark} over steps, with 95% intervals over its problems."
-        chart = hovering([bars, line], line)
-        title = f"Accuracy on {benchmark}"
         key = "accuracy-" + "".join(c if c.isalnum() else "-" for c in benchmark)
-        figures.append(Figure(key, title, description, chart, found, by_run=True))
+        ends = ("low", "interval from"), ("high", "to")
+        figures.append(
+            Figure(
+                key=key,
+                title=f"Accuracy on {benchmark}",
+                description=f"Avg@k on {benchmark} over steps, with 95% intervals over its "
+                "problems.",
+                chart=hovering([bars, line], line),
+                rows=found,
+                tooltip=[
+                    *(RUN, STEP, TooltipField("mean", "accuracy", "percent")),
+                    *(TooltipField(field, said, "percent") for field, said in ends),
+                ],
+                by_run=True,
+            )
+        )
     return figures
 
 
@@ -141,7 +198,7 @@ def phases(runs: Sequence[RecordedRun]) -> list[Figure]:
         return []
     chart = (
         altair.Chart(named_rows())
-        .mark_bar()
+        .mark_bar(tooltip=whole_row())
         .encode(
             x=altair.X("seconds:Q", title="seconds per step (median)"),
             y=altair.Y("run:N", title=None, sort=[run.name for run in runs]),
@@ -153,9 +210,13 @@ def phases(runs: Sequence[RecordedRun]) -> list[Figure]:
                 legend=altair.Legend(orient="bottom", columns=4, symbolType="square"),
             ),
             order="order:Q",
-            tooltip=["run:N", "phase:N", "seconds:Q", altair.Tooltip("share:Q", format=".1%")],
         )
         .properties(width=WIDTH, height=30 * len(runs))
     )
     description = "Median seconds of each phase of a step, stacked, one bar a run."
-    return [Figure("phases", "Where the time of a step goes", description, chart, found)]
+    tooltip = [
+        *(RUN, TooltipField("phase", "phase", "text"), TooltipField("seconds", "seconds")),
+        TooltipField("share", "of the step", "percent"),
+    ]
+    title, height = "Where the time of a step goes", 130 + 34 * len(runs)
+    return [Figure("phases", title, description, chart, found, tooltip, height=height)]

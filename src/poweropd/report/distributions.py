@@ -1,5 +1,6 @@
 """Figures of the reward records: how rewards are distributed, where, and for how long."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,18 @@ from numpy.typing import NDArray
 
 from poweropd.report.curves import hovering, overlay
 from poweropd.report.runs import RecordedRun
-from poweropd.report.theme import TEXT, Figure, position_axis, rounded, signed_axis
+from poweropd.report.theme import (
+    FINE,
+    LEGEND_HEIGHT,
+    PAGE_HEIGHT,
+    TEXT,
+    Figure,
+    TooltipField,
+    narrowing,
+    position_axis,
+    rounded,
+    signed_axis,
+)
 from poweropd.runs.bins import (
     NUM_POSITIONS,
     NUM_VALUES,
@@ -33,13 +45,21 @@ Counts = NDArray[np.int64]
 Values = Sequence[float]
 RunRows = Callable[[RecordedRun], Iterator[JsonObject]]
 
-#: Kind of axis -> how it is drawn, from all values on it and its title.
-AXES: dict[str, Callable[[Values, str | None], dict[str, Any]]] = {
+
+def _scaled(**options: Any) -> Callable[[Values, str | None, Values], dict[str, Any]]:
+    return lambda values, title, bounds: {"title": title, "scale": altair.Scale(**options)}
+
+
+#: Kind of axis -> how it is drawn, from all values on it, its title and the bounds of rewards.
+AXES: dict[str, Callable[[Values, str | None, Values], dict[str, Any]]] = {
     "signed": signed_axis,
-    "linear": lambda values, title: {"title": title, "scale": altair.Scale(zero=False)},
-    "log": lambda values, title: {"title": title, "scale": altair.Scale(type="log", nice=False)},
+    "fine": functools.partial(signed_axis, linear=FINE),
+    "linear": _scaled(zero=False),
+    "zero": _scaled(zero=True),
+    "log": _scaled(type="log", nice=False),
     "position": position_axis,
 }
+WIDEST, THINNEST = 7.0, 1.8
 
 
 @dataclass(frozen=True)
@@ -54,18 +74,18 @@ class Plot:
     x_axis: tuple[str, str]  # kind of AXES, title
     y_axis: tuple[str, str | None] = ("signed", None)
     interpolate: Any = "linear"
+    coincide: bool = False  # whether lines of several runs may be the same
 
-    def figures(self, runs: Sequence[RecordedRun]) -> list[Figure]:
+    def figures(self, runs: Sequence[RecordedRun], bounds: Values) -> list[Figure]:
         """Draws the figure; there is none if no run has anything to draw."""
         found = [row for run in runs for row in self.rows(run)]
         if not found:
             return []
         axes = {}
         for field, (kind, title) in ((self.x, self.x_axis), ("value", self.y_axis)):
-            axes[field] = AXES[kind]([row[field] for row in found if row[field] is not None], title)
-        line = overlay([run.name for run in runs]).mark_line(
-            interpolate=self.interpolate, strokeWidth=1.8
-        )
+            numbers = [row[field] for row in found if row[field] is not None]
+            axes[field] = AXES[kind](numbers, title, bounds)
+        line = overlay(runs).mark_line(interpolate=self.interpolate, strokeWidth=THINNEST)
         line = line.encode(
             x=altair.X(f"{self.x}:Q", **axes[self.x]), y=altair.Y("value:Q", **axes["value"])
         )
@@ -75,13 +95,36 @@ class Plot:
             legend = altair.Legend(orient="bottom", symbolType="stroke", symbolStrokeColor=TEXT)
             dash = altair.StrokeDash("kind:N", title=None, scale=dashes, sort=kinds, legend=legend)
             line = line.encode(strokeDash=dash)
-        chart = hovering([line], line)
-        return [Figure(self.key, self.title, self.description, chart, found, by_run=True)]
+        layers = [line]
+        if self.coincide:
+            layers = narrowing(line, [run.name for run in runs], WIDEST, THINNEST)
+        return [
+            Figure(
+                key=self.key,
+                title=self.title,
+                description=self.description,
+                chart=hovering(layers, line),
+                rows=found,
+                tooltip=self.tooltip(kinds),
+                by_run=True,
+                height=PAGE_HEIGHT + (LEGEND_HEIGHT if kinds else 0),
+            )
+        ]
+
+    def tooltip(self, kinds: Sequence[str]) -> list[TooltipField]:
+        """Returns what a person needs of a row: the run, which line, and the point."""
+        (_, across), (_, up) = self.x_axis, self.y_axis
+        which = [TooltipField("kind", "", "text")] if kinds else []
+        points = [TooltipField(self.x, across or self.x), TooltipField("value", up or "value")]
+        return [TooltipField("run", "run", "text"), *which, *points]
 
 
-def figures(runs: Sequence[RecordedRun], plots: Sequence[Plot]) -> list[Figure]:
-    """Draws the plots for which any of the runs has something to draw."""
-    return [figure for plot in plots for figure in plot.figures(runs)]
+def figures(runs: Sequence[RecordedRun], bounds: Values, plots: Sequence[Plot]) -> list[Figure]:
+    """Draws the plots for which any of the runs has something to draw.
+
+    `bounds`: those of the runs' rewards, at which axes of rewards have ticks.
+    """
+    return [figure for plot in plots for figure in plot.figures(runs, bounds)]
 
 
 def counts(run: RecordedRun, quantity: str) -> Counts:
@@ -201,7 +244,7 @@ DISTRIBUTIONS = [
         "Share of all tokens whose reward lies in a bin, on a log scale. Bins are four to the "
         "octave, so they widen with the reward; the middle one holds what is nearer to 0 than "
         "2^-14.",
-        _reward_rows, "reward", ("signed", "reward"), _SHARE, "step-after",
+        _reward_rows, "reward", ("fine", "reward"), _SHARE, "step-after",
     ),
     Plot(
         "tail-below", "Tokens the teacher finds far less likely",
@@ -229,7 +272,7 @@ BY_POSITION = [
         "entropy-by-position", "Entropy by position, nats",
         "Mean entropy of the student's (solid) and, where known, the teacher's (dashed) next token "
         f"{_EVERYWHERE}",
-        _by_position(_entropies), "position", _POSITION, ("linear", None),
+        _by_position(_entropies), "position", _POSITION, ("zero", None),
     ),
     Plot(
         "top1-by-position", "Top-1 agreement by position",
@@ -243,12 +286,12 @@ PERSISTENCE = [
         "far-over-training", f"Tokens with a log ratio beyond {FAR:g}",
         f"Share of tokens with |ln t - ln p| of at least {FAR:g}, at the first {EARLY} positions "
         "(solid) and later (dashed), over training.",
-        _far, "step", _STEP, ("signed", None),
+        _far, "step", _STEP, ("zero", None),
     ),
     Plot(
         "lowest-over-training", "Lowest reward over training",
         f"The lowest reward of all tokens at the first {EARLY} positions (solid) and later "
-        "(dashed), over training.",
-        _lowest, "step", _STEP,
+        "(dashed), over training. Of lines that coincide, the first run's are the widest.",
+        _lowest, "step", _STEP, coincide=True,
     ),
 ]  # fmt: skip

@@ -3,7 +3,8 @@
 Nothing here fails on a run that ended badly; what had to be left out becomes a note on the page.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from poweropd.config.recipe_file import flatten
@@ -42,6 +43,12 @@ class RecordedRun:
         return flatten(self.recipe)
 
     @property
+    def reward_setting(self) -> JsonObject:
+        """Returns the reward as the recipe has it; {} if config.yaml holds no such thing."""
+        found = self.recipe.get("reward", {})
+        return found if isinstance(found, dict) else {}
+
+    @property
     def steps(self) -> int:
         """Returns the number of optimizer steps that are done."""
         return self.metrics[-1]["step"] if self.metrics else 0
@@ -72,16 +79,46 @@ def benchmarks(runs: Sequence[RecordedRun]) -> list[str]:
     return list(dict.fromkeys(name for results in evaluations for name in sorted(results)))
 
 
-def read_runs(paths: Sequence[Path]) -> list[RecordedRun]:
-    """Returns the runs of these directories.
+def read_runs(
+    paths: Sequence[Path], known: Mapping[Path, RecordedRun] | None = None
+) -> list[RecordedRun]:
+    """Returns the runs of these directories; those that are `known` are not read again.
 
-    Raises UsageError for a path that is not a run directory or is given twice.
+    Raises UsageError for a path that is given twice.
     """
+    found = []
+    for name, path in zip(_page_names(paths), paths, strict=True):
+        run = (known or {}).get(path) or RecordedRun(name, path)
+        run.name = name
+        found.append(run)
+    return found
+
+
+def run_directories(paths: Sequence[Path]) -> list[Path]:
+    """Returns the run directories among these paths and, of other folders, those in them.
+
+    Raises UsageError for a path that is neither.
+    """
+    found = []
     for path in paths:
-        if not RunDirectory(path).config_path.is_file():
+        if RunDirectory(path).config_path.is_file():
+            found.append(path)
+            continue
+        inside = [file.parent for file in path.glob("*/config.yaml")]
+        if not inside:
             problem = "has no config.yaml" if path.exists() else "does not exist"
-            raise UsageError(f"RUN: expected run directories of poweropd train; {path} {problem}")
-    return [RecordedRun(*pair) for pair in zip(_page_names(paths), paths, strict=True)]
+            raise UsageError(
+                "RUN: expected run directories of poweropd train, or a folder of them such as a "
+                f"sweep's; {path} {problem}"
+            )
+        found += sorted(inside, key=_in_order)
+    return found
+
+
+def _in_order(path: Path) -> list[tuple[float, str]]:
+    """Returns a key by which "alpha=50" comes after "alpha=5.0"."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", path.name)
+    return [(float(part), "") if i % 2 else (0.0, part) for i, part in enumerate(parts)]
 
 
 def _page_names(paths: Sequence[Path]) -> list[str]:

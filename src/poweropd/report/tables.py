@@ -43,7 +43,8 @@ def summary_table(runs: Sequence[RecordedRun]) -> Table:
     ]
     caption = (
         "Accuracies are the last ones measured, with 95% intervals over problems. Lengths, "
-        "truncated completions, reverse KL and gradient norm are of the last tenth of the steps."
+        "truncated completions, reverse KL (a sampled estimate) and gradient norm are of the last "
+        "tenth of the steps."
     )
     return Table(caption, columns, rows)
 

@@ -7,7 +7,7 @@ Whole files (config, environment, results) are written under another name and re
 import json
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -26,6 +26,8 @@ from poweropd.runs.files import (
 from poweropd.runs.metrics import StepMetrics
 
 _EVALUATED = re.compile(r"step-(\d+)")
+#: Name, size and time of change of the files of a run.
+RunState = frozenset[tuple[str, int, int]]
 LOCK = ".lock"
 LARGEST_NUMBER = 1e300
 _TAIL_BYTES = 1 << 16  # of metrics.jsonl: several rows
@@ -133,6 +135,17 @@ class RunDirectory:
 
     def _read(self, name: str) -> JsonObject:
         return read_json(self.path / name, self.notes)
+
+    def state(self) -> RunState:
+        """Returns name, size and time of change of every file that a report reads."""
+        folders = (self.rewards.rglob("*"), self.evaluations_path.glob("*/results.json"))
+        files = [*self.path.glob("*.*"), *self.final.glob("*"), *(f for g in folders for f in g)]
+        found = set()
+        for file in files:
+            with suppress(FileNotFoundError):  # parts are merged and removed while a run goes on
+                stat = file.stat()
+                found.add((str(file), stat.st_size, stat.st_mtime_ns))
+        return frozenset(found)
 
     # Metrics.
 

@@ -58,7 +58,8 @@ class Metric:
     progress: Shown | None = None  # in the line that training prints
     table: Shown | None = None  # in the report's summary of runs
     sweep: Shown | None = None  # in the table of a sweep
-    curve: Literal["linear", "log"] | None = None  # in the report: its axis over steps
+    curve: Literal["linear", "log", "zero", "reward"] | None = None  # in the report: its axis
+    note: str = ""  # below its curve
     card: str = ""  # in the model card: its format
     better: Literal["higher", "lower"] = "higher"  # of two evaluations
 
@@ -79,11 +80,13 @@ class Metric:
 OF_STEPS = (
     Metric("step", "optimizer step"),
     Metric(
-        "reward/mean", "mean reward", progress=Shown("reward", "+.3f"), curve="linear", card=".4g"
+        "reward/mean", "mean reward", progress=Shown("reward", "+.3f"), curve="reward", card=".4g"
     ),
     Metric(
         "reverse_kl", "reverse KL", "nats per token", "reverse_kl", progress=Shown("kl", ".3f"),
-        table=Shown("reverse KL", ".4f"), sweep=Shown("KL", ".3f"), curve="linear", card=".4g",
+        table=Shown("reverse KL (sampled)", ".4f"), sweep=Shown("KL", ".3f"), curve="zero",
+        card=".4g",
+        note="A sampled estimate: the mean of ln p - ln t over the sampled tokens of a step.",
     ),
     Metric(
         "grad_norm", "gradient norm", "", "grad_norm", progress=Shown("grad", ".2g"),
@@ -100,10 +103,10 @@ OF_STEPS = (
     Metric(
         "completions/truncated_fraction", "truncated completions", "share", "truncated",
         table=Shown("truncated, %", ".1f", factor=100.0), sweep=Shown("cut", ".2f"),
-        curve="linear", card=".4g",
+        curve="zero", card=".4g",
     ),
     Metric("completions/stop_fraction", "completions that ended by a stop token", "share"),
-    Metric("reward/zero_fraction", "tokens with a reward of zero", "share", curve="linear"),
+    Metric("reward/zero_fraction", "tokens with a reward of zero", "share", curve="zero"),
     Metric("reward/std", "standard deviation of rewards"),
     Metric("reward/min", "lowest reward"),
     Metric("reward/max", "highest reward"),

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from poweropd.evaluation.metrics import GradedRow, paired_bootstrap, problem_values
-from poweropd.report import figures
+from poweropd.report import figures, planes
 from poweropd.runs.files import JsonObject, read_jsonl, write_json
 from poweropd.sweep import cells, command, runner
 from poweropd.sweep.jobs import Job, Measurement, ShippedModel, Training, solving
@@ -180,7 +180,9 @@ def save_picture(trainings: Sequence[Training], path: Path) -> None:
         points += [{**names, "step": step, **found} for step, found in curve.items()]
         rows = training.directory.metrics()
         steps += [{**names, "step": row["step"], "lowest": row["reward/min"]} for row in rows]
-    figures.save_demo(points, steps, path)
+    settings = {one.cell: one.config.reward.model_dump() for one in trainings}
+    bounds = planes.bounds_of([*settings.values()])
+    figures.save_demo(points, steps, settings, bounds, path)
 
 
 def demo_table(found: DemoFigures) -> Table:
