@@ -218,7 +218,8 @@ def test_the_picture_is_a_picture(tmp_path: Path) -> None:
         for r in ("log_ratio", "power")
         for s in range(3)
     ]
-    figures.save_demo(rows, rows, tmp_path / "demo.png")
+    settings = {name: {"name": name} for name in ("log_ratio", "power")}
+    figures.save_demo(rows, rows, settings, [-1, 1], tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from poweropd.rewards import Power
+
 Setting = Mapping[str, object]  # of a reward, as a recipe has it
 
 REWARD_COLOURS = {
@@ -25,7 +27,6 @@ POWER_COLOURS = (
     *("#3F9B6E", "#1F9C8C", "#1793A8", "#0E86C8", "#2F6FD0", "#3F51C5", "#4338A8", "#2B1F78"),
 )
 OWN_COLOUR = "#000000"  # a reward of the user's own
-DEFAULT_ALPHA = 5.0
 #: Runs that share a colour are told apart: the first is drawn as it is, the others mixed with so
 #: much black (or, if the colour is dark, white) and with these dashes.
 SHADES = (0.0, 0.45, 0.2, 0.6)
@@ -51,11 +52,11 @@ def reward_colour(setting: Setting) -> str:
     name = setting.get("name", "power")
     if name != "power":
         return REWARD_COLOURS.get(str(name), OWN_COLOUR)
-    alpha = setting.get("alpha", DEFAULT_ALPHA)
+    alpha = setting.get("alpha", Power.alpha)
     if isinstance(alpha, Mapping):
         alpha = alpha.get("end", alpha.get("start"))
     if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
-        alpha = DEFAULT_ALPHA  # not a number: the run's own notes say so
+        alpha = Power.alpha  # not a number: the run's own notes say so
     place = math.floor(2 * math.log10(alpha) + 1e-9) + 2
     return POWER_COLOURS[min(max(place, 0), len(POWER_COLOURS) - 1)]
 

@@ -111,11 +111,11 @@ def run_directories(paths: Sequence[Path]) -> list[Path]:
                 "RUN: expected run directories of poweropd train, or a folder of them such as a "
                 f"sweep's; {path} {problem}"
             )
-        found += sorted(inside, key=_in_order)
+        found += sorted(inside, key=_by_numbers)
     return found
 
 
-def _in_order(path: Path) -> list[tuple[float, str]]:
+def _by_numbers(path: Path) -> list[tuple[float, str]]:
     """Returns a key by which "alpha=50" comes after "alpha=5.0"."""
     parts = re.split(r"(\d+(?:\.\d+)?)", path.name)
     return [(float(part), "") if i % 2 else (0.0, part) for i, part in enumerate(parts)]
