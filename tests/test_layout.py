@@ -43,7 +43,7 @@ MAY_IMPORT = {
         *("config", "data", "evaluation", "grading", "kernels", "models", "objectives", "rewards"),
         *("rollouts", "runs", "stops", "teachers"),
     },
-    "report": {"config", "rewards", "runs"},
+    "report": {"config", "evaluation", "rewards", "runs"},
     "sweep": {"config", "evaluation", "report", "runs", "training"},
     "plan": {"config", "data", "embedded", "kernels", "models", "runs", "stops"},
 }

@@ -11,9 +11,19 @@ from typer.testing import CliRunner
 
 from poweropd import Config, commands
 from poweropd.errors import UsageError
-from poweropd.report import curves, distributions, heatmaps, page, planes, samples, tables
+from poweropd.report import (
+    curves,
+    distributions,
+    evaluations,
+    heatmaps,
+    page,
+    planes,
+    samples,
+    tables,
+)
 from poweropd.report.runs import RecordedRun, read_runs, run_directories
 from poweropd.runs.directory import RunDirectory
+from poweropd.runs.files import write_json
 from poweropd.runs.recorder import RewardRecorder
 
 MAKES = Callable[..., Config]
@@ -213,6 +223,36 @@ def test_sampled_estimates_are_called_so(make_run: Callable[..., Path]) -> None:
     table = tables.summary_table(runs)
     assert "reverse KL (sampled)" in table.columns
     assert "a sampled estimate" in table.caption
+
+
+def accuracy_of(solved: dict[str, object]) -> dict[str, object]:
+    return {"avg_at_k": {"mean": 0.5, "low": 0.25, "high": 0.75}, "solved": solved}
+
+
+def test_before_after_and_the_teacher_are_a_table(make_run: Callable[..., Path]) -> None:
+    path = make_run(steps=4)
+    run, problems = RunDirectory(path), [str(i) for i in range(40)]
+    assert evaluations.change_table(read_runs([path])) is None  # nothing was measured
+    run.write_evaluation(4, {"sums": accuracy_of(dict.fromkeys(problems, 0.75))})
+    assert evaluations.change_table(read_runs([path])) is None  # nothing to compare with
+    run.write_evaluation(0, {"sums": accuracy_of(dict.fromkeys(problems, 0.5))})
+    (path / "eval" / "teacher").mkdir()
+    write_json(path / "eval" / "teacher" / "results.json", {"results": {"sums": accuracy_of({})}})
+    table = evaluations.change_table(read_runs([path]))
+    assert table is not None
+    (row,) = table.rows
+    assert row[:3] == ["run", "sums", "50.0% [25.0, 75.0]"]
+    assert row[3:] == [
+        "50.0% [25.0, 75.0] at step 4",
+        "+25.0 [+25.0, +25.0]",
+        "50.0% [25.0, 75.0]",
+    ]
+    assert "+25.0 [+25.0, +25.0]" in rendered([path])
+    for other in ({"another": 0.5}, dict.fromkeys(problems, "half"), "none"):
+        run.write_evaluation(0, {"sums": accuracy_of(other)})  # type: ignore[arg-type]
+        table = evaluations.change_table(read_runs([path]))
+        assert table is not None
+        assert table.rows[0][4] == "–"
 
 
 def test_tooltips_name_fields_that_the_rows_have(make_run: Callable[..., Path]) -> None:

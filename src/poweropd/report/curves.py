@@ -7,7 +7,7 @@ import altair
 import numpy as np
 
 from poweropd.report.colours import line_styles
-from poweropd.report.runs import RecordedRun, benchmarks
+from poweropd.report.runs import RecordedRun
 from poweropd.report.theme import (
     HEIGHT,
     WIDTH,
@@ -29,12 +29,12 @@ FAINT = 0.3  # opacity of the raw line behind the smoothed one
 
 
 def training(runs: Sequence[RecordedRun], bounds: Sequence[float]) -> list[Figure]:
-    """Returns one figure for each metric that a run has, and accuracy where it was measured.
+    """Returns one figure for each metric that a run has.
 
     `bounds`: those of the runs' rewards.
     """
     width = bucket_width(runs)
-    figures = accuracy(runs)
+    figures = list[Figure]()
     for metric in OF_STEPS:
         log = metric.curve == "log"
         found = [row for run in runs for row in curve_rows(run, metric.key, width, log)]
@@ -142,41 +142,6 @@ def hovering(layers: Sequence[altair.Chart], line: altair.Chart) -> altair.Layer
     hidden = altair.param(name="hidden_runs", value=[])
     layered = altair.layer(*layers, points.add_params(near)).add_params(hidden)
     return layered.properties(width=WIDTH, height=HEIGHT)
-
-
-def accuracy(runs: Sequence[RecordedRun]) -> list[Figure]:
-    """Returns a figure for each benchmark: Avg@k over steps with 95% intervals over problems."""
-    figures = []
-    for benchmark in benchmarks(runs):
-        found = [
-            {"run": run.name, "step": step, **result["avg_at_k"]}
-            for run in runs
-            for step, result in run.results(benchmark)
-        ]
-        base = overlay(runs).encode(x=altair.X("step:Q", title="optimizer step"))
-        percent, scale = altair.Axis(format=".0%"), altair.Scale(zero=False)
-        line = base.mark_line(point=True).encode(
-            y=altair.Y("mean:Q", title=None, axis=percent, scale=scale)
-        )
-        bars = base.mark_rule(opacity=0.5).encode(y=altair.Y("low:Q", title=None), y2="high:Q")
-        key = "accuracy-" + "".join(c if c.isalnum() else "-" for c in benchmark)
-        ends = ("low", "interval from"), ("high", "to")
-        figures.append(
-            Figure(
-                key=key,
-                title=f"Accuracy on {benchmark}",
-                description=f"Avg@k on {benchmark} over steps, with 95% intervals over its "
-                "problems.",
-                chart=hovering([bars, line], line),
-                rows=found,
-                tooltip=[
-                    *(RUN, STEP, TooltipField("mean", "accuracy", "percent")),
-                    *(TooltipField(field, said, "percent") for field, said in ends),
-                ],
-                by_run=True,
-            )
-        )
-    return figures
 
 
 def phases(runs: Sequence[RecordedRun]) -> list[Figure]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from poweropd.report import curves, distributions, heatmaps, planes, samples, tables
+from poweropd.report import curves, distributions, evaluations, heatmaps, planes, samples, tables
 from poweropd.report.colours import line_styles
 from poweropd.report.runs import RecordedRun, read_runs, run_directories
 from poweropd.report.theme import Figure
@@ -38,6 +38,7 @@ def sections(runs: Sequence[RecordedRun]) -> tuple[list[Section], list[str]]:
     decay = "Whether extremes decay as the student learns."
     heatmap = heatmaps.position_and_step(runs)
     found: list[Section] = [
+        ("Evaluation", "", evaluations.figures(runs)),
         ("Training", thinned, curves.training(runs, bounds)),
         ("Distribution of rewards", every, drawn(distributions.DISTRIBUTIONS)),
         ("Position in the completion", where, drawn(distributions.BY_POSITION)),
@@ -79,6 +80,7 @@ def render(
         smoothing=any(f.smooth for _, _, figures in sections_ for f in figures),
         notes=[*tables.comparison_notes(runs), *notes],
         summary=tables.summary_table(runs),
+        changes=evaluations.change_table(runs),
         differences=tables.differences_table(runs) if len(runs) > 1 else None,
         settings=tables.settings_table(runs),
         environment=tables.environment_table(runs),

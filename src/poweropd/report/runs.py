@@ -24,6 +24,7 @@ class RecordedRun:
         self.metrics = directory.metrics()
         self.environment = directory.environment()
         self.evaluations = directory.evaluations()
+        self.teacher = directory.teacher_evaluation()  # benchmark -> the teacher's own results
         self.gradients = directory.gradient_figures()
         self.complete = directory.is_complete
         self.rewards = RewardRecords.read(directory.rewards)

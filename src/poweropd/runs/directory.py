@@ -198,7 +198,15 @@ class RunDirectory:
 
     def evaluation(self, step: int) -> dict[str, JsonObject]:
         """Returns benchmark -> results of the evaluation at this step; {} if there was none."""
-        path = self.evaluation_folder(step) / "results.json"
+        return self._benchmarks(self.evaluation_folder(step))
+
+    def teacher_evaluation(self) -> dict[str, JsonObject]:
+        """Returns benchmark -> results of the teacher itself; {} if it was not evaluated."""
+        return self._benchmarks(self.evaluations_path / "teacher")
+
+    def _benchmarks(self, folder: Path) -> dict[str, JsonObject]:
+        """Returns benchmark -> results of the evaluation in a folder."""
+        path = folder / "results.json"
         results = read_json(path, self.notes).get("results", {})
         if self.notes is None:
             return dict(results)
