@@ -15,7 +15,7 @@ from poweropd.runs.files import JsonObject
 CHANGES = ["run", "measure", "before", "after", "after minus before", "teacher"]
 
 
-def figures(runs: Sequence[RecordedRun]) -> list[Figure]:
+def evaluation_figures(runs: Sequence[RecordedRun]) -> list[Figure]:
     """Returns a figure for each benchmark: Avg@k over steps with 95% intervals over problems."""
     found = []
     for benchmark in benchmarks(runs):
@@ -26,11 +26,13 @@ def figures(runs: Sequence[RecordedRun]) -> list[Figure]:
         ]
         key = "accuracy-" + "".join(c if c.isalnum() else "-" for c in benchmark)
         said = f"Avg@k on {benchmark} over steps, with 95% intervals over its problems."
-        found.append(_over_steps(runs, key, f"Accuracy on {benchmark}", said, rows, "percent"))
+        found.append(
+            _estimates_over_steps(runs, key, f"Accuracy on {benchmark}", said, rows, "percent")
+        )
     return found
 
 
-def _over_steps(
+def _estimates_over_steps(
     runs: Sequence[RecordedRun],
     key: str,
     title: str,

@@ -38,7 +38,7 @@ def sections(runs: Sequence[RecordedRun]) -> tuple[list[Section], list[str]]:
     decay = "Whether extremes decay as the student learns."
     heatmap = heatmaps.position_and_step(runs)
     found: list[Section] = [
-        ("Evaluation", "", evaluations.figures(runs)),
+        ("Evaluation", "", evaluations.evaluation_figures(runs)),
         ("Training", thinned, curves.training(runs, bounds)),
         ("Distribution of rewards", every, drawn(distributions.DISTRIBUTIONS)),
         ("Position in the completion", where, drawn(distributions.BY_POSITION)),

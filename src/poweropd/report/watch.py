@@ -20,7 +20,7 @@ class ReportWriter:
     def __init__(self, paths: Sequence[Path], out: Path, png: Path | None, every: float) -> None:
         self.paths, self.out, self.png, self.every = paths, out, png, every
         self.known: Known = {}
-        self.complete = False
+        self.complete = self.ended = False
 
     def update(self) -> bool:
         """Reads what changed and, if anything did, writes the page; returns whether it did."""
@@ -36,9 +36,10 @@ class ReportWriter:
         return True
 
     def finish(self) -> None:
-        """Writes the page as one that does not load itself again."""
-        self.complete = True
-        self._write()
+        """Writes the page, with what changed, as one that does not load itself again."""
+        self.ended = True
+        if not self.update():
+            self._write()
 
     def progress(self) -> str:
         """Says how far the runs are."""
@@ -49,7 +50,8 @@ class ReportWriter:
 
     def _write(self) -> None:
         runs = [run for _, run in self.known.values()]
-        page.write_page(runs, self.out, self.png, None if self.complete else self.every)
+        still = self.complete or self.ended
+        page.write_page(runs, self.out, self.png, None if still else self.every)
 
 
 def watch_runs(
@@ -68,5 +70,4 @@ def watch_runs(
                 wait(writer.every)
     finally:
         if not writer.complete and writer.known:
-            writer.update()
             writer.finish()
