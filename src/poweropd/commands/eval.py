@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from poweropd.errors import UsageError
-from poweropd.evaluation.settings import BATCH_SIZE, EvaluationSettings
+from poweropd.evaluation.settings import BATCH_SIZE, EvaluationSettings, HarnessSettings
 
 Model = Annotated[
     str | None, typer.Argument(help="A model directory, a Hub model, or embedded:student.")
@@ -62,6 +62,21 @@ GradeFile = Annotated[
 ]
 
 
+Harness = Annotated[
+    str, typer.Option(help="Tasks of EleutherAI's lm-eval, separated by commas, such as ifeval.")
+]
+HarnessTasks = Annotated[
+    Path | None, typer.Option(help="A folder with YAML files of lm-eval tasks of your own.")
+]
+Unsafe = Annotated[
+    bool,
+    typer.Option(
+        "--confirm-run-unsafe-code",
+        help="Let tasks of lm-eval run code that the model writes, on this machine.",
+    ),
+]
+
+
 def eval_command(
     model: Model = None,
     benchmark: BenchmarkNames = "",
@@ -89,11 +104,25 @@ def eval_command(
     compare: Compare = None,
     grader: GraderOption = EvaluationSettings.grader,
     grade: GradeFile = None,
+    harness: Harness = "",
+    harness_tasks: HarnessTasks = None,
+    confirm_run_unsafe_code: Unsafe = False,
 ) -> None:
     """Measures a model on benchmarks: Avg@k, Pass@k, length, with 95% intervals over problems."""
     from poweropd.evaluation import command
 
-    names = [name.strip() for name in benchmark.split(",") if name.strip()]
+    names = _names(benchmark)
+    if harness or harness_tasks:
+        if model is None or names or grade is not None or compare is not None:
+            raise UsageError(
+                "--harness: expected a MODEL, without --benchmark, --grade and --compare"
+            )
+        asked = HarnessSettings(
+            tuple(_names(harness)), harness_tasks, limit, chat_template, thinking, system, seed,
+            confirm_run_unsafe_code,
+        )  # fmt: skip
+        _run_harness(model, asked, dtype, trust_remote_code, batch_size, json_file)
+        return
     columns = {"problem_column": problem, "answer_column": answer, "split": split}
     own_grader = command.named_grader(grader)
     chosen = (names, data, limit, columns, own_grader)
@@ -117,3 +146,24 @@ def eval_command(
             model, problems, settings, own_grader, folder, dtype, trust_remote_code, k, batch_size
         )
     command.show_report(report, json_file, compare)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _run_harness(
+    model: str,
+    asked: HarnessSettings,
+    dtype: str,
+    trust_remote_code: bool,
+    batch_size: int,
+    json_file: Path | None,
+) -> None:
+    """Runs tasks of lm-eval in place of benchmarks."""
+    from poweropd.evaluation import harness
+
+    if not asked.tasks:
+        raise UsageError("--harness: expected names of tasks of lm-eval, such as ifeval")
+    found = harness.evaluate_with_harness(model, asked, dtype, trust_remote_code, batch_size)
+    harness.show_harness(found, json_file)

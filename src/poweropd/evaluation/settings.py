@@ -1,7 +1,8 @@
-"""How a benchmark is sampled, with the defaults of recipes and of the command line."""
+"""How benchmarks are sampled and lm-eval is asked, with the defaults of recipes and commands."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 BATCH_SIZE = 64  # completions at once: 4,096 tokens of each must fit beside the model
 
@@ -21,3 +22,21 @@ class EvaluationSettings:
     instruction: str | None = None  # appended to each problem, after a line break
     grader: str = "math"  # a name of poweropd.grading.graders, or package.module:function
     group_size: int = 256  # completions sampled together; part of what makes a run repeatable
+
+
+@dataclass(frozen=True)
+class HarnessSettings:
+    """What lm-eval is asked for.
+
+    folder: a folder with YAML files of tasks of one's own.
+    limit: problems of each task. unsafe: the user's consent to running code that the model wrote.
+    """
+
+    tasks: tuple[str, ...]
+    folder: Path | None = None
+    limit: int | None = None
+    chat_template: bool = True
+    thinking: bool = False
+    system: str | None = None
+    seed: int = 0
+    unsafe: bool = False
