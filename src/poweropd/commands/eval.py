@@ -111,14 +111,14 @@ def eval_command(
     """Measures a model on benchmarks: Avg@k, Pass@k, length, with 95% intervals over problems."""
     from poweropd.evaluation import command
 
-    names = _names(benchmark)
+    names = _between_commas(benchmark)
     if harness or harness_tasks:
         if model is None or names or grade is not None or compare is not None:
             raise UsageError(
                 "--harness: expected a MODEL, without --benchmark, --grade and --compare"
             )
         asked = HarnessSettings(
-            tuple(_names(harness)), harness_tasks, limit, chat_template, thinking, system, seed,
+            tuple(_between_commas(harness)), harness_tasks, limit, chat_template, thinking, system, seed,
             confirm_run_unsafe_code,
         )  # fmt: skip
         _run_harness(model, asked, dtype, trust_remote_code, batch_size, json_file)
@@ -148,7 +148,7 @@ def eval_command(
     command.show_report(report, json_file, compare)
 
 
-def _names(text: str) -> list[str]:
+def _between_commas(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 

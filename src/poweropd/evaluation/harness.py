@@ -79,7 +79,7 @@ def evaluate_with_harness(
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=_folder(settings.folder))
+    manager = TaskManager(include_path=_tasks_folder(settings.folder))
     _check_tasks(manager, settings)
     tokenizer = loading.load_tokenizer(model, trust_remote_code)
     if settings.chat_template and not tokenizer.chat_template:
@@ -107,10 +107,10 @@ def evaluate_with_harness(
     )
     if found is None:
         raise RunError("--harness: lm-eval gave no results in this process")
-    return HarnessReport(model, lm_eval.__version__, settings, dict(_tasks(found)))
+    return HarnessReport(model, lm_eval.__version__, settings, dict(_measured(found)))
 
 
-def _folder(folder: Path | None) -> str | None:
+def _tasks_folder(folder: Path | None) -> str | None:
     """Returns the folder as lm-eval takes it; raises UsageError if it has no task."""
     if folder is not None and not any(folder.rglob("*.yaml")):
         raise UsageError(f"--harness-tasks {folder}: expected a folder with YAML files of tasks")
@@ -153,7 +153,7 @@ def _consent(name: str) -> str:
     )
 
 
-def _tasks(
+def _measured(
     found: Mapping[str, Mapping[str, Mapping[str, object]]],
 ) -> Iterator[tuple[str, HarnessTask]]:
     """Yields the name and the figures of each task and group that lm-eval has results of."""
@@ -162,7 +162,7 @@ def _tasks(
         metrics = {
             key: metric
             for key, value in values.items()
-            if "," in key and _STDERR not in key and (metric := _metric(value, values, key))
+            if "," in key and _STDERR not in key and (metric := _with_stderr(value, values, key))
         }
         if metrics:
             count = samples.get(name, {}).get("effective")
@@ -177,7 +177,7 @@ def _tasks(
             )
 
 
-def _metric(value: object, values: Mapping[str, object], key: str) -> HarnessMetric | None:
+def _with_stderr(value: object, values: Mapping[str, object], key: str) -> HarnessMetric | None:
     """Returns a figure with its standard error; None if it is no number."""
     number = _as_float(value)
     if number is None:
