@@ -118,8 +118,8 @@ def eval_command(
                 "--harness: expected a MODEL, without --benchmark, --grade and --compare"
             )
         asked = HarnessSettings(
-            tuple(_between_commas(harness)), harness_tasks, limit, chat_template, thinking, system, seed,
-            confirm_run_unsafe_code,
+            tuple(_between_commas(harness)), harness_tasks, limit, chat_template, thinking, system,
+            seed, confirm_run_unsafe_code,
         )  # fmt: skip
         _run_harness(model, asked, dtype, trust_remote_code, batch_size, json_file)
         return
