@@ -8,9 +8,10 @@ TORCH := torch==2.13.0
 INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.installed-docs
 VLLM_VENV := .venv-vllm
+HARNESS_VENV := .venv-harness
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
-.PHONY: install demo test docs check format reference clean vllm-cpu test-vllm test-quant fuzz
+.PHONY: install demo test docs check format reference clean vllm-cpu test-vllm test-quant test-harness fuzz
 
 install: $(INSTALLED)
 
@@ -64,6 +65,13 @@ test-quant: install
 		bitsandbytes torchao
 	PYTHONPATH=.quant $(BIN)/pytest tests/test_teachers_quantized.py $(ARGS)
 
+# In an environment of its own: lm-eval brings some forty packages along.
+test-harness:
+	$(PYTHON) -m venv $(HARNESS_VENV)
+	$(HARNESS_VENV)/bin/pip install --quiet $(TORCH)
+	$(HARNESS_VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,harness]'
+	$(HARNESS_VENV)/bin/pytest tests/test_harness.py $(ARGS)
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -79,4 +87,4 @@ reference: install
 	$(BIN)/python tools/reference.py
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(HARNESS_VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis

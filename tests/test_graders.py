@@ -125,6 +125,7 @@ ROWS = [
     ("Paris", FOUR, "B"),
     ("4", {"options": ["1", "2", "4", "3"]}, "C"),  # the text of an option, not its number
     ("D", {"A": "1", "B": "2", "C": "3", "D": "4"}, "D"),  # C-Eval
+    ("b", {"option_a": "1", "option_b": "2"}, "B"),  # Global-MMLU
     ("C", {"options": {"A": "x", "B": "y", "C": "z"}}, "C"),  # MedQA
     ("B", {"options": ["A)21", "B)22"]}, "B"),  # AQuA
 ]

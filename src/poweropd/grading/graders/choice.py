@@ -4,6 +4,7 @@ import re
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from itertools import takewhile
 
 from poweropd.grading import answers, rules
 from poweropd.grading.grader import Grade, Grader
@@ -37,7 +38,7 @@ class Choice:
     """Compares the letter of the stated option; the option's text counts as its letter.
 
     column: names the options. Without it they are in `choices`, `options` or `endings`, as a list
-    or as `{text, label}`, or in columns A, B, C; or only the problem's text has them.
+    or as `{text, label}`, or in columns A, B, C or option_a, option_b; or only the problem's text has them.
     """
 
     needs_gold = True
@@ -75,7 +76,7 @@ class Choice:
         found = [name for name in OPTION_COLUMNS if isinstance(row.get(name), list | Mapping)]
         column = self.column or (found[0] if found else None)
         if column is None:
-            texts = [str(row[letter]) for letter in _letter_columns(row)]
+            texts = [str(row[name]) for name in _letter_columns(row)]
             return list(LETTERS[: len(texts)]), texts
         value = row.get(column)
         texts, labels = _read_options(value)
@@ -123,13 +124,15 @@ def _where(column: str | None) -> str:
 
 
 def _letter_columns(row: Mapping[str, object]) -> list[str]:
-    """Returns the columns A, B, C and on that hold text; one alone holds no options."""
-    names = []
-    for letter in LETTERS:
-        if not isinstance(row.get(letter), str):
-            break
-        names.append(letter)
-    return names if len(names) > 1 else []
+    """Returns the columns A, B, C or option_a, option_b, option_c and on that hold text.
+
+    One alone holds no options.
+    """
+    for form in (LETTERS, [f"option_{letter.lower()}" for letter in LETTERS]):
+        names = list(takewhile(lambda name: isinstance(row.get(name), str), form))
+        if len(names) > 1:
+            return names
+    return []
 
 
 def _letter_of(gold: str, labels: Sequence[str], texts: Sequence[str]) -> str:
