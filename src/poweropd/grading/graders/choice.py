@@ -38,7 +38,8 @@ class Choice:
     """Compares the letter of the stated option; the option's text counts as its letter.
 
     column: names the options. Without it they are in `choices`, `options` or `endings`, as a list
-    or as `{text, label}`, or in columns A, B, C or option_a, option_b; or only the problem's text has them.
+    or as `{text, label}`, or in columns A, B, C or option_a, option_b; or only the problem's text
+    has them.
     """
 
     needs_gold = True
