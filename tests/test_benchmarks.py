@@ -5,10 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_sources import as_csv, as_parquet, write
+from tiny_models import make_byte_tokenizer
 
 from poweropd.errors import UsageError
 from poweropd.evaluation import benchmarks
 from poweropd.evaluation.benchmarks import BENCHMARKS, Problem
+from poweropd.evaluation.runner import prompt_ids
+from poweropd.evaluation.settings import EvaluationSettings
 from poweropd.grading.rules import Rule
 
 HUB_ROWS: dict[str, tuple[dict[str, Any], Problem]] = {
@@ -111,6 +115,40 @@ def test_any_file_with_named_columns(tmp_path: Path) -> None:
     assert loaded == [Problem("0", "7 * 6?", "42"), Problem("1", "8?", "8.5")]
 
 
+VERL = {
+    "prompt": [{"role": "system", "content": "Add."}, {"role": "user", "content": "7 + 6?"}],
+    "reward_model": {"style": "rule", "ground_truth": "13"},
+}
+COLUMNS = {"problem_column": "prompt", "answer_column": "reward_model.ground_truth"}
+
+
+def test_files_of_every_format_with_messages_and_nested_columns(tmp_path: Path) -> None:
+    write(tmp_path / "test.parquet", as_parquet([VERL]))
+    write(tmp_path / "train.parquet", as_parquet([VERL, VERL]))
+    (problem,) = benchmarks.load_benchmark(tmp_path / "test.parquet", **COLUMNS)
+    assert (problem.problem, problem.answer) == ("7 + 6?", "13")
+    assert problem.conversation is not None
+    assert problem.conversation.turns == VERL["prompt"]
+    assert len(benchmarks.load_benchmark(tmp_path, **COLUMNS)) == 1  # a folder's test split
+    assert len(benchmarks.load_benchmark(tmp_path, **COLUMNS, split="train")) == 2
+    sums = as_csv([{"problem": "1 + 1?", "answer": 2}])
+    (problem,) = benchmarks.load_benchmark(write(tmp_path / "sums.csv.gz", sums))
+    assert (problem.problem, problem.answer) == ("1 + 1?", "2")
+
+
+def test_an_instruction_follows_the_last_message_of_the_user(tmp_path: Path) -> None:
+    tokenizer = make_byte_tokenizer()
+    problems = benchmarks.load_benchmark(
+        write(tmp_path / "a.parquet", as_parquet([VERL])), **COLUMNS
+    )
+    settings = EvaluationSettings(instruction="Briefly.")
+    (ids,) = prompt_ids(problems, settings, tokenizer)
+    assert tokenizer.decode(ids) == (
+        "<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n7 + 6?\nBriefly.<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
 def test_any_dataset_with_named_columns(hub: Path) -> None:
     publish(hub, "someone/sums", "small", "dev", {"q": "7 + 6?", "a": "It is \\boxed{13}."})
     loaded = benchmarks.load_benchmark(
@@ -133,7 +171,7 @@ GOOD = '{"id": "a", "problem": "1?", "answer": "1"}'
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ('{"id": "b", "problem": "2?"}', ":2: expected a field 'answer', got 'id', 'problem'"),
+        ('{"id": "b", "problem": "2?"}', ":2: expected a field 'answer', got id, problem"),
         ('{"id": "b", "problem": "", "answer": "2"}', ":2: expected text in 'problem'"),
         ('{"id": "b", "problem": "2?", "answer": null}', ":2: expected text in 'answer'"),
         (GOOD, ":2: expected ids that differ, got 'a' again"),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from poweropd.config import Config
+from poweropd.data import chat, sources
 from poweropd.data import prompts as data_prompts
 from poweropd.errors import UsageError
 
@@ -29,8 +30,8 @@ def jsonl(tmp_path: Path) -> Path:
 def test_jsonl_and_parquet_hold_the_same_rows(jsonl: Path, tmp_path: Path) -> None:
     parquet = tmp_path / "prompts.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), parquet)
-    assert data_prompts.read_rows(str(jsonl), ["problem"]) == ROWS
-    assert data_prompts.read_rows(str(parquet), ["problem"]) == ROWS
+    assert sources.read_rows(str(jsonl), ["problem"]) == ROWS
+    assert sources.read_rows(str(parquet), ["problem"]) == ROWS
 
 
 @pytest.mark.parametrize(
@@ -47,39 +48,39 @@ def test_a_bad_line_is_named(jsonl: Path, line: str, message: str) -> None:
     with jsonl.open("a") as file:
         file.write(line + "\n")
     with pytest.raises(UsageError, match=message):
-        data_prompts.read_rows(str(jsonl), ["problem"])
+        sources.read_rows(str(jsonl), ["problem"])
 
 
 def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"none\.jsonl: cannot read it \(No such file"):
-        data_prompts.read_rows(str(tmp_path / "none.jsonl"), ["problem"])
+        sources.read_rows(str(tmp_path / "none.jsonl"), ["problem"])
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n")
     with pytest.raises(UsageError, match="expected at least one row, got none"):
-        data_prompts.read_rows(str(empty), ["problem"])
+        sources.read_rows(str(empty), ["problem"])
     broken = tmp_path / "broken.parquet"
     broken.write_text("no parquet")
     with pytest.raises(UsageError, match="cannot read it as a Parquet file"):
-        data_prompts.read_rows(str(broken), ["problem"])
+        sources.read_rows(str(broken), ["problem"])
 
 
 def test_an_unknown_embedded_split_is_named() -> None:
     with pytest.raises(UsageError, match="train, development, evaluation"):
-        data_prompts.read_rows("embedded:test", ["problem"])
+        sources.read_rows("embedded:test", ["problem"])
 
 
 def test_prompts_end_where_the_models_turn_begins(student_dir: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(student_dir)
-    (ids,) = data_prompts.encode_chat(tokenizer, ["1+2"], {"enable_thinking": False}, system="Add.")
+    (ids,) = chat.encode_chat(tokenizer, ["1+2"], {"enable_thinking": False}, system="Add.")
     assert tokenizer.decode(ids) == (
         "<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n1+2<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    (plain,) = data_prompts.encode_chat(tokenizer, ["1+2"], None)
+    (plain,) = chat.encode_chat(tokenizer, ["1+2"], None)
     assert tokenizer.decode(plain) == "1+2"
     tokenizer.chat_template = None
     with pytest.raises(UsageError, match=r"set data\.chat=null"):
-        data_prompts.encode_chat(tokenizer, ["1+2"], {})
+        chat.encode_chat(tokenizer, ["1+2"], {})
 
 
 def test_the_teacher_may_see_another_prompt(

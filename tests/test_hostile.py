@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from poweropd import Config, net
 from poweropd.commands import LONGEST_MESSAGE, _say
-from poweropd.data.prompts import read_rows
+from poweropd.data.messages import read_conversation, read_tools
+from poweropd.data.sources import read_rows
 from poweropd.errors import RunError, UsageError, shown
 from poweropd.report import page
 from poweropd.report.runs import read_runs
@@ -124,12 +125,23 @@ def test_any_override(tmp_path: Path, overrides: list[str]) -> None:
 @fuzz
 @given(st.binary(max_size=200) | st.lists(trees, max_size=3).map(
     lambda rows: "\n".join(json.dumps(row) for row in rows).encode()), st.sampled_from(
-    ["jsonl", "json", "parquet"]))  # fmt: skip
+    ["jsonl", "json", "parquet", "csv", "jsonl.gz", "parquet.gz"]))  # fmt: skip
 def test_any_bytes_as_prompts(tmp_path: Path, content: bytes, ending: str) -> None:
     path = tmp_path / f"prompts.{ending}"
     path.write_bytes(content)
     ends_well(lambda: read_rows(str(path), ["problem"]))
     assert path.read_bytes() == content
+
+
+messages = st.dictionaries(st.sampled_from(["role", "content", "tool_calls", "type"]),
+                           st.sampled_from(["user", "assistant", "system"]) | trees)  # fmt: skip
+
+
+@fuzz
+@given(trees | st.lists(messages | trees, max_size=4))
+def test_any_value_as_a_prompt(value: Any) -> None:
+    ends_well(lambda: read_conversation({"prompt": value}, "prompt", "here"))
+    ends_well(lambda: read_tools({"prompt": value}, "prompt", "here"))
 
 
 @fuzz

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from poweropd import Config, Trainer
+from poweropd.errors import UsageError
 
 MAKES = Callable[..., Config]
 
@@ -126,6 +127,51 @@ def test_held_out_prompts_are_kept_out_of_training_and_stay_the_same(recipe: MAK
     again = Trainer(config, progress=False)
     assert again.inputs.holdout == trainer.inputs.holdout
     assert again.train().steps == 3
+
+
+def test_prompts_that_are_too_long_are_refused_or_left_out(
+    recipe: MAKES, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    texts = ["1+2", "1+" * 200 + "2", "3+4", "5+6"]
+    path.write_text("".join(json.dumps({"problem": text}) + "\n" for text in texts))
+    own = {"data.prompts": str(path)}
+    with pytest.raises(UsageError, match=r"row 1: .* set data\.filter_longer=true to leave such"):
+        Trainer(recipe(**own), progress=False)
+    with caplog.at_level("WARNING", "poweropd"):
+        trainer = Trainer(recipe(**own, **{"data.filter_longer": True}))
+    assert [prompt.index for prompt in trainer.inputs.prompts] == [0, 2, 3]
+    assert "data.filter_longer: dropped 1 of 4 prompts" in caplog.text
+    long = {"data.filter_longer": True, "rollout.max_new_tokens": 255}
+    with pytest.raises(UsageError, match=r"filter_longer: all 4 prompts are too long"):
+        Trainer(recipe(**own, **long), progress=False)
+
+
+def test_only_the_first_rows_are_read(recipe: MAKES) -> None:
+    trainer = Trainer(recipe(**{"data.limit": 5}), progress=False)
+    assert [prompt.index for prompt in trainer.inputs.prompts] == [0, 1, 2, 3, 4]
+
+
+def test_epochs_stand_for_the_steps_that_they_take(
+    recipe: MAKES, caplog: pytest.LogCaptureFixture
+) -> None:
+    tree = recipe(**{"data.holdout": 54}).model_dump()
+    tree["train"] |= {"steps": None, "epochs": 1.5}
+    config = Config.from_dict(tree)
+    with caplog.at_level("INFO", "poweropd"):
+        trainer = Trainer(config)
+    assert "4 steps of 4 prompts are 1.6 epochs of 10 prompts" in caplog.text
+    assert trainer.train().steps == 4  # 15 prompts
+    assert trainer.run.config().train.steps == 4
+    assert Trainer(config, progress=False).run.is_complete  # the same recipe finds its run
+    tree["train"]["steps"] = 3
+    with pytest.raises(UsageError, match=r"train\.epochs: expected train\.steps or train\.epochs"):
+        Config.from_dict(tree)
+
+
+def test_a_run_goes_on_if_its_column_is_named(recipe: MAKES) -> None:
+    Trainer(recipe(), progress=False).train(until=1)
+    assert Trainer(recipe(**{"data.column": "problem"}), progress=False).train().steps == 3
 
 
 def test_prompts_come_in_the_order_that_the_recipe_says(recipe: MAKES) -> None:

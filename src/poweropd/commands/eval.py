@@ -12,7 +12,7 @@ Model = Annotated[
     str | None, typer.Argument(help="A model directory, a Hub model, or embedded:student.")
 ]
 BenchmarkNames = Annotated[
-    str, typer.Option(help="Names, JSONL files or Hub datasets, separated by commas.")
+    str, typer.Option(help="Names, files or Hub datasets, separated by commas.")
 ]
 Samples = Annotated[int, typer.Option(min=1, help="Completions for each problem.")]
 At = Annotated[
@@ -24,7 +24,13 @@ Data = Annotated[
 ]
 ProblemColumn = Annotated[str | None, typer.Option(help="The problem column of your own data.")]
 AnswerColumn = Annotated[str | None, typer.Option(help="The answer column of your own data.")]
-Split = Annotated[str | None, typer.Option(help="The split of your own Hub dataset.")]
+Split = Annotated[str | None, typer.Option(help="The split of your own Hub dataset or folder.")]
+DatasetConfig = Annotated[
+    str | None, typer.Option("--config", help="The config of your own Hub dataset.")
+]
+Revision = Annotated[
+    str | None, typer.Option(help="A branch, tag or commit of your own Hub dataset.")
+]
 Temperature = Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")]
 TopP = Annotated[
     float, typer.Option(min=0, max=1, help="Sample from the fewest tokens with this probability.")
@@ -87,6 +93,8 @@ def eval_command(
     problem: ProblemColumn = None,
     answer: AnswerColumn = None,
     split: Split = None,
+    config: DatasetConfig = None,
+    revision: Revision = None,
     temperature: Temperature = EvaluationSettings.temperature,
     top_p: TopP = EvaluationSettings.top_p,
     top_k: TopK = EvaluationSettings.top_k,
@@ -124,6 +132,7 @@ def eval_command(
         _run_harness(model, asked, dtype, trust_remote_code, batch_size, json_file)
         return
     columns = {"problem_column": problem, "answer_column": answer, "split": split}
+    columns |= {"config": config, "revision": revision}
     own_grader = command.named_grader(grader)
     chosen = (names, data, limit, columns, own_grader)
     if grade is not None:

@@ -26,13 +26,15 @@ class BenchmarkConfig(Section):
     name: str | None = None
     """Its name in results; without file and dataset, that of a known benchmark."""
     file: Annotated[str | None, Address] = None
-    """A .jsonl file with problems."""
+    """A file, folder or glob of files with problems."""
     dataset: Annotated[str | None, Address] = None
     """A Hub dataset with problems."""
     config: str | None = None
-    """Configuration of the dataset."""
+    """Config of the dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of the dataset; null is its main branch."""
     split: str | None = None
-    """Split of the dataset; null is that of the known benchmark, else test."""
+    """Split of the dataset or folder; null is that of the known benchmark, else test."""
     problem: str | None = None
     """Column with the problem; null is that of the known benchmark, else problem."""
     answer: str | None = None

@@ -17,6 +17,7 @@ from ruamel.yaml import YAML
 
 from poweropd import rewards
 from poweropd.config import rules, sections
+from poweropd.config.data import DataConfig
 from poweropd.config.fields import MayChange, Section
 from poweropd.config.recipe_file import (
     Key,
@@ -40,7 +41,7 @@ class Config(Section):
     run: sections.RunConfig = Field(default_factory=sections.RunConfig)
     model: sections.ModelConfig
     teacher: sections.AnyTeacher
-    data: sections.DataConfig
+    data: DataConfig
     rollout: sections.RolloutConfig = Field(default_factory=sections.RolloutConfig)
     reward: sections.RewardConfig = Field(default_factory=sections.RewardConfig)
     objective: sections.ObjectiveConfig = Field(default_factory=sections.ObjectiveConfig)
@@ -78,6 +79,13 @@ class Config(Section):
     def needs_local_teacher(self) -> str | None:
         """Returns the setting that needs the teacher in this process, or None."""
         return rules.needs_local_teacher(self.objective, self.rollout)
+
+    def with_steps(self, prompts: int) -> Self:
+        """Returns the recipe with its epochs, if it has any, as steps with so many prompts."""
+        if self.train.epochs is None:
+            return self
+        steps = {"steps": self.train.steps_of(prompts), "epochs": None}
+        return self.model_copy(update={"train": self.train.model_copy(update=steps)})
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:

@@ -1,9 +1,10 @@
 """The sections of a recipe: each key with its type, its default and what it means.
 
 `docs/configuration.md` and `docs/recipe.schema.json` are made from these classes. The defaults of
-a reward's parameters are with the rewards.
+a reward's parameters are with the rewards; the section `data` is in `data.py`.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -163,29 +164,6 @@ AnyTeacher = Annotated[
 ]
 
 
-class DataConfig(Section):
-    """The prompts."""
-
-    prompts: Annotated[str, Address]
-    """Prompts: a .jsonl or .parquet file, a Hub dataset, or embedded:train."""
-    split: str = "train"
-    """Split of a Hub dataset."""
-    column: str = "problem"
-    """Column with the prompt's text."""
-    teacher_column: str | None = None
-    """Column with another prompt, for the teacher alone; null gives it the student's."""
-    chat: Annotated[dict[str, object] | None, Private] = Field(
-        default_factory=lambda: dict[str, object](enable_thinking=False)
-    )
-    """Arguments of the chat template; null takes the prompts as plain text, without a template."""
-    system: Annotated[str | None, Private] = None
-    """System turn before each prompt, for student and teacher."""
-    shuffle: bool = True
-    """Whether the prompts are shuffled in every epoch."""
-    holdout: NonNegativeInt = 0
-    """Number of prompts, chosen by train.seed, that are kept out of training for validation."""
-
-
 class VllmConfig(Section):
     """Arguments of `vllm.LLM`; any other of its arguments may stand here, too."""
 
@@ -329,6 +307,8 @@ class TrainConfig(Section):
 
     steps: PositiveInt = 1500
     """Number of optimizer steps."""
+    epochs: PositiveFloat | None = None
+    """Number of times that every prompt is trained on, in place of `steps`; null counts steps."""
     prompts_per_step: PositiveInt = 32
     """Prompts of one optimizer step, over all processes."""
     max_tokens_per_batch: Annotated[PositiveInt, MayChange] = 2048
@@ -349,6 +329,21 @@ class TrainConfig(Section):
     """Norm above which the gradient is scaled down to it; null never does."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of all randomness: the prompts' order, the sampling, a new adapter's weights."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_or_epochs(cls, tree: object) -> object:
+        if not isinstance(tree, Mapping) or tree.get("epochs") is None:
+            return tree
+        if tree.get("steps") is not None:
+            raise ValueError("epochs: expected train.steps or train.epochs, got both: set one null")
+        return {key: value for key, value in tree.items() if key != "steps"}
+
+    def steps_of(self, prompts: int) -> int:
+        """Returns the number of optimizer steps for so many prompts; a last part step is whole."""
+        if self.epochs is None:
+            return self.steps
+        return max(1, math.ceil(self.epochs * prompts / self.prompts_per_step))
 
 
 class EvaluateConfig(Section):

@@ -1,36 +1,40 @@
-"""Prompts from a Hub dataset, a local JSONL or Parquet file, or the embedded task.
+"""Prompts: read from a recipe's data, tokenized for both models, checked, split and ordered.
 
 The order of prompts is a pure function of (seed, position), so that a resumed run and any number
 of processes see the same prompts at the same step.
 """
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING
 
 import torch
 
 from poweropd.data.chat import encode_chat
-from poweropd.embedded import EMBEDDED_PREFIX
-from poweropd.errors import UsageError, shown
+from poweropd.data.messages import (
+    Conversation,
+    content_text,
+    read_conversation,
+    read_system,
+    read_tools,
+)
+from poweropd.data.sources import PlacedRows, Row, column_names, placed_rows, text_at
+from poweropd.errors import UsageError
 
 if TYPE_CHECKING:  # they take a second to import, and benchmarks need no pydantic
     from transformers import PreTrainedTokenizerBase
 
-    from poweropd.config.sections import DataConfig
+    from poweropd.config.data import DataConfig
 
 logger = logging.getLogger("poweropd")
 
-EMBEDDED_PROBLEMS = 8192
+AUTO = "auto"  # as a column: the first of these that the first row has
+AUTO_COLUMNS = ("problem", "prompt", "messages", "question")
 HOLDOUT = -1  # number of the permutation that chooses held-out prompts
-FILE_ENDINGS = (".jsonl", ".json", ".parquet")
-Row = Mapping[str, Any]
-# A row, behind the place that an error about it names: "file:line" or "dataset[split] row i".
-PlacedRows = Iterator[tuple[str, Row]]
+CHUNK = 1024  # rows that are tokenized at once
 
 
 @dataclass(frozen=True)
@@ -44,112 +48,64 @@ class Prompt:
     domain: str = ""  # which of several teachers scores it
 
 
-def read_rows(
-    source: str, columns: Sequence[str], split: str = "train", allow_empty: bool = False
-) -> list[Row]:
-    """Returns the rows of `source`, which hold at least `columns`, each text and not empty.
-
-    Raises UsageError, naming the file and line or row, where something is missing.
-    """
-    path = Path(source)
-    if source.startswith(EMBEDDED_PREFIX):
-        rows = _embedded(source.removeprefix(EMBEDDED_PREFIX))
-    elif path.suffix in FILE_ENDINGS or path.exists():
-        rows = _file(path)
-    else:
-        rows = hub_rows(source, split)
-    checked = []
-    for where, row in rows:
-        for column in columns:
-            value = row.get(column)
-            if not isinstance(value, str) or not (allow_empty or value.strip()):
-                got = f"got {shown(value)}" if column in row else f"its columns are {_names(row)}"
-                raise UsageError(f"{where}: expected text in column {column!r}, {got}")
-            if not value.isascii():
-                _check_unicode(where, column, value)
-        checked.append(row)
-    if not checked:
-        raise UsageError(f"{source}: expected at least one row, got none")
-    return checked
-
-
-def _names(row: Row) -> str:
-    return shown(", ".join(map(str, row)), 300)[1:-1]
-
-
-def _check_unicode(where: str, column: str, text: str) -> None:
-    """Raises UsageError for half a surrogate pair, which no tokenizer can encode."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
+def prompt_column(data: "DataConfig", row: Row, place: str = "data.column") -> str:
+    """Returns the column of the prompts, found in a row for `auto`; raises UsageError without."""
+    if data.column != AUTO:
+        return data.column
+    found = next((name for name in AUTO_COLUMNS if name in row), None)
+    if found is None:
         raise UsageError(
-            f"{where}: column {column!r} holds {shown(text[error.start])} at character "
-            f"{error.start}, half a surrogate pair: expected valid Unicode text"
-        ) from None
+            f"{place}: data.column=auto looks for {', '.join(AUTO_COLUMNS)}, and the columns are "
+            f"{column_names(row)}: set data.column to the one with the prompts"
+        )
+    return found
 
 
-def _embedded(split: str) -> PlacedRows:
-    from poweropd.embedded import task
+class RowReader:
+    """Reads what a recipe's `data` section asks for from row after row."""
 
-    try:
-        problems = task.problems(split, EMBEDDED_PROBLEMS)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise UsageError(f"data.prompts: {error}") from None
-    for problem in problems:
-        row = {"id": problem.id, "problem": problem.problem, "answer": problem.answer}
-        yield f"{EMBEDDED_PREFIX}{split}", row
+    def __init__(self, data: "DataConfig") -> None:
+        self.data, self.column = data, ""
+        self.left_out = 0  # prompts without the assistant's message at their end
 
+    def student_prompt(self, place: str, row: Row) -> Conversation:
+        """Returns what the student reads."""
+        self.column = self.column or prompt_column(self.data, row, place)
+        found = self._prompt(place, row, self.column)
+        self.left_out += found.continues and not self.data.continue_assistant
+        return found if self.data.continue_assistant else found.cut()
 
-def _file(path: Path) -> PlacedRows:
-    if path.suffix != ".parquet":
-        yield from json_lines(path)
-        return
-    import pyarrow
-    import pyarrow.parquet
+    def teacher_prompt(self, place: str, row: Row, column: str) -> Conversation:
+        """Returns what the teacher reads if it has a column of its own."""
+        found = self._prompt(place, row, column)
+        return found if self.data.continue_assistant else found.cut()
 
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (OSError, pyarrow.ArrowInvalid) as error:
-        raise UsageError(f"{path}: cannot read it as a Parquet file: {error}") from None
-    yield from ((f"{path}: row {i}", row) for i, row in enumerate(table.to_pylist()))
+    def _prompt(self, place: str, row: Row, column: str) -> Conversation:
+        """Returns the prompt of a column with the row's own system turn and tools."""
+        data = self.data
+        found = read_conversation(row, column, place)
+        turns, tools = found.turns, None
+        if data.system_column is not None and not found.has_system:
+            system = read_system(row, data.system_column, place)
+            turns = [{"role": "system", "content": system}, *turns] if system else turns
+        if data.tools_column is not None:
+            tools = read_tools(row, data.tools_column, place)
+        if data.continue_assistant and found.continues and not content_text(turns[-1]).strip():
+            raise UsageError(
+                f"{place}: column {column!r}: message {len(found.turns)}: expected text to "
+                "continue (data.continue_assistant), got none"
+            )
+        return Conversation(turns, tools, place)
 
-
-def json_lines(path: Path) -> PlacedRows:
-    """Yields the object of each line that is not blank; raises UsageError for anything else."""
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield f"{path}:{number}", _parse_line(f"{path}:{number}", line)
-    except OSError as error:
-        raise UsageError(
-            f"{path}: cannot read it ({error.strerror}); expected JSON lines"
-        ) from None
-
-
-def _parse_line(where: str, line: bytes) -> Row:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{where}: expected one JSON object per line: {error}") from None
-    if not isinstance(row, dict):
-        raise UsageError(f"{where}: expected a JSON object, got {type(row).__name__}")
-    return row
-
-
-def hub_rows(name: str, split: str, config: str | None = None) -> PlacedRows:
-    """Yields the rows of a Hub dataset; raises UsageError if it cannot be loaded."""
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
-        raise UsageError(
-            f"{name}: neither a file ({', '.join(FILE_ENDINGS)}) nor a Hub dataset that can be "
-            f"loaded (config {config!r}, split {split!r}): {reason[:200]}"
-        ) from None
-    yield from ((f"{name}[{split}] row {i}", dict(row)) for i, row in enumerate(dataset))
+    def notify(self, count: int) -> None:
+        """Tells the user of messages that were left out, of `count` prompts in all."""
+        if self.left_out:
+            logger.warning(
+                "%d of %d prompts end with a message of the assistant, which is left out, so that "
+                "the student writes its own; data.continue_assistant=true keeps it as the "
+                "beginning of the completion",
+                *(self.left_out, count),
+            )
 
 
 def load_prompts(
@@ -162,20 +118,46 @@ def load_prompts(
 
     The column `domain_column` holds the name of a prompt's teacher, if there are several.
     """
-    columns = [data.column, data.teacher_column, domain_column]
-    rows = read_rows(data.prompts, [c for c in columns if c is not None], data.split)
-    own = encode_chat(tokenizer, [row[data.column] for row in rows], data.chat, data.system)
-    domains = ["" if domain_column is None else row[domain_column] for row in rows]
-    _check_domains(domains, teacher_tokenizers, domain_column)
-    other = list(own)
-    for name, teacher_tokenizer in teacher_tokenizers.items():
-        members = [i for i, domain in enumerate(domains) if domain == name]
-        if data.teacher_column is not None and members:
-            texts = [rows[i][data.teacher_column] for i in members]
-            encoded = encode_chat(teacher_tokenizer, texts, data.chat, data.system)
-            for i, ids in zip(members, encoded, strict=True):
-                other[i] = ids
-    return [Prompt(i, own[i], other[i], row, domains[i]) for i, row in enumerate(rows)]
+    rows = placed_rows(data.prompts, data.split, data.config, data.revision)
+    reader, prompts = RowReader(data), list[Prompt]()
+    for chunk in _chunks(islice(rows, data.limit)):
+        domains = [_domain(place, row, domain_column) for place, row in chunk]
+        asked = [reader.student_prompt(place, row) for place, row in chunk]
+        own = _encoded(tokenizer, asked, data)
+        other = list(own)
+        for name, teacher_tokenizer in teacher_tokenizers.items():
+            members = [i for i, domain in enumerate(domains) if domain == name]
+            if data.teacher_column is not None and members:
+                column = data.teacher_column
+                asked = [reader.teacher_prompt(*chunk[i], column) for i in members]
+                encoded = _encoded(teacher_tokenizer, asked, data)
+                for i, ids in zip(members, encoded, strict=True):
+                    other[i] = ids
+        prompts += [
+            Prompt(len(prompts) + i, own[i], other[i], row, domains[i])
+            for i, (_, row) in enumerate(chunk)
+        ]
+    if not prompts:
+        raise UsageError(f"{data.prompts}: expected at least one row, got none")
+    _check_domains([prompt.domain for prompt in prompts], teacher_tokenizers, domain_column)
+    reader.notify(len(prompts))
+    return prompts
+
+
+def _chunks(rows: PlacedRows) -> Iterator[list[tuple[str, Row]]]:
+    """Yields lists of at most CHUNK rows: what tokenizing makes beside the ids is dropped soon."""
+    while chunk := list(islice(rows, CHUNK)):
+        yield chunk
+
+
+def _domain(place: str, row: Row, column: str | None) -> str:
+    return "" if column is None else text_at(place, row, column)
+
+
+def _encoded(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Conversation], data: "DataConfig"
+) -> list[list[int]]:
+    return encode_chat(tokenizer, prompts, data.chat, data.system)
 
 
 def _check_domains(domains: Sequence[str], known: Collection[str], column: str | None) -> None:
@@ -193,16 +175,46 @@ def check_lengths(
 ) -> None:
     """Raises UsageError unless every prompt and its longest completion fit both contexts."""
     for prompt in prompts:
-        for who, ids, context in (
-            ("student", prompt.prompt_ids, student_context),
-            ("teacher", prompt.teacher_prompt_ids, teacher_context),
-        ):
-            if len(ids) + max_new_tokens > context:
-                raise UsageError(
-                    f"data.prompts row {prompt.index}: a prompt of {len(ids)} tokens and "
-                    f"rollout.max_new_tokens={max_new_tokens} exceed the {who}'s context of "
-                    f"{context} tokens; shorten the prompt or lower max_new_tokens"
-                )
+        problem = _excess(prompt, student_context, teacher_context, max_new_tokens)
+        if problem is not None:
+            raise UsageError(
+                f"data.prompts row {prompt.index}: {problem}; shorten the prompt, lower "
+                "max_new_tokens, or set data.filter_longer=true to leave such rows out"
+            )
+
+
+def fits(prompt: Prompt, student_context: int, teacher_context: int, max_new_tokens: int) -> bool:
+    """Returns whether a prompt fits both contexts with its longest completion."""
+    return _excess(prompt, student_context, teacher_context, max_new_tokens) is None
+
+
+def filter_notice(kept: int, count: int) -> str:
+    """Returns how many prompts `data.filter_longer` dropped; raises UsageError if none is kept."""
+    if not kept:
+        raise UsageError(
+            f"data.filter_longer: all {count} prompts are too long for the models' contexts with "
+            "rollout.max_new_tokens: lower it"
+        )
+    return (
+        f"data.filter_longer: dropped {count - kept} of {count} prompts, which are too long for "
+        "the models' contexts with rollout.max_new_tokens"
+    )
+
+
+def _excess(
+    prompt: Prompt, student_context: int, teacher_context: int, max_new_tokens: int
+) -> str | None:
+    """Returns which context a prompt and its longest completion exceed; None if they fit both."""
+    for who, ids, context in (
+        ("student", prompt.prompt_ids, student_context),
+        ("teacher", prompt.teacher_prompt_ids, teacher_context),
+    ):
+        if len(ids) + max_new_tokens > context:
+            return (
+                f"a prompt of {len(ids)} tokens and rollout.max_new_tokens={max_new_tokens} "
+                f"exceed the {who}'s context of {context} tokens"
+            )
+    return None
 
 
 def check_ids(

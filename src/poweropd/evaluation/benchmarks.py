@@ -1,11 +1,23 @@
 """The table of benchmarks, and loading their problems from the Hub or from files."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-from poweropd.data.prompts import hub_rows, json_lines
+from poweropd.data.messages import Conversation, is_messages, read_conversation
+from poweropd.data.sources import (
+    READERS,
+    PlacedRows,
+    Row,
+    column_names,
+    find_value,
+    hub_rows,
+    is_file_name,
+    placed_rows,
+    value_at,
+)
 from poweropd.embedded import task
 from poweropd.errors import UsageError
 from poweropd.evaluation.settings import EvaluationSettings
@@ -20,6 +32,8 @@ MATH = Mathematics()
 class Problem:
     """One problem with its gold answer and the rule that its answers are graded by.
 
+    The problem of a conversation is the user's last message.
+
     answer: the gold as its grader reads it, which is text but for a few graders.
     row: the columns of the data, which a user's own grader gets.
     """
@@ -29,6 +43,7 @@ class Problem:
     answer: object
     rule: Rule = field(default_factory=Rule)
     row: Mapping[str, object] = field(default_factory=dict, compare=False)
+    conversation: Conversation | None = None  # if the problem is one of messages
 
     def asked(self, benchmark: str) -> Asked:
         """Returns what the graders get of the problem."""
@@ -49,7 +64,8 @@ class ProblemSet:
 class Benchmark:
     """The place of a benchmark's data, and how it is read and graded.
 
-    dataset, config, split: names on the Hub; dataset is None for the embedded task and for files.
+    dataset, config, split, revision: names on the Hub; dataset is None for the embedded task and
+        for files, of which a folder may have several splits.
     problem, answer, id: names of columns; rows are numbered if `id` is None or absent.
     rule: how answers are compared; `tolerances` holds the absolute tolerance of single problems.
     """
@@ -62,12 +78,13 @@ class Benchmark:
     id: str | None = None
     rule: Rule = field(default_factory=Rule)
     tolerances: Mapping[str, float] = field(default_factory=dict)
+    revision: str | None = None
 
-    def rows(self, file: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
-        """Returns the places and rows of the Hub dataset or, if there is none, of a JSONL file."""
+    def rows(self, files: str) -> PlacedRows:
+        """Returns the places and rows of the Hub dataset or, if there is none, of files."""
         if self.dataset is None:
-            return json_lines(file)
-        return hub_rows(self.dataset, self.split, self.config)
+            return placed_rows(files, self.split, self.config)
+        return hub_rows(self.dataset, self.split, self.config, self.revision)
 
     def rule_for(self, problem_id: str) -> Rule:
         """Returns the rule for the answers to one problem."""
@@ -114,12 +131,14 @@ def load_benchmark(
     file: str | None = None,
     dataset: str | None = None,
     grader: NamedGrader = MATH,
+    revision: str | None = None,
 ) -> list[Problem]:
     """Returns the problems of a benchmark, or the first `limit` of them.
 
-    name: a key of BENCHMARKS, the path of a JSONL file, or a Hub dataset (owner/name).
+    name: a key of BENCHMARKS, a file, folder or glob of files, or a Hub dataset (owner/name).
     data_dir: a folder with NAME.jsonl (id, problem, answer), read instead of the Hub.
-    problem_column, answer_column, config, split: for the user's own file or dataset.
+    problem_column, answer_column, config, split, revision: for the user's own files or dataset;
+        dots in the name of a column lead into nested ones.
     file, dataset: where the problems are, if `name` does not say it.
     grader: reads the golds.
 
@@ -133,12 +152,13 @@ def load_benchmark(
         rows = ({"id": t.id, "problem": t.problem, "answer": t.answer} for t in sums)
         places = ((f"embedded:{row['id']}", row) for row in rows)
         return list(_from_rows(places, Benchmark(None, id="id"), grader))
-    path = Path(data_dir or ".") / f"{name}.jsonl"
-    if not (file or dataset) and data_dir is not None and (name in BENCHMARKS or path.is_file()):
+    path = str(Path(data_dir or ".") / f"{name}.jsonl")
+    local = data_dir is not None and (name in BENCHMARKS or Path(path).is_file())
+    if local and not (file or dataset):
         known = BENCHMARKS.get(name, Benchmark(None))
         benchmark = Benchmark(None, id="id", rule=known.rule, tolerances=known.tolerances)
     else:
-        path = Path(file or name)
+        path = file or name
         known = Benchmark(dataset, id="id") if file or dataset else _benchmark(name)
         benchmark = replace(
             known,
@@ -146,6 +166,7 @@ def load_benchmark(
             answer=answer_column or known.answer,
             config=config or known.config,
             split=split or known.split,
+            revision=revision or known.revision,
         )
     problems = list(islice(_from_rows(benchmark.rows(path), benchmark, grader), limit))
     if not problems:
@@ -154,21 +175,25 @@ def load_benchmark(
 
 
 def short_name(name: str) -> str:
-    """Returns the name for tables and files: the stem of a file, owner--name of a dataset."""
-    return Path(name).stem if Path(name).is_file() else name.replace("/", "--")
+    """Returns the name for tables and files: the stem of files, owner--name of a dataset."""
+    if name in BENCHMARKS or not is_file_name(name):
+        return name.replace("/", "--")
+    path = Path(name.removesuffix(".gz"))
+    words = (re.sub(r"[^\w.-]+", "-", text).strip("-.") for text in (path.stem, path.parent.name))
+    return next((word for word in words if word), "files")
 
 
 def _benchmark(name: str) -> Benchmark:
     """Returns a known benchmark, a user's file or a Hub dataset. Raises UsageError for others."""
     if name in BENCHMARKS:
         return BENCHMARKS[name]
-    if name.endswith((".jsonl", ".json")) or Path(name).is_file():
+    if is_file_name(name):
         return Benchmark(None, id="id")
     if name.count("/") == 1 and not name.startswith((".", "/")):
         return Benchmark(name, id="id")
     raise UsageError(
-        f"unknown benchmark {name!r}: expected one of {', '.join(BENCHMARKS)}, a JSONL file, "
-        "or a Hub dataset (owner/name)"
+        f"unknown benchmark {name!r}: expected one of {', '.join(BENCHMARKS)}, a file of "
+        f"{', '.join(READERS)}, a folder or glob of them, or a Hub dataset (owner/name)"
     )
 
 
@@ -178,7 +203,9 @@ def _from_rows(
     """Yields problems, numbered if they have no id. Raises UsageError if an id comes twice."""
     places: dict[str, str] = {}
     for number, (place, row) in enumerate(rows):
-        problem = str(_field(row, benchmark.problem, place) or "").strip()
+        given = _field(row, benchmark.problem, place)
+        messages = read_conversation(row, benchmark.problem, place) if is_messages(given) else None
+        problem = (str(given or "") if messages is None else messages.last_user_text).strip()
         if not problem:
             raise UsageError(
                 f"{place}: expected text in {benchmark.problem!r}, got nothing; "
@@ -194,7 +221,9 @@ def _from_rows(
             )
         places[identifier] = place
         question = grader.question(problem, row)
-        yield Problem(identifier, question, answer, benchmark.rule_for(identifier), row)
+        rule = benchmark.rule_for(identifier)
+        asked = None if messages is None else messages.cut().with_ending(question[len(problem) :])
+        yield Problem(identifier, question, answer, rule, row, asked)
 
 
 def gold_of(
@@ -205,7 +234,7 @@ def gold_of(
     Raises UsageError, which names the place and the column.
     """
     if not grader.needs_gold:
-        return row.get(column)
+        return find_value(row, column)
     value = _field(row, column, place)
     try:
         return grader.gold(value, row)
@@ -216,10 +245,10 @@ def gold_of(
         ) from None
 
 
-def _field(row: Mapping[str, object], column: str, place: str) -> object:
-    if column not in row:
+def _field(row: Row, column: str, place: str) -> object:
+    try:
+        return value_at(row, column)
+    except KeyError:
         raise UsageError(
-            f"{place}: expected a field {column!r}, got {', '.join(map(repr, row)) or 'none'}; "
-            "name the right columns"
-        )
-    return row[column]
+            f"{place}: expected a field {column!r}, got {column_names(row)}; name the right columns"
+        ) from None

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from poweropd.data.prompts import read_rows
+from poweropd.data.sources import read_rows
 from poweropd.errors import RunError, UsageError
 from poweropd.evaluation import benchmarks, results
 from poweropd.evaluation.benchmarks import Problem, ProblemSet

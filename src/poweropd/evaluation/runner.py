@@ -22,7 +22,7 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from poweropd import stops
-from poweropd.data import prompts as data_prompts
+from poweropd.data.chat import encode_chat
 from poweropd.data.prompts import Prompt
 from poweropd.data.rollout import Request, Rollout
 from poweropd.errors import RunError, UsageError
@@ -82,7 +82,10 @@ class Evaluation:
 
     def _claim(self) -> None:
         """Raises UsageError if the file is about another model, other settings or problems."""
-        texts = [[p.id, p.problem, p.answer] for p in self.problems]
+        texts = [
+            [p.id, p.problem, p.answer, *(p.conversation.turns if p.conversation else ())]
+            for p in self.problems
+        ]
         digest = hashlib.sha256(json.dumps(texts, default=str).encode()).hexdigest()[:16]
         asked = {"model": self.model, "problems": digest, "count": len(texts)}
         asked |= json.loads(json.dumps(asdict(self.settings)))
@@ -198,8 +201,13 @@ def prompt_ids(
 ) -> list[list[int]]:
     """Returns the token ids of each problem as a prompt, up to the model's turn."""
     ending = f"\n{settings.instruction}" if settings.instruction else ""
-    texts = [problem.problem + ending for problem in problems]
-    return data_prompts.encode_chat(tokenizer, texts, settings.chat, settings.system)
+    asked = [
+        problem.problem + ending
+        if problem.conversation is None
+        else problem.conversation.with_ending(ending)
+        for problem in problems
+    ]
+    return encode_chat(tokenizer, asked, settings.chat, settings.system)
 
 
 def check_room(name: str, prompts: Sequence[list[int]], context_length: int) -> int:

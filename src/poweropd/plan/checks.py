@@ -6,7 +6,7 @@ A check that needs the Hub says so if the Hub cannot be reached.
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from poweropd import stops
 from poweropd.config import Config
 from poweropd.data import prompts as data_prompts
+from poweropd.data.chat import encode_chat
+from poweropd.data.sources import is_file_name
 from poweropd.embedded import EMBEDDED_PREFIX
 from poweropd.errors import UsageError
 from poweropd.models import loading
@@ -76,6 +78,9 @@ def inspect(config: Config) -> Inspected:
         return Inspected(models, [*skipped, check_context(config, models, None)])
     tokenizers = loading.load_tokenizer(*own), loading.load_tokenizer(*other)
     prompts, prompt_check = check_prompts(config, tokenizers, hub)
+    if prompts is not None and config.data.filter_longer:
+        prompts, filtered = filter_prompts(config, models, prompts)
+        prompt_check = replace(prompt_check, detail=f"{prompt_check.detail}; {filtered}")
     checks = [
         _run_check("vocabulary", lambda: check_vocabulary(tokenizers)),
         _run_check("stop ids", lambda: check_stop_ids(config, tokenizers)),
@@ -112,7 +117,7 @@ def is_local(name: str) -> bool:
     """Returns whether a name is embedded, a data file, or a directory of this machine."""
     return (
         name.startswith(EMBEDDED_PREFIX)
-        or Path(name).suffix in data_prompts.FILE_ENDINGS
+        or is_file_name(name)
         or Path(loading.resolve(name)).exists()
     )
 
@@ -170,9 +175,9 @@ def check_stop_ids(config: Config, tokenizers: Tokenizers) -> tuple[Status, str]
 
 def check_template(config: Config, tokenizers: Tokenizers) -> tuple[Status, str]:
     settings = (["?"], config.data.chat, config.data.system)
-    (ids,) = data_prompts.encode_chat(tokenizers[0], *settings)
+    (ids,) = encode_chat(tokenizers[0], *settings)
     if config.data.teacher_column is not None:
-        data_prompts.encode_chat(tokenizers[1], *settings)
+        encode_chat(tokenizers[1], *settings)
     if config.data.chat is None:
         return "ok", "prompts are plain text"
     return "ok", f"the student's, {len(ids) - 1} tokens around a prompt"
@@ -193,6 +198,16 @@ def check_prompts(
     lengths = [len(prompt.prompt_ids) for prompt in prompts]
     detail = f"{len(prompts):,} of {fmean(lengths):.0f} tokens on average, at most {max(lengths)}"
     return prompts, PlanCheck("prompts", "ok", detail)
+
+
+def filter_prompts(
+    config: Config, models: dict[str, PlannedModel], prompts: Sequence[data_prompts.Prompt]
+) -> tuple[list[data_prompts.Prompt], str]:
+    """Returns the prompts that fit both contexts, and how many do not."""
+    own, other = (model.geometry.context or loading.UNLIMITED for model in models.values())
+    new = config.rollout.max_new_tokens
+    kept = [prompt for prompt in prompts if data_prompts.fits(prompt, own, other, new)]
+    return kept, data_prompts.filter_notice(len(kept), len(prompts))
 
 
 def check_context(

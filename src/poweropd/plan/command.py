@@ -99,6 +99,10 @@ def make_plan(config: Config, options: Options) -> Plan:
     """Plans a recipe. Raises UsageError for options or models that cannot be planned."""
     gpu_bytes, throughput = options.gpu_bytes(), options.throughput()
     found = checks.inspect(config)
+    if config.train.epochs is not None:
+        if not found.prompt_lengths:
+            raise UsageError("train.epochs: the prompts cannot be counted here; set train.steps")
+        config = config.with_steps(len(found.prompt_lengths) - config.data.holdout)
     measured = Measured.read(options.measured) if options.measured else None
     completion = options.completion_tokens or (measured.mean_length if measured else None)
     prompt, prompt_source = _prompt_length(options, found)

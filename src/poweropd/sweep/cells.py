@@ -71,6 +71,11 @@ def trainings(
                 config = Config.load(recipe, [*overrides, *own, *placed])
             except UsageError as error:
                 raise UsageError(f"{cell.option}: {error}") from None
+            if config.train.epochs is not None:
+                raise UsageError(
+                    f"{cell.option}: train.epochs: a sweep knows its steps beforehand: set "
+                    "train.steps"
+                )
             found.append(Training(label, config, measure(config.train.steps)))
         last = found[-1]
         for same in (last.config.model_dump_json(exclude={"run"}), last.config.run.dir):

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
@@ -13,14 +13,17 @@ from transformers import PreTrainedTokenizerBase
 
 from poweropd import stops
 from poweropd.config import Config
-from poweropd.config.sections import LORA_RATE
+from poweropd.config.sections import LORA_RATE, TrainConfig
 from poweropd.data import chat
 from poweropd.data.prompts import (
     Prompt,
     PromptOrder,
     check_ids,
     check_lengths,
+    filter_notice,
+    fits,
     load_prompts,
+    prompt_column,
     split_holdout,
 )
 from poweropd.data.rollout import Example
@@ -79,6 +82,8 @@ class RunInputs:
         prompts = load_prompts(config.data, tokenizer, tokenizers, config.teacher.by)
         model_config = loading.load_config(*student)
         context, vocab_size = loading.context_length(model_config), loading.vocab_rows(model_config)
+        if config.data.filter_longer:
+            prompts = _filtered(prompts, context, teachers, config, notify)
         stop_ids = stops.stop_ids(tokenizer, loading.load_generation_config(student[0]))
         for name, teacher in teachers.items():
             own = [prompt for prompt in prompts if prompt.domain == name]
@@ -97,10 +102,11 @@ class RunInputs:
             notice = stops.difference(stop_ids, teacher.stop_ids, policy, tokenizer)
             if notice and notify:
                 logger.warning("%s%s", f"teacher.{name}: " if name else "", notice)
+        trained, held = split_holdout(prompts, config.data.holdout, config.train.seed)
         if notify:
             _show_choices(config)
             _show_first_prompt(prompts[0], tokenizer, tokenizers[prompts[0].domain], config)
-        trained, held = split_holdout(prompts, config.data.holdout, config.train.seed)
+            logger.info("%s", epochs_notice(config.train, len(trained)))
         order = PromptOrder(len(trained), config.train.seed, config.data.shuffle)
         return cls(tokenizer, trained, order, stop_ids, teachers, context, held)
 
@@ -134,6 +140,34 @@ def _show_choices(config: Config) -> None:
         logger.info("train.learning_rate: %g, for model.lora", rate)
 
 
+def _filtered(
+    prompts: Sequence[Prompt],
+    context: int,
+    teachers: Mapping[str, TeacherProfile],
+    config: Config,
+    notify: bool,
+) -> list[Prompt]:
+    """Returns the prompts that fit the contexts, `context` of the student and their teacher's."""
+    new = config.rollout.max_new_tokens
+    kept = [
+        prompt for prompt in prompts if fits(prompt, context, teachers[prompt.domain].context, new)
+    ]
+    notice = filter_notice(len(kept), len(prompts))
+    if notify:
+        logger.warning("%s", notice)
+    return kept
+
+
+def epochs_notice(train: TrainConfig, count: int) -> str:
+    """Returns how many epochs the steps of a recipe are, of `count` prompts."""
+    steps = train.steps_of(count)
+    epochs = steps * train.prompts_per_step / count
+    return (
+        f"{steps} steps of {train.prompts_per_step} prompts are {epochs:.3g} epochs of {count} "
+        "prompts"
+    )
+
+
 def _show_first_prompt(
     prompt: Prompt,
     tokenizer: PreTrainedTokenizerBase,
@@ -149,7 +183,7 @@ def _show_first_prompt(
         logger.warning(
             "the teacher's chat template differs from the student's, and the teacher reads prompts "
             "in the student's: to give it its own set data.teacher_column=%s",
-            config.data.column,
+            prompt_column(config.data, prompt.row),
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from poweropd.config.sections import TaskRewardConfig
 from poweropd.data.prompts import Prompt
 from poweropd.data.rollout import Example, Rollout
+from poweropd.data.sources import column_names, find_value
 from poweropd.errors import UsageError
 from poweropd.grading.grader import Grade, Grader
 from poweropd.grading.graders.base import Asked, NamedGrader, create_grader
@@ -60,11 +61,11 @@ def _golds(grader: NamedGrader, column: str, prompts: Sequence[Prompt]) -> dict[
     golds = {}
     for prompt in prompts if grader.needs_gold else []:
         try:
-            golds[prompt.index] = grader.gold(prompt.row.get(column), prompt.row)
+            golds[prompt.index] = grader.gold(find_value(prompt.row, column), prompt.row)
         except ValueError as error:
             expected = grader.expected.format(f"column {column!r} of row {prompt.index}")
             raise UsageError(
                 f"{KEY}.answer_column: expected {expected}, {error}; the columns are "
-                f"{', '.join(prompt.row)}"
+                f"{column_names(prompt.row)}"
             ) from None
     return golds

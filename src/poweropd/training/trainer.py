@@ -61,7 +61,6 @@ class Trainer:
     """
 
     def __init__(self, config: Config, progress: bool = True) -> None:
-        self.config = config
         build.check_launch()
         trackers.check_trackers(config.log.trackers)
         self.accelerator = Accelerator(
@@ -71,6 +70,7 @@ class Trainer:
         self.progress = progress and self.accelerator.is_main_process
         self.reward = config.reward.create()
         self.inputs = RunInputs.load(config, notify=self.progress)
+        self.config = config = config.with_steps(len(self.inputs.prompts))
         self.validation = build.make_validation(config, self.accelerator, self.inputs)
         with self.accelerator.main_process_first():
             self.run = RunDirectory.open(config)

@@ -63,6 +63,7 @@ def _problem_set(
         problem_column=own.problem,
         answer_column=own.answer,
         config=own.config,
+        revision=own.revision,
         split=own.split,
         file=own.file,
         dataset=own.dataset,
