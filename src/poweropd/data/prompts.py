@@ -189,9 +189,17 @@ def _check_domains(domains: Sequence[str], known: Collection[str], column: str |
 
 
 def check_lengths(
-    prompts: Sequence[Prompt], student_context: int, teacher_context: int, max_new_tokens: int
+    prompts: Sequence[Prompt],
+    student_context: int,
+    teacher_context: int,
+    max_new_tokens: int,
+    source: str = "data.prompts",
 ) -> None:
-    """Raises UsageError unless every prompt and its longest completion fit both contexts."""
+    """Raises UsageError unless every prompt and its longest completion fit both contexts.
+
+    `source` is the key of the recipe that names the prompts.
+    """
+    setting = "rollout" if source == "data.prompts" else "evaluate.divergence"
     for prompt in prompts:
         for who, ids, context in (
             ("student", prompt.prompt_ids, student_context),
@@ -199,18 +207,22 @@ def check_lengths(
         ):
             if len(ids) + max_new_tokens > context:
                 raise UsageError(
-                    f"data.prompts row {prompt.index}: a prompt of {len(ids)} tokens and "
-                    f"rollout.max_new_tokens={max_new_tokens} exceed the {who}'s context of "
+                    f"{source} row {prompt.index}: a prompt of {len(ids)} tokens and "
+                    f"{setting}.max_new_tokens={max_new_tokens} exceed the {who}'s context of "
                     f"{context} tokens; shorten the prompt or lower max_new_tokens"
                 )
 
 
 def check_ids(
-    prompts: Sequence[Prompt], student_vocab: int | None, teacher_vocab: int | None
+    prompts: Sequence[Prompt],
+    student_vocab: int | None,
+    teacher_vocab: int | None,
+    source: str = "data.prompts",
 ) -> None:
     """Raises UsageError for a prompt with an id that a model's embedding does not have.
 
     The sizes are those of the models' embeddings; None stands for one that is not known here.
+    `source` is the key of the recipe that names the prompts.
     """
     for prompt in prompts:
         for who, ids, size in (
@@ -219,7 +231,7 @@ def check_ids(
         ):
             if size is not None and max(ids, default=0) >= size:
                 raise UsageError(
-                    f"data.prompts row {prompt.index}: token id {max(ids)} of its prompt is "
+                    f"{source} row {prompt.index}: token id {max(ids)} of its prompt is "
                     f"outside the {who}'s embedding of {size} tokens: the tokenizer has tokens "
                     "that the model was never given; resize the model, or drop the row"
                 )

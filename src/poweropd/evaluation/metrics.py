@@ -177,14 +177,53 @@ def paired_bootstrap(
     a, b: problem id -> value. Each resample takes both values of a problem, so that what makes a
     problem hard for both cancels. Raises ValueError if the ids differ.
     """
-    if a.keys() != b.keys():
-        only_a, only_b = len(a.keys() - b.keys()), len(b.keys() - a.keys())
-        raise ValueError(
-            f"expected the same problem ids in both evaluations, got {only_a} only in the first "
-            f"and {only_b} only in the second"
-        )
+    _check_paired(a, b)
     ids = sorted(a)
     return estimate([a[i] - b[i] for i in ids], resamples=resamples, seed=seed)
+
+
+def estimate_ratio(
+    totals: ArrayLike,
+    counts: ArrayLike,
+    *,
+    fraction: bool = False,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """Returns sum(totals) / sum(counts), such as a mean over tokens, with its interval.
+
+    totals, counts: one of each per problem, whose resamples take both; so long completions weigh
+    as much as they have tokens, and problems are still what is sampled. fraction: as in `estimate`;
+    the problems that are added have the mean count. Raises ValueError if all counts are 0.
+    """
+    pool = np.stack([np.asarray(one, dtype=np.float64) for one in (totals, counts)], axis=1)
+    if not pool.size or not pool[:, 1].sum():
+        raise ValueError("expected a problem with a count above 0, got none")
+    mean = pool[:, 1].mean()
+    added = [[share * mean, mean] for share in _PSEUDO_PROBLEMS]
+    pools = [pool, np.concatenate([pool, added])] if fraction else [pool]
+    ratios = [_resampled_ratios(one, resamples, seed) for one in pools]
+    return _spanning(pool[:, 0].sum() / pool[:, 1].sum(), ratios)
+
+
+def paired_ratios(
+    a: Mapping[str, tuple[float, float]],
+    b: Mapping[str, tuple[float, float]],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """Returns the difference of two ratios a - b over the same problems, with its interval.
+
+    a, b: problem id -> (total, count), as `estimate_ratio` takes them. Each resample takes all four
+    numbers of a problem, as in `paired_bootstrap`. Raises ValueError if the ids differ.
+    """
+    _check_paired(a, b)
+    ids = sorted(a)
+    pools = [np.array([side[i] for i in ids], dtype=np.float64) for side in (a, b)]
+    one, other = (_resampled_ratios(pool, resamples, seed) for pool in pools)
+    means = [pool[:, 0].sum() / pool[:, 1].sum() for pool in pools]
+    return _spanning(means[0] - means[1], [one - other])
 
 
 def estimate_over_seeds(
@@ -242,6 +281,31 @@ def _means_over_seeds(arrays: Sequence[_Values], resamples: int, seed: int) -> _
         drawn = generator.multinomial(count, np.full(count, 1 / count), size=resamples) / count
         total += ((drawn_seeds @ array) * drawn).sum(1)
     return total / len(arrays)
+
+
+def _check_paired(a: Mapping[str, object], b: Mapping[str, object]) -> None:
+    """Raises ValueError if two evaluations are not over the same problems."""
+    if a.keys() != b.keys():
+        only_a, only_b = len(a.keys() - b.keys()), len(b.keys() - a.keys())
+        raise ValueError(
+            f"expected the same problem ids in both evaluations, got {only_a} only in the first "
+            f"and {only_b} only in the second"
+        )
+
+
+def _resampled_ratios(pool: _Values, resamples: int, seed: int) -> _Values:
+    """Draws as many rows of [problems, 2] as there are, `resamples` times; returns the ratios.
+
+    The same rows are drawn of every pool of one length. A resample without any count has the ratio
+    of the whole pool. [resamples]
+    """
+    generator = np.random.default_rng(seed)
+    at_once = max(1, _DRAWS_AT_ONCE // len(pool))
+    sizes = [min(at_once, resamples - done) for done in range(0, resamples, at_once)]
+    draws = (generator.integers(len(pool), size=(size, len(pool))) for size in sizes)
+    totals, counts = np.concatenate([pool[indices].sum(axis=1) for indices in draws]).T
+    whole = np.full(resamples, pool[:, 0].sum() / pool[:, 1].sum())
+    return np.divide(totals, counts, out=whole, where=counts > 0)
 
 
 def _resampled_means(pool: _Values, resamples: int, seed: int) -> _Values:

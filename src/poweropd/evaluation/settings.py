@@ -21,3 +21,17 @@ class EvaluationSettings:
     instruction: str | None = None  # appended to each problem, after a line break
     grader: str = "math"  # a name of poweropd.grading.graders, or package.module:function
     group_size: int = 256  # completions sampled together; part of what makes a run repeatable
+
+
+@dataclass(frozen=True)
+class DivergenceSettings:
+    """How completions are sampled to compare a student with its teacher, of all tokens there are.
+
+    Temperature 1 draws the contexts that training sees, and is what a sampled estimate needs.
+    """
+
+    n: int = 1  # completions for each prompt
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    seed: int = 0
+    group_size: int = 128  # completions sampled and scored together

@@ -3,12 +3,14 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
 from poweropd import stops
@@ -25,6 +27,7 @@ from poweropd.data.prompts import (
 )
 from poweropd.data.rollout import Example
 from poweropd.errors import UsageError, import_object, shown
+from poweropd.evaluation.judging import Judge, Judges, LocalJudge, ServedJudge
 from poweropd.kernels import Support
 from poweropd.models import AUTO_DTYPE, attention, devices, fingerprints, loading
 from poweropd.models.language_model import Student, Teacher, dropout_rates
@@ -48,7 +51,7 @@ from poweropd.teachers.routed import RoutedTeacher
 from poweropd.training.accounting import Utilization
 from poweropd.training.task_reward import TaskRewards
 from poweropd.training.update import Updater
-from poweropd.training.validation import Validation
+from poweropd.training.validation import PROMPTS_KEY, Validation, judged_prompts
 
 logger = logging.getLogger("poweropd")
 
@@ -153,8 +156,13 @@ def _show_first_prompt(
         )
 
 
-def input_fingerprints(config: Config, inputs: RunInputs) -> dict[str, str]:
-    """Returns a fingerprint of each thing that a run is trained from, by its name in messages."""
+def input_fingerprints(
+    config: Config, inputs: RunInputs, judged: Sequence[Prompt]
+) -> dict[str, str]:
+    """Returns a fingerprint of each thing that a run is trained from, by its name in messages.
+
+    `judged` are the prompts of its divergence from the teacher.
+    """
     found = {
         "the weights of model.student": fingerprints.of_weights(config.model.student),
         "the tokenizer of model.student": fingerprints.of_tokenizer(inputs.tokenizer),
@@ -162,6 +170,8 @@ def input_fingerprints(config: Config, inputs: RunInputs) -> dict[str, str]:
     }
     if inputs.holdout:
         found["the held-out prompts of data.prompts"] = fingerprints.of_prompts(inputs.holdout)
+    if judged:
+        found[PROMPTS_KEY] = fingerprints.of_prompts(judged)
     for name, section in config.teachers.items():
         if not section.servers:
             where = f"teacher.{name}.model" if name else "teacher.model"
@@ -349,9 +359,34 @@ def make_validation(
     """Returns the evaluation during training; None if the recipe has none."""
     if config.evaluate is None:
         return None
-    return Validation(
-        config, config.evaluate, accelerator, inputs.tokenizer, inputs.student_context
-    )
+    tokenizer, context = inputs.tokenizer, inputs.student_context
+    judged = judged_prompts(config, inputs.holdout, tokenizer, inputs.teachers, context)
+    return Validation(config, config.evaluate, accelerator, tokenizer, context, judged)
+
+
+def make_judges(
+    config: Config,
+    inputs: RunInputs,
+    loaded: RunModels,
+    updater: Updater,
+    accelerator: Accelerator,
+    together: Callable[[], AbstractContextManager[object]],
+) -> Judges | None:
+    """Returns the teachers as judges of completions; None if the recipe has no divergence.
+
+    `together` makes a failure in one process one in all.
+    """
+    if config.evaluate is None or config.evaluate.divergence is None:
+        return None
+    judges: dict[str, Judge] = {}
+    for name, section in config.teachers.items():
+        server = inputs.teachers[name].server
+        if server is not None:
+            judges[name] = ServedJudge(server, updater.compare, together)
+        else:
+            offload_from = accelerator.device if section.offload else None
+            judges[name] = LocalJudge(loaded.teachers[name], updater.compare, offload_from)
+    return Judges(judges, lambda flags: gather_object([flags]), together)
 
 
 def check_launch() -> None:
