@@ -23,8 +23,8 @@ from poweropd.evaluation.divergence_command import (
     ModelOptions,
     measure_divergence,
 )
+from poweropd.evaluation.intervals import estimate, estimate_ratio, paired_ratios
 from poweropd.evaluation.judging import Judges
-from poweropd.evaluation.metrics import estimate, estimate_ratio, paired_ratios
 from poweropd.evaluation.settings import DivergenceSettings
 from poweropd.kernels import Head, TeacherHead, compare_heads
 from poweropd.runs.directory import RunDirectory

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple, TypedDict
 
-from poweropd.evaluation.metrics import Estimate, estimate_ratio, paired_ratios
+from poweropd.evaluation.intervals import Estimate, estimate_ratio, paired_ratios
 
 #: How the reverse KL was measured: over the whole vocabulary of each context, or from the tokens.
 EXACT, SAMPLED = "exact", "sampled"

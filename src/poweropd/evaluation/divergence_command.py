@@ -23,6 +23,7 @@ from poweropd.evaluation.divergence import (
     paired_differences,
     summarize_divergence,
 )
+from poweropd.evaluation.intervals import Estimate
 from poweropd.evaluation.judging import (
     DivergenceEvaluation,
     Judge,
@@ -31,7 +32,6 @@ from poweropd.evaluation.judging import (
     ServedJudge,
     compare_batches,
 )
-from poweropd.evaluation.metrics import Estimate
 from poweropd.evaluation.runner import Subject
 from poweropd.evaluation.settings import DivergenceSettings
 from poweropd.models import devices, loading

@@ -3,14 +3,12 @@
 import logging
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
 from poweropd import stops
@@ -27,7 +25,6 @@ from poweropd.data.prompts import (
 )
 from poweropd.data.rollout import Example
 from poweropd.errors import UsageError, import_object, shown
-from poweropd.evaluation.judging import Judge, Judges, LocalJudge, ServedJudge
 from poweropd.kernels import Support
 from poweropd.models import AUTO_DTYPE, attention, devices, fingerprints, loading
 from poweropd.models.language_model import Student, Teacher, dropout_rates
@@ -362,31 +359,6 @@ def make_validation(
     tokenizer, context = inputs.tokenizer, inputs.student_context
     judged = judged_prompts(config, inputs.holdout, tokenizer, inputs.teachers, context)
     return Validation(config, config.evaluate, accelerator, tokenizer, context, judged)
-
-
-def make_judges(
-    config: Config,
-    inputs: RunInputs,
-    loaded: RunModels,
-    updater: Updater,
-    accelerator: Accelerator,
-    together: Callable[[], AbstractContextManager[object]],
-) -> Judges | None:
-    """Returns the teachers as judges of completions; None if the recipe has no divergence.
-
-    `together` makes a failure in one process one in all.
-    """
-    if config.evaluate is None or config.evaluate.divergence is None:
-        return None
-    judges: dict[str, Judge] = {}
-    for name, section in config.teachers.items():
-        server = inputs.teachers[name].server
-        if server is not None:
-            judges[name] = ServedJudge(server, updater.compare, together)
-        else:
-            offload_from = accelerator.device if section.offload else None
-            judges[name] = LocalJudge(loaded.teachers[name], updater.compare, offload_from)
-    return Judges(judges, lambda flags: gather_object([flags]), together)
 
 
 def check_launch() -> None:

@@ -35,6 +35,7 @@ from poweropd.training.metrics import (
 )
 from poweropd.training.progress import TrainingProgress
 from poweropd.training.update import UpdateOutcome
+from poweropd.training.validation import make_judges
 
 logger = logging.getLogger("poweropd")
 
@@ -88,8 +89,9 @@ class Trainer:
             config, self.inputs, self.student, self.accelerator, self.student_log_probs
         )
         self.updater = build.make_updater(config, self.models, self.inputs, self.accelerator)
-        parts = (self.inputs, self.models, self.updater, self.accelerator)
-        self.judges = build.make_judges(config, *parts, self._raising_together)
+        teachers = (self.inputs.teachers, self.models.teachers)
+        compare, together = self.updater.compare, self._raising_together
+        self.judges = make_judges(config, *teachers, compare, self.accelerator, together)
         self.sampling = build.make_sampling(config, self.inputs)
         export.rehearse(self.student, self.inputs.tokenizer, list(self.sampling.stop_ids))
         self.rollouts = build.make_schedule(config, self.engine, self.sample)

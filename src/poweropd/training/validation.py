@@ -1,7 +1,8 @@
 """Evaluations during training: of the current student, with the engine that is loaded already."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,21 @@ from poweropd.errors import RunError, UsageError
 from poweropd.evaluation import benchmarks
 from poweropd.evaluation.benchmarks import ProblemSet
 from poweropd.evaluation.divergence import DIVERGENCE, summarize_divergence
-from poweropd.evaluation.judging import DivergenceEvaluation, Judges
+from poweropd.evaluation.judging import (
+    Compare,
+    DivergenceEvaluation,
+    Judge,
+    Judges,
+    LocalJudge,
+    ServedJudge,
+)
 from poweropd.evaluation.metrics import Summary, summarize
 from poweropd.evaluation.results import unanswered_note
 from poweropd.evaluation.runner import Subject, check_room, evaluate, prompt_ids
 from poweropd.evaluation.settings import DivergenceSettings, EvaluationSettings
 from poweropd.grading.graders.base import create_grader
 from poweropd.models import loading
+from poweropd.models.language_model import Teacher
 from poweropd.runs.directory import BestStep, RunDirectory
 from poweropd.runs.files import JsonObject
 from poweropd.runs.metrics import OF_BENCHMARKS, OF_DIVERGENCE, OF_SCORES
@@ -234,3 +243,29 @@ def judged_prompts(
     shortest = min(teacher.context for teacher in teachers.values())
     check_lengths(prompts, context, shortest, tokens, PROMPTS_KEY)
     return prompts
+
+
+def make_judges(
+    config: Config,
+    profiles: Mapping[str, TeacherProfile],
+    teachers: Mapping[str, Teacher],
+    compare: Compare,
+    accelerator: Accelerator,
+    together: Callable[[], AbstractContextManager[object]],
+) -> Judges | None:
+    """Returns the teachers as judges of completions; None if the recipe has no divergence.
+
+    `teachers` are those in this process; `compare` is the student's; `together` makes a failure in
+    one process one in all.
+    """
+    if config.evaluate is None or config.evaluate.divergence is None:
+        return None
+    judges: dict[str, Judge] = {}
+    for name, section in config.teachers.items():
+        server = profiles[name].server
+        if server is not None:
+            judges[name] = ServedJudge(server, compare, together)
+        else:
+            offload_from = accelerator.device if section.offload else None
+            judges[name] = LocalJudge(teachers[name], compare, offload_from)
+    return Judges(judges, lambda flags: gather_object([flags]), together)
