@@ -1,5 +1,5 @@
-"""An HTTP server on loopback that scores as vLLM does, with a model of transformers, and that can
-be told to misbehave.
+"""An HTTP server on loopback that scores and samples as vLLM does, with a model of transformers,
+and that can be told to misbehave.
 """
 
 import json
@@ -13,6 +13,11 @@ from typing import Any, Self
 
 import torch
 from transformers import AutoModelForCausalLM
+
+from poweropd.data.prompts import Prompt
+from poweropd.data.rollout import Request
+from poweropd.rollouts.base import Sampling
+from poweropd.rollouts.transformers import TransformersEngine
 
 NAME = "teacher"
 
@@ -50,7 +55,8 @@ class Handler(BaseHTTPRequestHandler):
         elif len(body["prompt"]) >= owner.context:
             self.answer(400, {"error": {"message": "max_tokens must be at least 1, got 0."}})
         else:
-            answer = owner.completion(body["prompt"])
+            known = owner.completion if body["max_tokens"] == 1 else owner.sampled
+            answer = known(body)
             (fault or Handler.answer)(self, 200, answer)
         with owner.lock:
             owner.in_flight -= 1
@@ -185,13 +191,34 @@ class TeacherServer:
         self.http.server_close()
 
     @torch.inference_mode()
-    def completion(self, ids: list[int]) -> dict[str, Any]:
+    def completion(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The log-probs of the prompt's tokens, and of the most probable ones if they are asked."""
+        ids, others = body["prompt"], body["prompt_logprobs"]
         with self.lock:
             log_probs = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        found = log_probs[:-1].gather(1, torch.tensor(ids[1:])[:, None]).flatten() + self.shift
-        entries = [
-            {str(token): {"logprob": log_prob, "rank": 1, "decoded_token": ""}}
-            for token, log_prob in zip(ids[1:], found.tolist(), strict=True)
-        ]
+        entries = []
+        for token, row in zip(ids[1:], log_probs, strict=False):
+            told = {*row.topk(others).indices.tolist(), token}
+            entries.append({str(i): self._entry(row, i) for i in sorted(told)})
         choice = {"index": 0, "prompt_logprobs": [None, *entries], "prompt_token_ids": list(ids)}
+        return {"object": "text_completion", "model": self.name, "choices": [choice]}
+
+    def _entry(self, row: torch.Tensor, token: int) -> dict[str, Any]:
+        rank = int((row > row[token]).sum()) + 1
+        return {"logprob": row[token].item() + self.shift, "rank": rank, "decoded_token": ""}
+
+    def sampled(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A completion, as the transformers engine samples it with these settings."""
+        prompt, stops = body["prompt"], body["stop_token_ids"]
+        engine = TransformersEngine(self.model, vocab_size=self.vocab_size)
+        request = Request(Prompt(0, prompt, prompt), 0, 0, body["seed"])
+        settings = {name: body[name] for name in ("temperature", "top_p", "top_k")}
+        with self.lock:
+            (found,) = engine.generate([request], Sampling(body["max_tokens"], stops, **settings))
+        choice = {
+            "index": 0,
+            "token_ids": found.completion_ids,
+            "logprobs": {"token_logprobs": found.sampling_log_probs},
+            "finish_reason": "stop" if found.stopped else "length",
+        }
         return {"object": "text_completion", "model": self.name, "choices": [choice]}

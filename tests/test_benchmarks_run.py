@@ -15,8 +15,8 @@ import torch
 
 from poweropd.config import Config
 from poweropd.data.batch import collate
+from poweropd.models.language_model import with_teacher
 from poweropd.training.trainer import Trainer
-from poweropd.training.update import with_teacher
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

@@ -38,7 +38,11 @@ MAY_IMPORT = {
     "rollouts": {"config", "data", "models", "net"},
     "teachers": {"config", "data", "models", "net", "rewards", "runs", "stops"},
     "runs": {"config", "data", "embedded", "objectives", "rewards"},
-    "evaluation": {"data", "embedded", "grading", "models", "rollouts", "runs", "stops"},
+    # A teacher beside the student, or in its place, is judged or sampled as in training.
+    "evaluation": {
+        *("config", "data", "embedded", "grading", "models", "net", "objectives", "rewards"),
+        *("rollouts", "runs", "stops", "teachers"),
+    },
     "training": {
         *("config", "data", "evaluation", "grading", "kernels", "models", "objectives", "rewards"),
         *("rollouts", "runs", "stops", "teachers"),

@@ -1,12 +1,17 @@
 """`poweropd eval`: measures a model, or grades completions from elsewhere."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from poweropd.errors import UsageError
-from poweropd.evaluation.settings import BATCH_SIZE, EvaluationSettings, HarnessSettings
+from poweropd.evaluation.settings import (
+    BATCH_SIZE,
+    DivergenceSettings,
+    EvaluationSettings,
+    HarnessSettings,
+)
 
 Model = Annotated[
     str | None, typer.Argument(help="A model directory, a Hub model, or embedded:student.")
@@ -14,7 +19,9 @@ Model = Annotated[
 BenchmarkNames = Annotated[
     str, typer.Option(help="Names, files or Hub datasets, separated by commas.")
 ]
-Samples = Annotated[int, typer.Option(min=1, help="Completions for each problem.")]
+Samples = Annotated[
+    int | None, typer.Option(min=1, help="Completions for each problem (8) or prompt (1).")
+]
 At = Annotated[
     int | None, typer.Option(min=1, help="The k of Avg@k and Pass@k (default: the value of --n).")
 ]
@@ -31,14 +38,20 @@ DatasetConfig = Annotated[
 Revision = Annotated[
     str | None, typer.Option(help="A branch, tag or commit of your own Hub dataset.")
 ]
-Temperature = Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(min=0, help="Sampling temperature (0.6; with --prompts 1); 0 is greedy."),
+]
 TopP = Annotated[
-    float, typer.Option(min=0, max=1, help="Sample from the fewest tokens with this probability.")
+    float | None,
+    typer.Option(min=0, max=1, help="Sample from the fewest tokens with this probability (0.95)."),
 ]
 TopK = Annotated[
-    int, typer.Option(min=0, help="Sample from this many tokens; 0 means all of them.")
+    int | None, typer.Option(min=0, help="Sample from this many tokens (20); 0 means all of them.")
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest completion in tokens.")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option(min=1, help="Longest completion in tokens (4096; --prompts 1024).")
+]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
 Thinking = Annotated[bool, typer.Option(help="Set enable_thinking of the chat template.")]
 ChatTemplate = Annotated[
@@ -63,6 +76,18 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the figures
 Compare = Annotated[
     Path | None, typer.Option(help="Compare with this file, which --json wrote for another model.")
 ]
+TeacherName = Annotated[
+    str | None, typer.Option(help="With --prompts: the teacher, or its name on --teacher-server.")
+]
+TeacherServer = Annotated[
+    str, typer.Option(help="Base URLs of vLLM servers with the teacher, separated by commas.")
+]
+TeacherTokenizer = Annotated[
+    str | None, typer.Option(help="With --teacher-server: where the teacher's tokenizer is.")
+]
+Prompts = Annotated[
+    str | None, typer.Option(help="Measure the divergence from --teacher on these prompts.")
+]
 GradeFile = Annotated[
     Path | None, typer.Option(help="Grade the completions of this file instead of a model's.")
 ]
@@ -86,7 +111,7 @@ Unsafe = Annotated[
 def eval_command(
     model: Model = None,
     benchmark: BenchmarkNames = "",
-    n: Samples = EvaluationSettings.n,
+    n: Samples = None,
     k: At = None,
     limit: Limit = None,
     data: Data = None,
@@ -95,10 +120,10 @@ def eval_command(
     split: Split = None,
     config: DatasetConfig = None,
     revision: Revision = None,
-    temperature: Temperature = EvaluationSettings.temperature,
-    top_p: TopP = EvaluationSettings.top_p,
-    top_k: TopK = EvaluationSettings.top_k,
-    max_new_tokens: MaxNewTokens = EvaluationSettings.max_new_tokens,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    max_new_tokens: MaxNewTokens = None,
     seed: Seed = EvaluationSettings.seed,
     thinking: Thinking = False,
     chat_template: ChatTemplate = True,
@@ -115,9 +140,13 @@ def eval_command(
     harness: Harness = "",
     harness_tasks: HarnessTasks = None,
     confirm_run_unsafe_code: Unsafe = False,
+    teacher: TeacherName = None,
+    teacher_server: TeacherServer = "",
+    teacher_tokenizer: TeacherTokenizer = None,
+    prompts: Prompts = None,
 ) -> None:
-    """Measures a model on benchmarks: Avg@k, Pass@k, length, with 95% intervals over problems."""
-    from poweropd.evaluation import command
+    """Measures a model on benchmarks, or how far it is from a teacher, with 95% intervals."""
+    from poweropd.evaluation import command, divergence_command
 
     names = _between_commas(benchmark)
     if harness or harness_tasks:
@@ -135,25 +164,55 @@ def eval_command(
     columns |= {"config": config, "revision": revision}
     own_grader = command.named_grader(grader)
     chosen = (names, data, limit, columns, own_grader)
+    chat: dict[str, object] | None = {"enable_thinking": thinking} if chat_template else None
+    sampling = {"n": n, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    truncation = {"top_p": top_p, "top_k": top_k}
     if grade is not None:
         if model is not None:
             raise UsageError(f"expected a MODEL or --grade FILE, got both: {model} and {grade}")
         problems = command.chosen_problems(*chosen)
         report = command.grade_file(grade, problems, own_grader, answer, k)
-    elif model is None:
+        command.show_report(report, json_file, compare)
+        return
+    if model is None:
         raise UsageError("expected a MODEL to evaluate, or --grade FILE")
-    elif k is not None and k > n:
-        raise UsageError(f"--k: expected at most --n={n} completions, got {k}")
-    else:
-        chat = {"enable_thinking": thinking} if chat_template else None
-        settings = EvaluationSettings(
-            n, max_new_tokens, temperature, top_p, top_k, seed, chat, system, instruction, grader
+    folder = out or Path("runs/eval") / file_name(model)
+    if teacher is not None or teacher_server or prompts is not None:
+        refused: dict[str, object] = {"--benchmark": benchmark, "--data": data, "--k": k}
+        refused |= {"--answer": answer, "--instruction": instruction}
+        refused |= {"--top-p": top_p, "--top-k": top_k}
+        divergence_command.check_options(teacher, prompts, refused)
+        measured = divergence_command.measure_divergence(
+            model,
+            divergence_command.teacher_section(
+                teacher, teacher_server, teacher_tokenizer, dtype, trust_remote_code
+            ),
+            divergence_command.prompts_section(
+                prompts,
+                {"column": problem, "split": split, "config": config, "revision": revision},
+                chat,
+                system,
+            ),
+            DivergenceSettings(**given(sampling)),
+            out or folder / f"beside-{file_name(str(teacher))}" / file_name(str(prompts)),
+            divergence_command.ModelOptions(dtype, trust_remote_code, batch_size),
+            limit,
         )
-        folder = out or Path("runs/eval") / model.strip("/").replace("/", "--").replace(":", "-")
-        problems = command.chosen_problems(*chosen)
-        report = command.evaluate_model(
-            model, problems, settings, own_grader, folder, dtype, trust_remote_code, k, batch_size
-        )
+        divergence_command.show_divergence(measured, json_file, compare)
+        return
+    settings = EvaluationSettings(
+        **given(sampling | truncation),
+        chat=chat,
+        system=system,
+        instruction=instruction,
+        grader=grader,
+    )
+    if k is not None and k > settings.n:
+        raise UsageError(f"--k: expected at most --n={settings.n} completions, got {k}")
+    problems = command.chosen_problems(*chosen)
+    report = command.evaluate_model(
+        model, problems, settings, own_grader, folder, dtype, trust_remote_code, k, batch_size
+    )
     command.show_report(report, json_file, compare)
 
 
@@ -176,3 +235,13 @@ def _run_harness(
         raise UsageError("--harness: expected names of tasks of lm-eval, such as ifeval")
     found = harness.evaluate_with_harness(model, asked, dtype, trust_remote_code, batch_size)
     harness.show_harness(found, json_file)
+
+
+def file_name(address: str) -> str:
+    """Returns a model's or file's address as the name of a folder."""
+    return address.strip("/").replace("/", "--").replace(":", "-")
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options that were given; the others have defaults of their own."""
+    return {name: value for name, value in options.items() if value is not None}

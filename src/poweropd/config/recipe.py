@@ -9,6 +9,7 @@ import dataclasses
 import io
 import logging
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ from pydantic import Field, ValidationError, ValidationInfo, model_validator
 from ruamel.yaml import YAML
 
 from poweropd import rewards
+from poweropd.config import evaluate as evaluation
 from poweropd.config import rules, sections
 from poweropd.config.data import DataConfig
 from poweropd.config.fields import MayChange, Section
@@ -46,14 +48,17 @@ class Config(Section):
     reward: sections.RewardConfig = Field(default_factory=sections.RewardConfig)
     objective: sections.ObjectiveConfig = Field(default_factory=sections.ObjectiveConfig)
     train: sections.TrainConfig = Field(default_factory=sections.TrainConfig)
-    evaluate: sections.EvaluateConfig | None = None
+    evaluate: evaluation.EvaluateConfig | None = None
     checkpoint: sections.CheckpointConfig = Field(default_factory=sections.CheckpointConfig)
     log: sections.LogConfig = Field(default_factory=sections.LogConfig)
 
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> Self:
         reward = self.reward.checked(info.context)
-        found = rules.conflicts(self.objective, self.rollout, reward, self.teacher)
+        found = chain(
+            rules.conflicts(self.objective, self.rollout, reward, self.teacher),
+            evaluation.evaluation_conflicts(self.evaluate, self.data, self.teachers),
+        )
         if (conflict := next(found, None)) is not None:
             raise ValueError(conflict)
         return self
@@ -133,7 +138,8 @@ class Config(Section):
         created = config.reward.checked(context)
         resolved = config.reward.model_dump() | ({} if created is None else _parameters(created))
         reward = sections.RewardConfig.model_validate(resolved, context=context)
-        return config.model_copy(update={"run": run, "reward": reward})
+        evaluate = evaluation.resolved(config.evaluate, config.data, config.train)
+        return config.model_copy(update={"run": run, "reward": reward, "evaluate": evaluate})
 
     def to_yaml(self, tree: Mapping[str, object] | None = None) -> str:
         """Returns the whole recipe, defaults included, as YAML that `load` reads as the same.

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
 
 from poweropd import net, objectives, rewards, rollouts, stops
-from poweropd.config.benchmarks import AnyBenchmark, GraderName, check_grader
+from poweropd.config.benchmarks import check_grader
 from poweropd.config.fields import (
     LEARNING_RATE_SCHEDULES,
     TRACKER_NAMES,
@@ -28,7 +28,6 @@ from poweropd.config.fields import (
     Section,
     one_of,
 )
-from poweropd.evaluation.settings import EvaluationSettings
 from poweropd.grading.graders import ALIASES, GRADERS
 from poweropd.models import AUTO_DTYPE
 
@@ -344,38 +343,6 @@ class TrainConfig(Section):
         if self.epochs is None:
             return self.steps
         return max(1, math.ceil(self.epochs * prompts / self.prompts_per_step))
-
-
-class EvaluateConfig(Section):
-    """Benchmarks during training."""
-
-    every: PositiveInt
-    """Optimizer steps between two evaluations; the last step is always followed by one."""
-    benchmarks: Annotated[list[AnyBenchmark], Field(min_length=1), Address]
-    """Benchmarks: names, .jsonl files, Hub datasets, or sections that describe them."""
-    grader: GraderName = EvaluationSettings.grader
-    """How completions are graded; a function of yours (row, completion) -> number is one, too."""
-    n: PositiveInt = 1
-    """Completions of each problem."""
-    limit: PositiveInt | None = None
-    """Problems of each benchmark, the first ones; null is all."""
-    data_dir: Annotated[str | None, Private] = None
-    """Directory that holds NAME.jsonl for each benchmark, read in place of the Hub."""
-    max_new_tokens: PositiveInt = EvaluationSettings.max_new_tokens
-    """Tokens of the longest completion."""
-    temperature: NonNegativeFloat = EvaluationSettings.temperature
-    """Sampling temperature; 0 is greedy."""
-    top_p: PositiveFraction = EvaluationSettings.top_p
-    """Probability mass of the most probable tokens that sampling keeps; 1 keeps all tokens."""
-    top_k: NonNegativeInt = EvaluationSettings.top_k
-    """Number of most probable tokens that sampling keeps; 0 keeps all tokens."""
-    best: str = "avg_at_k"
-    """Metric, averaged over the benchmarks, by which the student in best/ is chosen."""
-
-    @model_validator(mode="after")
-    def _valid(self) -> Self:
-        check_grader("grader", self.grader)
-        return self
 
 
 class CheckpointConfig(Section):

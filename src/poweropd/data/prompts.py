@@ -171,14 +171,22 @@ def _check_domains(domains: Sequence[str], known: Collection[str], column: str |
 
 
 def check_lengths(
-    prompts: Sequence[Prompt], student_context: int, teacher_context: int, max_new_tokens: int
+    prompts: Sequence[Prompt],
+    student_context: int,
+    teacher_context: int,
+    max_new_tokens: int,
+    source: str = "data.prompts",
 ) -> None:
-    """Raises UsageError unless every prompt and its longest completion fit both contexts."""
+    """Raises UsageError unless every prompt and its longest completion fit both contexts.
+
+    `source` is the key of the recipe that names the prompts.
+    """
+    setting = "rollout" if source == "data.prompts" else "evaluate.divergence"
     for prompt in prompts:
-        problem = _excess(prompt, student_context, teacher_context, max_new_tokens)
+        problem = _excess(prompt, student_context, teacher_context, max_new_tokens, setting)
         if problem is not None:
             raise UsageError(
-                f"data.prompts row {prompt.index}: {problem}; shorten the prompt, lower "
+                f"{source} row {prompt.index}: {problem}; shorten the prompt, lower "
                 "max_new_tokens, or set data.filter_longer=true to leave such rows out"
             )
 
@@ -202,7 +210,11 @@ def filter_notice(kept: int, count: int) -> str:
 
 
 def _excess(
-    prompt: Prompt, student_context: int, teacher_context: int, max_new_tokens: int
+    prompt: Prompt,
+    student_context: int,
+    teacher_context: int,
+    max_new_tokens: int,
+    setting: str = "rollout",
 ) -> str | None:
     """Returns which context a prompt and its longest completion exceed; None if they fit both."""
     for who, ids, context in (
@@ -211,18 +223,22 @@ def _excess(
     ):
         if len(ids) + max_new_tokens > context:
             return (
-                f"a prompt of {len(ids)} tokens and rollout.max_new_tokens={max_new_tokens} "
+                f"a prompt of {len(ids)} tokens and {setting}.max_new_tokens={max_new_tokens} "
                 f"exceed the {who}'s context of {context} tokens"
             )
     return None
 
 
 def check_ids(
-    prompts: Sequence[Prompt], student_vocab: int | None, teacher_vocab: int | None
+    prompts: Sequence[Prompt],
+    student_vocab: int | None,
+    teacher_vocab: int | None,
+    source: str = "data.prompts",
 ) -> None:
     """Raises UsageError for a prompt with an id that a model's embedding does not have.
 
     The sizes are those of the models' embeddings; None stands for one that is not known here.
+    `source` is the key of the recipe that names the prompts.
     """
     for prompt in prompts:
         for who, ids, size in (
@@ -231,7 +247,7 @@ def check_ids(
         ):
             if size is not None and max(ids, default=0) >= size:
                 raise UsageError(
-                    f"data.prompts row {prompt.index}: token id {max(ids)} of its prompt is "
+                    f"{source} row {prompt.index}: token id {max(ids)} of its prompt is "
                     f"outside the {who}'s embedding of {size} tokens: the tokenizer has tokens "
                     "that the model was never given; resize the model, or drop the row"
                 )

@@ -88,22 +88,7 @@ class Evaluation:
         ]
         digest = hashlib.sha256(json.dumps(texts, default=str).encode()).hexdigest()[:16]
         asked = {"model": self.model, "problems": digest, "count": len(texts)}
-        asked |= json.loads(json.dumps(asdict(self.settings)))
-        if not self.settings_path.exists():
-            files.write_json(self.settings_path, asked)
-            return
-        # Before there were graders to choose from, there was this one.
-        found = {"grader": EvaluationSettings.grader} | json.loads(
-            self.settings_path.read_text(encoding="utf-8")
-        )
-        differing = [
-            f"{k}: {found.get(k)!r} != {v!r}" for k, v in asked.items() if found.get(k) != v
-        ]
-        if differing:
-            raise UsageError(
-                f"{self.path} holds completions of another evaluation "
-                f"({'; '.join(differing)}): choose another folder, or delete this one"
-            )
+        claim_rows(self.path, self.settings_path, asked | asdict(self.settings))
 
     def run(self, subject: Subject, grader: Grader, progress: bool = True) -> Summary:
         """Samples and grades what is missing, and returns the summary of all rows."""
@@ -194,6 +179,26 @@ class Evaluation:
                 f"{self.name}: every completion is empty or only special tokens; check the model, "
                 f"its chat template and its stop tokens (the completions are in {self.path})"
             )
+
+
+def claim_rows(path: Path, settings_path: Path, asked: Mapping[str, object]) -> None:
+    """Keeps what the rows of a file are about, beside it.
+
+    Raises UsageError if the file is about another model, other settings or problems.
+    """
+    wanted = json.loads(json.dumps(asked))
+    if not settings_path.exists():
+        files.write_json(settings_path, wanted)
+        return
+    # Before there were graders to choose from, there was this one.
+    found = {"grader": EvaluationSettings.grader}
+    found |= json.loads(settings_path.read_text(encoding="utf-8"))
+    differing = [f"{k}: {found.get(k)!r} != {v!r}" for k, v in wanted.items() if found.get(k) != v]
+    if differing:
+        raise UsageError(
+            f"{path} holds completions of another evaluation ({'; '.join(differing)}): choose "
+            "another folder, or delete this one"
+        )
 
 
 def prompt_ids(

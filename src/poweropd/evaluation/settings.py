@@ -40,3 +40,17 @@ class HarnessSettings:
     system: str | None = None
     seed: int = 0
     unsafe: bool = False
+
+
+@dataclass(frozen=True)
+class DivergenceSettings:
+    """How completions are sampled to compare a student with its teacher, of all tokens there are.
+
+    Temperature 1 draws the contexts that training sees, and is what a sampled estimate needs.
+    """
+
+    n: int = 1  # completions for each prompt
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    seed: int = 0
+    group_size: int = 128  # completions sampled and scored together

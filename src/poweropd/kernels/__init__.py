@@ -5,6 +5,7 @@ of a core function that takes a `Head` and also returns statistics of the tokens
 the oracle: the same functions in a few lines of plain torch.
 """
 
+from poweropd.kernels.comparison import Comparison, compare_heads
 from poweropd.kernels.full_vocab import full_vocab_loss
 from poweropd.kernels.head import Head
 from poweropd.kernels.linear import linear_full_vocab, linear_log_prob, linear_policy_gradient
@@ -14,11 +15,13 @@ from poweropd.kernels.statistics import PairStatistics, TokenStatistics
 from poweropd.kernels.support import Support
 
 __all__ = [
+    "Comparison",
     "Head",
     "PairStatistics",
     "Support",
     "TeacherHead",
     "TokenStatistics",
+    "compare_heads",
     "full_vocab_loss",
     "linear_full_vocab",
     "linear_log_prob",

@@ -6,6 +6,7 @@ that predict trained tokens; objectives run the head over chunks of them.
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -246,3 +247,9 @@ class Teacher(LanguageModel):
     def score(self, sequences: Sequences) -> TokenStatistics:
         """Returns the teacher's statistics of the N targets, in one forward."""
         return score_tokens(self.hidden_states(sequences), self.head(), sequences.targets)
+
+
+@torch.no_grad()
+def with_teacher(batch: Batch, teacher: Teacher) -> Batch:
+    """Returns the batch with the teacher's hidden states, which some objectives need."""
+    return replace(batch, teacher_hidden=teacher.hidden_states(batch.teacher))

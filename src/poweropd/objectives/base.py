@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class TokenRecord:
     sample_indices: Tensor
 
     @classmethod
-    def cat(cls, records: Sequence["TokenRecord"]) -> "TokenRecord":
+    def cat(cls, records: Sequence[Self]) -> Self:
         """Returns one record of all tokens, on the CPU."""
         columns = zip(*(vars(r).values() for r in records), strict=True)
         return cls(*(torch.cat([part.cpu() for part in column]) for column in columns))

@@ -38,7 +38,7 @@ def build_engine(
         engine = user_engine(name, student, config, tokenizer)
     else:
         longest = max(len(prompt.prompt_ids) for prompt in prompts) + config.rollout.max_new_tokens
-        if config.evaluate is not None:  # then its benchmarks have prompts of any length
+        if config.evaluate is not None and config.evaluate.has_other_prompts:  # of any length
             longest = context
         room = longest if longest < loading.UNLIMITED else None
         kind = import_object("rollout.engine", facts.engine)

@@ -218,14 +218,47 @@ class RunDirectory:
 
     def evaluations(self) -> dict[int, dict[str, JsonObject]]:
         """Returns step -> benchmark -> results, in the order of steps."""
-        found = [_EVALUATED.fullmatch(path.name) for path in self.evaluations_path.glob("step-*")]
-        return {step: self.evaluation(step) for step in sorted(int(m[1]) for m in found if m)}
+        return {step: self.evaluation(step) for step in self._evaluated_steps()}
 
-    def write_evaluation(self, step: int, results: Mapping[str, JsonObject]) -> None:
-        """Writes benchmark -> results of the evaluation at this step."""
+    def divergence(self, step: int) -> JsonObject:
+        """Returns how far the student was from its teacher at this step; {} if not measured.
+
+        That is figure -> mean, low and high; `divergence_facts` tells the rest.
+        """
+        found = self._results(self.evaluation_folder(step)).get("divergence", {})
+        figures = found.items() if isinstance(found, dict) else []
+        return {name: figure for name, figure in figures if _is_estimate(figure)}
+
+    def divergences(self) -> dict[int, JsonObject]:
+        """Returns step -> figures of `divergence`, in the order of steps."""
+        found = {step: self.divergence(step) for step in self._evaluated_steps()}
+        return {step: figures for step, figures in found.items() if figures}
+
+    def divergence_facts(self, step: int) -> JsonObject:
+        """Returns what else is known of it: estimate, prompts, n, tokens, per_prompt."""
+        found = self._results(self.evaluation_folder(step))
+        return {key: value for key, value in found.items() if key not in ("results", "divergence")}
+
+    def _results(self, folder: Path) -> JsonObject:
+        return read_json(folder / "results.json", self.notes)
+
+    def _evaluated_steps(self) -> list[int]:
+        found = [_EVALUATED.fullmatch(path.name) for path in self.evaluations_path.glob("step-*")]
+        return sorted(int(match[1]) for match in found if match)
+
+    def write_evaluation(
+        self,
+        step: int,
+        results: Mapping[str, JsonObject],
+        divergence: Mapping[str, object] | None = None,
+    ) -> None:
+        """Writes benchmark -> results of the evaluation at this step, 0 for before the first.
+
+        `divergence` is what `Divergence.to_dict` of the evaluation returns.
+        """
         folder = self.evaluation_folder(step)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "results.json", {"results": results})
+        write_json(folder / "results.json", {"results": results, **(divergence or {})})
 
     def best(self) -> BestStep | None:
         """Returns the best step so far, or None before the first evaluation."""
@@ -273,9 +306,13 @@ def is_number(value: object) -> bool:
 
 def _has_estimates(result: object) -> bool:
     """Tells whether an evaluation's result has the figures that a report shows."""
-    accuracy = result.get("avg_at_k") if isinstance(result, dict) else None
+    return isinstance(result, dict) and _is_estimate(result.get("avg_at_k"))
+
+
+def _is_estimate(figure: object) -> bool:
+    """Tells whether a figure of an evaluation has a mean and both ends of its interval."""
     parts = ("mean", "low", "high")
-    return isinstance(accuracy, dict) and all(is_number(accuracy.get(part)) for part in parts)
+    return isinstance(figure, dict) and all(is_number(figure.get(part)) for part in parts)
 
 
 def _quantization_name(domain: str) -> str:

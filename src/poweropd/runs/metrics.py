@@ -146,6 +146,30 @@ OF_BENCHMARKS = {
 #: The further scores that a grader of one's own gives: of a benchmark, by name.
 OF_SCORES = Metric("eval/*/scores/*", "further score")
 
+#: The divergence from the teacher on held-out prompts, by its names in an evaluation's results.
+OF_DIVERGENCE = {
+    "reverse_kl": Metric(
+        "eval/divergence/reverse_kl", "reverse KL on held-out prompts", "nats per token",
+        table=Shown("held-out KL", ".4f"), better="lower",
+    ),
+    "agreement": Metric(
+        "eval/divergence/agreement", "greedy tokens that are the teacher's", "share",
+        table=Shown("agreement, %", ".1f", factor=100.0),
+    ),
+    "teacher_log_prob": Metric(
+        "eval/divergence/teacher_log_prob", "teacher's log-prob of the student's tokens",
+        "nats per token", table=Shown("teacher's log-prob", ".4f"),
+    ),
+    "mean_length": Metric(
+        "eval/divergence/mean_length", "mean length on held-out prompts", "tokens",
+        table=Shown("held-out length", ".1f"), better="lower",
+    ),
+    "truncated_fraction": Metric(
+        "eval/divergence/truncated_fraction", "truncated on held-out prompts", "share",
+        table=Shown("held-out truncated, %", ".1f", factor=100.0), better="lower",
+    ),
+}  # fmt: skip
+
 #: The quality of gradients at both ends of a training, by its dotted keys in gradients.json.
 OF_GRADIENTS = tuple(
     Metric(

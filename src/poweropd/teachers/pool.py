@@ -7,16 +7,27 @@ scores a known sequence as it did at the start; if it does not within a set time
 
 import asyncio
 import logging
+import math
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 from poweropd.config.sections import TeacherConfig
 from poweropd.errors import RunError, UsageError
-from poweropd.net import JsonClient, Patience, Refused, Transient, read_log_prob, reading
+from poweropd.net import Json, JsonClient, Patience, Refused, Transient, read_log_prob, reading
 
 logger = logging.getLogger("poweropd")
 
+LARGEST_ID = 2**31
+MOST_OTHERS = 20  # ids of a context that vLLM tells of unless it is started with more
 TOLERANCE = 0.05  # mean |difference| of log-probs, nats: rounding in bfloat16, not another model
+
+
+class Scores(NamedTuple):
+    """The scores of a sequence's ids but the first."""
+
+    log_probs: list[float]  # of the ids
+    greedy: list[int]  # the most probable ids of the contexts; the ids if they were not asked for
 
 
 class PooledServer:
@@ -31,12 +42,19 @@ class PooledServer:
 
     async def log_probs(self, ids: list[int], what: str) -> list[float]:
         """Returns the log-probs of ids[1:]; `what` names the ids in errors."""
+        return (await self.scores(ids, what)).log_probs
+
+    async def scores(
+        self, ids: list[int], what: str, merged_ids: frozenset[int] | None = None
+    ) -> "Scores":
+        """Returns the scores of ids[1:], with the most probable ids if `merged_ids` are given."""
+        others = 0 if merged_ids is None else min(1 + len(merged_ids), MOST_OTHERS)
         body = {
             "model": self.model,
             "prompt": ids,
             "max_tokens": 1,  # vLLM refuses 0
             "temperature": 0,
-            "prompt_logprobs": 0,  # of the prompt's own tokens, no others
+            "prompt_logprobs": others,  # beside the prompt's own tokens
             "return_token_ids": True,
         }
         answer = await self.client.request("POST", "/v1/completions", body, what)
@@ -49,7 +67,10 @@ class PooledServer:
             if first is not None or choice["prompt_token_ids"] != ids:
                 raise ValueError
         with reading("an answer with something that is not a log-prob"):
-            return [read_log_prob(value) for value in found]
+            if merged_ids is None:
+                return Scores([read_log_prob(value) for value in found], ids[1:])
+            pairs = [_told(*one, merged_ids) for one in zip(ids[1:], entries, strict=True)]
+            return Scores(*map(list, zip(*pairs, strict=True)))
 
     async def at_start(self, ids: list[int], what: str) -> list[float]:
         """Returns the same when a run starts."""
@@ -104,20 +125,23 @@ class Pool:
 
     # Scoring.
 
-    async def score(self, ids: list[int], what: str) -> list[float]:
-        """Returns the log-probs of ids[1:], each given all ids before it.
+    async def score(
+        self, ids: list[int], what: str, merged_ids: frozenset[int] | None = None
+    ) -> Scores:
+        """Returns the scores of ids[1:], each given all ids before it.
 
-        `what` names the ids in errors. Raises RunError if a server refuses them, or if none has
-        answered within the teacher's patience.
+        With `merged_ids`, which count as one id, the smallest of them, the server tells its most
+        probable ids beside. `what` names the ids in errors. Raises RunError if a server refuses
+        them, or if none has answered within the teacher's patience.
         """
         patience = Patience(self.patience)
         while True:
             server = await self._take()
             try:
-                log_probs = await server.log_probs(ids, what)
+                scores = await server.scores(ids, what, merged_ids)
                 await self._recognize_connections(server)
                 server.patience.failures = 0
-                return log_probs
+                return scores
             except Transient as failure:
                 patience.after(failure)
                 if patience.is_out:
@@ -231,6 +255,22 @@ class Pool:
         return max(
             mean_difference(a, b) for other in others for a, b in zip(other, first, strict=True)
         )
+
+
+def _told(token: int, entry: Json, merged_ids: frozenset[int]) -> tuple[float, int]:
+    """Returns the log-prob of an id and the most probable id, by what an answer tells of a context.
+
+    The merged ids that it tells of are one id with their summed probability.
+    """
+    found = {int(i): read_log_prob(told["logprob"]) for i, told in entry.items()}
+    if not all(0 <= i < LARGEST_ID for i in found):
+        raise ValueError
+    merged = [found.pop(i) for i in merged_ids if i in found]
+    if merged:
+        probability = sum(math.exp(log_prob) for log_prob in merged)
+        found[min(merged_ids)] = math.log(probability) if probability else -math.inf
+    own = min(merged_ids) if token in merged_ids else token
+    return found[own], max(found, key=found.__getitem__)
 
 
 def mean_difference(one: Sequence[float], other: Sequence[float]) -> float:

@@ -4,6 +4,7 @@ import logging
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,13 @@ logger = logging.getLogger("poweropd")
 NUM_CHECKED = 10  # sequences that are scored twice before a run starts
 
 
+class TargetScores(NamedTuple):
+    """What servers say of an example's n targets."""
+
+    log_probs: Tensor  # [n] float32
+    greedy: Tensor  # [n] int64, the most probable ids; the targets if they were not asked for
+
+
 class ServerTeacher:
     """Scores on the servers of a `teacher` section, which all serve the same model.
 
@@ -28,7 +36,7 @@ class ServerTeacher:
     def __init__(self, section: TeacherConfig) -> None:
         self.urls = ", ".join(section.servers)
         self.pool = pool = Pool(section)
-        self._waiting: list[tuple[Example, Future[Tensor]]] = []
+        self._waiting: list[tuple[Example, Future[TargetScores]]] = []
         weakref.finalize(self, lambda: start(pool.close())).atexit = False
 
     def submit(self, example: Example) -> None:
@@ -36,13 +44,27 @@ class ServerTeacher:
 
     def collect(self) -> list[Example]:
         waiting, self._waiting = self._waiting, []
+        scores = self._results([future for _, future in waiting])
+        pairs = zip(waiting, scores, strict=True)
+        return [example.scored(log_probs) for (example, _), (log_probs, _) in pairs]
+
+    def greedily(self, examples: Sequence[Example], stop_ids: Sequence[int]) -> list[TargetScores]:
+        """Scores examples at once; the teacher's most probable id of each context comes along.
+
+        All `stop_ids` are one id, the smallest of them. The server tells of its most probable ids,
+        so a sum over stop ids lacks those that are less probable than as many others.
+        """
+        return self._results([start(_scored(self.pool, e, frozenset(stop_ids))) for e in examples])
+
+    def _results(self, futures: Sequence[Future[TargetScores]]) -> list[TargetScores]:
+        """Waits for scores, after which every server must still be what it was."""
         try:
-            scored = [example.scored(future.result()) for example, future in waiting]
+            scores = [future.result() for future in futures]
             # A server may have become another model since the first of these was scored.
             wait(self.pool.recognize_all())
-            return scored
+            return scores
         finally:
-            for _, future in waiting:
+            for future in futures:
                 future.cancel()  # after an error; a future that is done stays as it is
 
     # At the start of a run.
@@ -80,13 +102,17 @@ class ServerTeacher:
         logger.info("teacher: %s; prompts scored twice differ by %.2g nats", self.urls, difference)
 
 
-async def _scored(pool: Pool, example: Example) -> Tensor:
-    """Returns the [n] float32 log-probs of the example's targets."""
+async def _scored(
+    pool: Pool, example: Example, merged_ids: frozenset[int] | None = None
+) -> TargetScores:
+    """Returns the scores of the example's targets."""
     ids = sequence(example)
     what = f"the {len(ids)} tokens of data.prompts row {example.prompt.index} and its completion"
-    log_probs = await pool.score(ids, what)
-    first = len(example.prompt.teacher_prompt_ids) - 1  # of the completion, in log_probs
-    return torch.tensor([log_probs[first + i] for i in example.positions.tolist()])
+    scores = await pool.score(ids, what, merged_ids)
+    first = len(example.prompt.teacher_prompt_ids) - 1  # of the completion, in the scores
+    places = [first + i for i in example.positions.tolist()]
+    log_probs, greedy = ([column[i] for i in places] for column in scores)
+    return TargetScores(torch.tensor(log_probs), torch.tensor(greedy))
 
 
 def sequence(example: Example) -> list[int]:

@@ -51,7 +51,7 @@ from poweropd.teachers.routed import RoutedTeacher
 from poweropd.training.accounting import Utilization
 from poweropd.training.task_reward import TaskRewards
 from poweropd.training.update import Updater
-from poweropd.training.validation import Validation
+from poweropd.training.validation import PROMPTS_KEY, Validation, judged_prompts
 
 logger = logging.getLogger("poweropd")
 
@@ -187,8 +187,13 @@ def _show_first_prompt(
         )
 
 
-def input_fingerprints(config: Config, inputs: RunInputs) -> dict[str, str]:
-    """Returns a fingerprint of each thing that a run is trained from, by its name in messages."""
+def input_fingerprints(
+    config: Config, inputs: RunInputs, judged: Sequence[Prompt]
+) -> dict[str, str]:
+    """Returns a fingerprint of each thing that a run is trained from, by its name in messages.
+
+    `judged` are the prompts of its divergence from the teacher.
+    """
     found = {
         "the weights of model.student": fingerprints.of_weights(config.model.student),
         "the tokenizer of model.student": fingerprints.of_tokenizer(inputs.tokenizer),
@@ -196,6 +201,8 @@ def input_fingerprints(config: Config, inputs: RunInputs) -> dict[str, str]:
     }
     if inputs.holdout:
         found["the held-out prompts of data.prompts"] = fingerprints.of_prompts(inputs.holdout)
+    if judged:
+        found[PROMPTS_KEY] = fingerprints.of_prompts(judged)
     for name, section in config.teachers.items():
         if not section.servers:
             where = f"teacher.{name}.model" if name else "teacher.model"
@@ -383,9 +390,9 @@ def make_validation(
     """Returns the evaluation during training; None if the recipe has none."""
     if config.evaluate is None:
         return None
-    return Validation(
-        config, config.evaluate, accelerator, inputs.tokenizer, inputs.student_context
-    )
+    tokenizer, context = inputs.tokenizer, inputs.student_context
+    judged = judged_prompts(config, inputs.holdout, tokenizer, inputs.teachers, context)
+    return Validation(config, config.evaluate, accelerator, tokenizer, context, judged)
 
 
 def check_launch() -> None:

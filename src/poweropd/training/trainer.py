@@ -35,6 +35,7 @@ from poweropd.training.metrics import (
 )
 from poweropd.training.progress import TrainingProgress
 from poweropd.training.update import UpdateOutcome
+from poweropd.training.validation import make_judges
 
 logger = logging.getLogger("poweropd")
 
@@ -76,7 +77,8 @@ class Trainer:
             self.run = RunDirectory.open(config)
         with self._alone():
             if self.accelerator.is_main_process:
-                self.run.check_inputs(build.input_fingerprints(config, self.inputs))
+                judged = [] if self.validation is None else self.validation.judged
+                self.run.check_inputs(build.input_fingerprints(config, self.inputs, judged))
         set_seed(config.train.seed)  # a fresh LoRA adapter is random
         self.models = build.load_models(config, self.inputs, self.accelerator.device)
         self.student = self.models.student
@@ -87,6 +89,9 @@ class Trainer:
             config, self.inputs, self.student, self.accelerator, self.student_log_probs
         )
         self.updater = build.make_updater(config, self.models, self.inputs, self.accelerator)
+        teachers = (self.inputs.teachers, self.models.teachers)
+        compare, together = self.updater.compare, self._raising_together
+        self.judges = make_judges(config, *teachers, compare, self.accelerator, together)
         self.sampling = build.make_sampling(config, self.inputs)
         export.rehearse(self.student, self.inputs.tokenizer, list(self.sampling.stop_ids))
         self.rollouts = build.make_schedule(config, self.engine, self.sample)
@@ -111,6 +116,8 @@ class Trainer:
         progress = TrainingProgress(steps, self.steps_done, self.run.path.name, self.progress)
         with self._alone(), progress, self.recorder, signals.deferred() as received:
             self._check_place()
+            if not self.steps_done and (before := self._validate()):
+                self.accelerator.log(before, step=0)  # and no row of metrics.jsonl
             while self.steps_done < end:
                 metrics = self.step(self.steps_done)
                 self.steps_done += 1
@@ -216,6 +223,18 @@ class Trainer:
     @contextmanager
     def _failing_together(self) -> Iterator[None]:
         """Raises a RunError of any process in all of them, after a checkpoint of the steps done."""
+        try:
+            with self._raising_together():
+                yield
+        except RunError:
+            self.rollouts.put_back()
+            if self.steps_done:
+                self._save_checkpoint()
+            raise
+
+    @contextmanager
+    def _raising_together(self) -> Iterator[None]:
+        """Raises a RunError of any process in all of them."""
         failure = ""
         try:
             yield
@@ -223,9 +242,6 @@ class Trainer:
             failure = str(error)
         failures = [text for text in gather_object([failure]) if text]
         if failures:
-            self.rollouts.put_back()
-            if self.steps_done:
-                self._save_checkpoint()
             raise RunError(failures[0])
 
     def student_log_probs(self, examples: Sequence[Example]) -> list[list[float]]:
@@ -290,8 +306,8 @@ class Trainer:
         last = self.steps_done == self.config.train.steps
         if self.validation is None or not self.validation.due(self.steps_done, last):
             return {}
-        metrics = self.validation.evaluate(self.subject(), self.steps_done)
-        if self.validation.is_best(metrics, self.steps_done):
+        metrics = self.validation.evaluate(self.subject(), self.steps_done, self.judges)
+        if self.steps_done and self.validation.is_best(metrics, self.steps_done):
             self._export(self.run.best_student)
         return metrics
 

@@ -8,7 +8,7 @@ import copy
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -21,9 +21,11 @@ from poweropd.config.fields import LEARNING_RATE_SCHEDULES
 from poweropd.data.batch import Batch, collate, halved, pack
 from poweropd.data.rollout import Example
 from poweropd.errors import RunError
-from poweropd.models.language_model import Student, Teacher
+from poweropd.evaluation.judging import compare_batches
+from poweropd.models.language_model import Student, Teacher, with_teacher
 from poweropd.models.sharding import shard, whole
 from poweropd.objectives.base import Objective, TokenRecord
+from poweropd.objectives.comparison import ComparedTokens
 from poweropd.objectives.sampled import Sampled
 from poweropd.rewards import Reward
 
@@ -150,9 +152,31 @@ class Updater:
         """Returns a reward with the statistics that it needs, over the tokens of examples."""
         return self._with_statistics(self._micro_batches(examples), reward)
 
-    def _micro_batches(self, examples: Sequence[Example]) -> list[Batch]:
-        groups = pack([e.student_length for e in examples], self.max_tokens, self.flat[0])
-        batches = [collate([examples[i] for i in group], *self.flat) for group in groups]
+    def compare(
+        self, examples: Sequence[Example], teacher: Teacher | None, stop_ids: Sequence[int]
+    ) -> ComparedTokens:
+        """Compares the student with a teacher in this process, in micro-batches.
+
+        Returns the record of this process's tokens, on the CPU. All processes call it, each with
+        its own examples, or none. Without a teacher, only the student's half is known. All
+        `stop_ids` are one action.
+        """
+        flat, device = teacher is not None and teacher.flat, self.accelerator.device
+        while True:
+            batches = self._micro_batches(examples, flat)
+            try:
+                return compare_batches(self.student, batches, teacher, stop_ids, device)
+            except torch.OutOfMemoryError as error:
+                self._shrink(examples, error)
+
+    def _micro_batches(
+        self, examples: Sequence[Example], teacher_flat: bool | None = None
+    ) -> list[Batch]:
+        """Packs examples; `teacher_flat` is how the teacher takes them if not as in training."""
+        flat, other = self.flat
+        other = other if teacher_flat is None else teacher_flat
+        groups = pack([e.student_length for e in examples], self.max_tokens, flat)
+        batches = [collate([examples[i] for i in group], flat, other) for group in groups]
         # A collective backward needs the same number on every process.
         most = max(gather_object([len(batches)]))
         return batches + [collate([]) for _ in range(most - len(batches))]
@@ -200,12 +224,6 @@ class Updater:
     def learning_rate(self, step: int) -> float:
         """The learning rate of optimizer step `step`, counted from 0."""
         return self.train.learning_rate * self._factor(step)
-
-
-@torch.no_grad()
-def with_teacher(batch: Batch, teacher: Teacher) -> Batch:
-    """The batch with the teacher's hidden states, which some objectives need."""
-    return replace(batch, teacher_hidden=teacher.hidden_states(batch.teacher))
 
 
 def _check_finite(record: TokenRecord, reward: Reward) -> TokenRecord:

@@ -1,7 +1,10 @@
-"""Benchmarks during training: on the current student, with the engine that is loaded already."""
+"""Evaluations during training: of the current student, with the engine that is loaded already."""
 
 import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -9,20 +12,35 @@ from accelerate.utils import gather_object
 
 from poweropd.config import Config
 from poweropd.config.benchmarks import BenchmarkConfig
-from poweropd.config.sections import EvaluateConfig
+from poweropd.config.evaluate import HELD_OUT, EvaluateConfig
+from poweropd.data.prompts import Prompt, check_ids, check_lengths, load_prompts
 from poweropd.errors import RunError, UsageError
 from poweropd.evaluation import benchmarks
 from poweropd.evaluation.benchmarks import ProblemSet
-from poweropd.evaluation.metrics import summarize
+from poweropd.evaluation.divergence import DIVERGENCE, summarize_divergence
+from poweropd.evaluation.judging import (
+    Compare,
+    DivergenceEvaluation,
+    Judge,
+    Judges,
+    LocalJudge,
+    ServedJudge,
+)
+from poweropd.evaluation.metrics import Summary, summarize
 from poweropd.evaluation.results import unanswered_note
 from poweropd.evaluation.runner import Subject, check_room, evaluate, prompt_ids
-from poweropd.evaluation.settings import EvaluationSettings
+from poweropd.evaluation.settings import DivergenceSettings, EvaluationSettings
 from poweropd.grading.graders.base import create_grader
+from poweropd.models import loading
+from poweropd.models.language_model import Teacher
 from poweropd.runs.directory import BestStep, RunDirectory
 from poweropd.runs.files import JsonObject
-from poweropd.runs.metrics import OF_BENCHMARKS, OF_SCORES
+from poweropd.runs.metrics import OF_BENCHMARKS, OF_DIVERGENCE, OF_SCORES
+from poweropd.teachers.factory import TeacherProfile
 
 logger = logging.getLogger("poweropd")
+
+PROMPTS_KEY = "evaluate.divergence.prompts"
 
 
 def load_problem_sets(section: EvaluateConfig, config: Config) -> dict[str, ProblemSet]:
@@ -73,7 +91,10 @@ def _problem_set(
 
 
 class Validation:
-    """The recipe's `evaluate` section. Problems are loaded, and checked, on creation."""
+    """The recipe's `evaluate` section. Problems are loaded, and checked, on creation.
+
+    `judged` are the prompts of its divergence; none if it has no divergence.
+    """
 
     def __init__(
         self,
@@ -82,57 +103,93 @@ class Validation:
         accelerator: Accelerator,
         tokenizer: Any,
         context_length: int,
+        judged: Sequence[Prompt] = (),
     ) -> None:
-        self.section, self.accelerator = section, accelerator
+        self.section, self.accelerator, self.judged = section, accelerator, judged
         self.run = RunDirectory(config.run.dir)
-        if self.section.best not in OF_BENCHMARKS:
-            known, got = ", ".join(OF_BENCHMARKS), self.section.best
-            raise UsageError(f"evaluate.best: expected one of {known}, got {got!r}")
         self.problem_sets = load_problem_sets(section, config)
         self._told: set[str] = set()  # benchmarks whose lack of answers was spoken of
+        if DIVERGENCE in self.problem_sets and judged:
+            raise UsageError(f"evaluate.benchmarks: {DIVERGENCE} is no name for a benchmark")
+        # Metrics of the same name are those of the benchmarks.
+        self.better = (OF_DIVERGENCE if judged else {}) | (
+            OF_BENCHMARKS if self.problem_sets else {}
+        )
+        if self.section.best not in self.better:
+            known, got = ", ".join(self.better), self.section.best
+            raise UsageError(f"evaluate.best: expected one of {known}, got {got!r}")
         for name, one in self.problem_sets.items():
             check_room(name, prompt_ids(one.problems, one.settings, tokenizer), context_length)
+        self.divergence_settings = _divergence_settings(config, section)
+        self.teacher_names = " and ".join(one.model for one in config.teachers.values())
 
     def due(self, steps_done: int, last: bool) -> bool:
-        return last or steps_done % self.section.every == 0
+        """Tells whether the student is evaluated after so many steps; 0 is before the first."""
+        if not steps_done:
+            return self.section.before
+        return last or steps_done % (self.section.every or 1) == 0
 
-    def evaluate(self, subject: Subject, steps_done: int) -> dict[str, float]:
-        """Returns metrics "eval/BENCHMARK/METRIC"; every process takes its share of problems."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+    def evaluate(
+        self, subject: Subject, steps_done: int, judges: Judges | None
+    ) -> dict[str, float]:
+        """Returns metrics "eval/NAME/METRIC"; every process takes its share of the problems."""
         folder = self.run.evaluation_folder(steps_done)
-        done = evaluate(
-            subject,
-            self.problem_sets,
-            folder if world == 1 else folder / f"rank-{rank}-of-{world}",
-            progress=False,
-            share=(rank, world),
-        )
         metrics: dict[str, float] = {}
         found: dict[str, JsonObject] = {}
-        for name, one in self.problem_sets.items():
-            rows = gather_object(done[name].rows)
-            try:
-                summary = summarize(rows, n=one.settings.n)
-            except ValueError as error:
-                raise RunError(f"{name}: {error}") from None
+        for name, summary in self._on_benchmarks(subject, folder).items():
             found[name] = asdict(summary)
             metrics |= {m.of(name): found[name][key]["mean"] for key, m in OF_BENCHMARKS.items()}
             metrics |= {OF_SCORES.of(name, key): e.mean for key, e in summary.scores.items()}
+        divergence: JsonObject = {}
+        if judges is not None:
+            divergence = self._divergence(subject, folder, judges)
+            metrics |= {m.key: divergence[DIVERGENCE][k]["mean"] for k, m in OF_DIVERGENCE.items()}
+        if self.accelerator.is_main_process:
+            self.run.write_evaluation(steps_done, found, divergence)
+        return metrics
+
+    def _own(self, folder: Path) -> tuple[Path, tuple[int, int]]:
+        """Returns this process's folder and share, (first, stride), of an evaluation."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        return folder if world == 1 else folder / f"rank-{rank}-of-{world}", (rank, world)
+
+    def _on_benchmarks(self, subject: Subject, folder: Path) -> dict[str, Summary]:
+        own, share = self._own(folder)
+        done = evaluate(subject, self.problem_sets, own, progress=False, share=share)
+        found = {}
+        for name, one in self.problem_sets.items():
+            rows = gather_object(done[name].rows)
+            try:
+                found[name] = summary = summarize(rows, n=one.settings.n)
+            except ValueError as error:
+                raise RunError(f"{name}: {error}") from None
             if summary.unanswered and name not in self._told and self.accelerator.is_main_process:
                 self._told.add(name)
                 logger.warning("%s", unanswered_note(name, summary))
-        if self.accelerator.is_main_process:
-            self.run.write_evaluation(steps_done, found)
-        return metrics
+        return found
+
+    def _divergence(self, subject: Subject, folder: Path, judges: Judges) -> JsonObject:
+        own, share = self._own(folder)
+        models = {"model": subject.identity, "teacher": self.teacher_names}
+        evaluation = DivergenceEvaluation(self.judged, self.divergence_settings, own, models, share)
+        rows = gather_object(evaluation.run(subject, judges, progress=False))
+        try:
+            return summarize_divergence(rows, judges.estimate).to_dict()
+        except ValueError:
+            raise RunError(
+                f"every completion of {PROMPTS_KEY} is empty: check the student, its chat template "
+                f"and its stop tokens (the completions are in {folder})"
+            ) from None
 
     def is_best(self, metrics: dict[str, float], steps_done: int) -> bool:
         """Tells whether these are the best so far by the named metric, and remembers them if so.
 
-        The metric is averaged over the benchmarks; lengths and truncations are better if lower.
+        A metric of benchmarks is averaged over them; some metrics are better if lower.
         """
-        name = self.section.best
-        metric = OF_BENCHMARKS[name]
-        value = sum(metrics[metric.of(b)] for b in self.problem_sets) / len(self.problem_sets)
+        name = str(self.section.best)
+        metric = self.better[name]
+        keys = [metric.of(benchmark) for benchmark in self.problem_sets or [""]]
+        value = sum(metrics[key] for key in keys) / len(keys)
         best = self._best()
         sign = -1 if metric.better == "lower" else 1
         if best is not None and sign * value <= sign * best.value and steps_done != best.step:
@@ -146,3 +203,70 @@ class Validation:
         found = self.run.best()
         self.accelerator.wait_for_everyone()  # nobody reads after the main process has written
         return found
+
+
+def _divergence_settings(config: Config, section: EvaluateConfig) -> DivergenceSettings:
+    """Returns how completions are sampled for the divergence; the defaults if there is none."""
+    divergence = section.divergence
+    if divergence is None:
+        return DivergenceSettings()
+    return DivergenceSettings(
+        n=divergence.n,
+        max_new_tokens=divergence.max_new_tokens or config.rollout.max_new_tokens,
+        temperature=divergence.temperature,
+        seed=config.train.seed,
+    )
+
+
+def judged_prompts(
+    config: Config,
+    held_out: Sequence[Prompt],
+    tokenizer: Any,
+    teachers: Mapping[str, TeacherProfile],
+    context: int,
+) -> Sequence[Prompt]:
+    """Returns the prompts of the divergence; [] if the recipe has none.
+
+    `context` is the student's, in tokens. Raises UsageError for prompts that cannot be used.
+    """
+    section = config.evaluate
+    if section is None or section.divergence is None:
+        return []
+    source, prompts = section.divergence.prompts, held_out
+    if source != HELD_OUT:
+        data = config.data.model_copy(update={"prompts": source})
+        tokenizers = {name: teacher.tokenizer for name, teacher in teachers.items()}
+        prompts = load_prompts(data, tokenizer, tokenizers, config.teacher.by)
+        own = loading.load_config(config.model.student, config.model.trust_remote_code)
+        check_ids(prompts, loading.vocab_rows(own), None, PROMPTS_KEY)
+    prompts = prompts[: section.divergence.limit]
+    tokens = _divergence_settings(config, section).max_new_tokens
+    shortest = min(teacher.context for teacher in teachers.values())
+    check_lengths(prompts, context, shortest, tokens, PROMPTS_KEY)
+    return prompts
+
+
+def make_judges(
+    config: Config,
+    profiles: Mapping[str, TeacherProfile],
+    teachers: Mapping[str, Teacher],
+    compare: Compare,
+    accelerator: Accelerator,
+    together: Callable[[], AbstractContextManager[object]],
+) -> Judges | None:
+    """Returns the teachers as judges of completions; None if the recipe has no divergence.
+
+    `teachers` are those in this process; `compare` is the student's; `together` makes a failure in
+    one process one in all.
+    """
+    if config.evaluate is None or config.evaluate.divergence is None:
+        return None
+    judges: dict[str, Judge] = {}
+    for name, section in config.teachers.items():
+        server = profiles[name].server
+        if server is not None:
+            judges[name] = ServedJudge(server, compare, together)
+        else:
+            offload_from = accelerator.device if section.offload else None
+            judges[name] = LocalJudge(teachers[name], compare, offload_from)
+    return Judges(judges, lambda flags: gather_object([flags]), together)
