@@ -236,7 +236,7 @@ def test_searches_are_linear(name: str, workers: Grader) -> None:
         ("json", {"answer": "not"}, "expected JSON in 'answer', .* no JSON: 'not'"),
         ("json:a,b", {"answer": {"a": 1}}, "got a without b"),
         ("json:a", {"answer": [1]}, r"got \[1\], which has no keys"),
-        ("exact", {"label": "x"}, "expected a field 'answer', got 'problem', 'label'"),
+        ("exact", {"label": "x"}, "expected a field 'answer', got problem, label"),
     ],
 )
 def test_golds_that_state_nothing_name_the_line(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # they take a second to import, and benchmarks need no pydant
     from transformers import PreTrainedTokenizerBase
 
     from poweropd.config.data import DataConfig
+    from poweropd.config.sections import TrainConfig
 
 logger = logging.getLogger("poweropd")
 
@@ -206,6 +207,16 @@ def filter_notice(kept: int, count: int) -> str:
     return (
         f"data.filter_longer: dropped {count - kept} of {count} prompts, which are too long for "
         "the models' contexts with rollout.max_new_tokens"
+    )
+
+
+def epochs_notice(train: "TrainConfig", count: int) -> str:
+    """Returns how many epochs the steps of a recipe are, of `count` prompts."""
+    steps = train.steps_of(count)
+    epochs = steps * train.prompts_per_step / count
+    return (
+        f"{steps} steps of {train.prompts_per_step} prompts are {epochs:.3g} epochs of {count} "
+        "prompts"
     )
 
 

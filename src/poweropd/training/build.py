@@ -13,13 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from poweropd import stops
 from poweropd.config import Config
-from poweropd.config.sections import LORA_RATE, TrainConfig
+from poweropd.config.sections import LORA_RATE
 from poweropd.data import chat
 from poweropd.data.prompts import (
     Prompt,
     PromptOrder,
     check_ids,
     check_lengths,
+    epochs_notice,
     filter_notice,
     fits,
     load_prompts,
@@ -156,16 +157,6 @@ def _filtered(
     if notify:
         logger.warning("%s", notice)
     return kept
-
-
-def epochs_notice(train: TrainConfig, count: int) -> str:
-    """Returns how many epochs the steps of a recipe are, of `count` prompts."""
-    steps = train.steps_of(count)
-    epochs = steps * train.prompts_per_step / count
-    return (
-        f"{steps} steps of {train.prompts_per_step} prompts are {epochs:.3g} epochs of {count} "
-        "prompts"
-    )
 
 
 def _show_first_prompt(
