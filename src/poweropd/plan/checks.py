@@ -21,7 +21,7 @@ from poweropd.config import Config
 from poweropd.data import prompts as data_prompts
 from poweropd.embedded import EMBEDDED_PREFIX
 from poweropd.errors import UsageError
-from poweropd.models import loading
+from poweropd.models import loading, places
 from poweropd.models.geometry import KNOWN, Geometry
 
 Status = Literal["ok", "warning", "failed", "not checked"]
@@ -113,7 +113,7 @@ def is_local(name: str) -> bool:
     return (
         name.startswith(EMBEDDED_PREFIX)
         or Path(name).suffix in data_prompts.FILE_ENDINGS
-        or Path(loading.resolve(name)).exists()
+        or Path(places.resolve(name)).exists()
     )
 
 
