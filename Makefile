@@ -11,7 +11,7 @@ VLLM_VENV := .venv-vllm
 HARNESS_VENV := .venv-harness
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
-.PHONY: install demo test docs check format reference clean vllm-cpu test-vllm test-quant test-harness fuzz
+.PHONY: install demo test wheel docs check format reference clean vllm-cpu test-vllm test-quant test-harness fuzz
 
 install: $(INSTALLED)
 
@@ -28,6 +28,13 @@ demo: install
 
 test: install
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+# The wheel, built and tried outside this checkout; `PYTHON=python3.13 VENV=.venv-3.13` tries it, as
+# every other target, with another interpreter.
+wheel: install
+	rm -rf dist
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/pytest -m wheel tests/test_wheel.py $(ARGS)
 
 # Strict: a broken link, or a page that docs/index.md does not list, is an error.
 docs: $(DOCS_INSTALLED)

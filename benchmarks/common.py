@@ -23,8 +23,8 @@ from poweropd import rewards
 from poweropd.data.batch import collate, pack
 from poweropd.data.prompts import Prompt
 from poweropd.data.rollout import Example, Request
+from poweropd.models.devices import torch_dtype
 from poweropd.models.language_model import Student, Teacher
-from poweropd.models.loading import DTYPES
 from poweropd.objectives.base import Objective
 from poweropd.objectives.full_vocab import FullVocab
 from poweropd.objectives.sampled import Sampled
@@ -141,7 +141,7 @@ class Pair:
     @classmethod
     def build(cls, geometry: Geometry, lengths: str) -> "Pair":
         torch.manual_seed(0)
-        dtype = DTYPES[geometry.dtype]
+        dtype = torch_dtype(geometry.dtype)
         student = Student(
             geometry.student.build(geometry.vocab, torch.float32), geometry.vocab, dtype
         )

@@ -15,10 +15,11 @@ from tempfile import TemporaryDirectory
 import torch
 
 from poweropd import Config, Trainer
+from poweropd.config.shipped import shipped_recipe
 from poweropd.embedded import task
 from poweropd.evaluation.benchmarks import Problem
 from poweropd.sweep import cells
-from poweropd.sweep.demo import REWARDS, SEEDS, shipped_recipe
+from poweropd.sweep.demo import REWARDS, SEEDS
 from poweropd.sweep.jobs import solving
 from poweropd.sweep.process import solve
 

@@ -17,6 +17,7 @@ import torch
 from common import machine, print_table
 
 from poweropd import Config, rewards
+from poweropd.config.shipped import shipped_recipe
 from poweropd.data.rollout import Example
 from poweropd.models.language_model import Teacher
 from poweropd.objectives.base import Objective
@@ -24,7 +25,7 @@ from poweropd.objectives.full_vocab import FullVocab
 from poweropd.objectives.sampled import Sampled
 from poweropd.objectives.selection import Dial, Random, Selected
 from poweropd.rewards import Reward
-from poweropd.sweep.demo import BASELINE, shipped_recipe
+from poweropd.sweep.demo import BASELINE
 from poweropd.training.gradient_noise import (
     BUCKETS,
     Flatten,

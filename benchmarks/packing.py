@@ -17,8 +17,8 @@ from transformers import Qwen3ForCausalLM
 
 from poweropd.data.batch import Sequences, pack
 from poweropd.models.attention import PADDED
+from poweropd.models.devices import torch_dtype
 from poweropd.models.language_model import Student
-from poweropd.models.loading import DTYPES
 
 LAYOUTS = {"padded": False, "flat": True}
 
@@ -43,7 +43,7 @@ def build(geometry: common.Geometry, attention: str, compiled: bool) -> Student:
     torch.manual_seed(0)
     model: Qwen3ForCausalLM = geometry.student.build(geometry.vocab, torch.float32)
     model.set_attn_implementation(attention)
-    student = Student(model, geometry.vocab, DTYPES[geometry.dtype])
+    student = Student(model, geometry.vocab, torch_dtype(geometry.dtype))
     if compiled:
         for layer in student.layers:
             layer.compile(dynamic=True)

@@ -27,13 +27,14 @@ from vllm_models import widened_student
 from vllm_server import VllmServer
 
 from poweropd import Config, Trainer, embedded
+from poweropd.config.shipped import shipped_recipe
 from poweropd.data.rollout import Request
 from poweropd.embedded import END_OF_TEXT
 from poweropd.evaluation import runner
 from poweropd.evaluation.benchmarks import load_benchmark
 from poweropd.rollouts.base import Sampling, completion_seed
 from poweropd.rollouts.transformers import TransformersEngine
-from poweropd.sweep.demo import SEEDS, shipped_recipe
+from poweropd.sweep.demo import SEEDS
 from poweropd.sweep.jobs import solving
 from poweropd.sweep.process import solve
 

@@ -38,8 +38,8 @@ from update import Padded
 
 from poweropd import rewards
 from poweropd.models import flops
+from poweropd.models.devices import torch_dtype
 from poweropd.models.geometry import Geometry as Shape
-from poweropd.models.loading import DTYPES
 from poweropd.plan import memory
 
 REWARD = rewards.create("log_ratio")  # its divergence is the reverse KL
@@ -88,7 +88,7 @@ def shape(model: Model, vocab: int) -> Shape:
 
 def predicted(geometry: Geometry, path: str, lengths: str) -> memory.Memory:
     """Memory of a step of `path`, which has no rollouts here."""
-    compute = DTYPES[geometry.dtype].itemsize
+    compute = torch_dtype(geometry.dtype).itemsize
     setup = memory.Setup(
         completions=geometry.batch,
         prompt=geometry.prompt,

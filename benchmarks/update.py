@@ -40,8 +40,9 @@ from common import (
 from torch import Tensor
 
 from poweropd import rewards
+from poweropd.models import DTYPES
+from poweropd.models.devices import torch_dtype
 from poweropd.models.language_model import LanguageModel
-from poweropd.models.loading import DTYPES
 
 # Random models give every token a probability near 1 / V, where a power would vanish. For the
 # full vocabulary this is the reverse KL, TRL's own divergence.
@@ -220,7 +221,7 @@ def run(path: str, geometry: Geometry, lengths: str, updates: int) -> Cost | str
 def matmul_ceiling(dtype: str) -> float:
     """Operations a second of a large square matmul, the best of ten: a CPU second on a CPU."""
     size = 8192 if CUDA else 1024
-    a, b = (torch.randn(size, size, device=DEVICE, dtype=DTYPES[dtype]) for _ in range(2))
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=torch_dtype(dtype)) for _ in range(2))
     torch.mm(a, b)
     return 2 * size**3 / min(seconds_of(lambda: torch.mm(a, b)) for _ in range(10))
 

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from poweropd import Config
+from poweropd.config import shipped
 from poweropd.errors import RunError
 from poweropd.report import figures
 from poweropd.runs.directory import RunDirectory, read_jsonl
@@ -46,7 +47,7 @@ def training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Training:
     monkeypatch.setattr(demo, "CURVE_BATCHES", 2)
     monkeypatch.setattr(gradient_noise, "PROMPTS", 4)
     overrides = ["train.steps=3", f"run.dir={tmp_path}/power-seed0"]
-    config = Config.load(demo.shipped_recipe("demo.yaml"), overrides)
+    config = Config.load(shipped.shipped_recipe("demo.yaml"), overrides)
     return Training("power", config, demo.measurements(steps=3, problems=16))
 
 
@@ -132,15 +133,15 @@ def test_the_recipe_is_found_in_a_checkout_and_in_a_wheel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = Path(__file__).parent.parent
-    assert demo.shipped_recipe("demo.yaml").samefile(root / "recipes" / "demo.yaml")
+    assert shipped.shipped_recipe("demo.yaml").samefile(root / "recipes" / "demo.yaml")
     assert (
         'force-include = { "recipes" = "poweropd/recipes" }'
         in (root / "pyproject.toml").read_text()
     )
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "demo.yaml").touch()
-    monkeypatch.setattr(demo, "files", lambda package: tmp_path)
-    assert demo.shipped_recipe("demo.yaml") == tmp_path / "recipes" / "demo.yaml"
+    monkeypatch.setattr(shipped, "files", lambda package: tmp_path)
+    assert shipped.shipped_recipe("demo.yaml") == tmp_path / "recipes" / "demo.yaml"
 
 
 class Running:

@@ -103,12 +103,15 @@ def test_no_file_is_longer_than_400_lines(path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("poweropd.rewards", ["transformers", "accelerate", "datasets", "pydantic", "numpy.ma"]),
+        ("poweropd.rewards", ["torch", "transformers", "pydantic", "numpy"]),
+        ("poweropd.stops", ["torch", "transformers", "pydantic", "numpy"]),
         ("poweropd.kernels", ["transformers", "accelerate", "datasets", "pydantic"]),
         ("poweropd.grading.grader", ["torch", "transformers", "datasets"]),
         ("poweropd.evaluation.metrics", ["torch", "transformers", "datasets"]),
         ("poweropd.evaluation.settings", ["torch", "transformers", "datasets"]),
-        ("poweropd.config", ["transformers", "accelerate", "datasets", "numpy.ma"]),
+        ("poweropd.config", ["torch", "transformers", "accelerate", "datasets", "numpy"]),
+        ("poweropd.runs.directory", ["torch", "transformers", "pyarrow", "numpy"]),
+        ("poweropd.evaluation.benchmarks", ["torch", "transformers", "pydantic", "numpy"]),
         ("poweropd.commands", ["torch", "transformers"]),
     ],
 )

@@ -11,6 +11,7 @@ from report_cases import by_hand, finish
 
 from poweropd import Config
 from poweropd.report import page, runs, watch
+from poweropd.report.paths import run_directories
 from poweropd.runs.directory import RunDirectory
 
 REFRESH = 'data-refresh="7"'
@@ -70,7 +71,7 @@ def test_the_runs_of_a_folder_are_in_the_order_of_their_numbers(
     for name in reversed(names):
         (folder / name).mkdir(parents=True)
         (folder / name / "config.yaml").write_text("")
-    assert [path.name for path in runs.run_directories([folder])] == names
+    assert [path.name for path in run_directories([folder])] == names
 
 
 def test_whatever_ends_the_watch_leaves_a_page_that_is_still(

@@ -14,6 +14,7 @@ from torch import Tensor
 from vllm_models import widened_student
 
 from poweropd import Config, Trainer
+from poweropd.config.shipped import shipped_recipe
 from poweropd.data.rollout import Request, Rollout
 from poweropd.embedded import END_OF_TEXT
 from poweropd.errors import RunError, UsageError
@@ -21,7 +22,6 @@ from poweropd.evaluation.benchmarks import load_benchmark
 from poweropd.evaluation.runner import load_subject
 from poweropd.rollouts.base import Sampling, completion_seed
 from poweropd.rollouts.vllm import VllmEngine
-from poweropd.sweep.demo import shipped_recipe
 from poweropd.sweep.jobs import solving
 from poweropd.sweep.process import solve
 

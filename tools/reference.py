@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
@@ -136,15 +136,17 @@ def reward_table() -> Iterator[str]:
     yield REWARDS.replace("NAMES", names)
     yield "| name | reward | parameters |\n|---|---|---|"
     for name, reward in rewards.REWARDS.items():
-        parameters = "<br>".join(parameter(field) for field in dataclasses.fields(reward))
+        kinds = get_type_hints(reward)
+        fields = dataclasses.fields(reward)
+        parameters = "<br>".join(parameter(field, kinds[field.name]) for field in fields)
         yield table_line(f"`{name}`", str(reward.__doc__).partition("\n")[0], parameters)
 
 
-def parameter(field: dataclasses.Field[Any]) -> str:
-    """Returns a reward's parameter with its default and what it may be."""
+def parameter(field: dataclasses.Field[Any], kind: object) -> str:
+    """Returns a reward's parameter, of a type, with its default and what it may be."""
     if field.default is dataclasses.MISSING:
         return f"`{field.name}`: a reward, default `{{name: log_ratio}}`"
-    values = " or ".join(f"`{value}`" for value in get_args(field.type))
+    values = " or ".join(f"`{value}`" for value in get_args(kind))
     expected = field.metadata.get("expected", values)
     return f"`{field.name}`: {expected}, default `{field.default}`"
 

@@ -8,13 +8,10 @@ completion's last token is part of the method. The last valid token of a complet
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import jinja2
-import torch
-from torch import Tensor
-
 from poweropd.errors import UsageError
 
-if TYPE_CHECKING:  # so that targets need torch alone
+if TYPE_CHECKING:  # so that targets need torch alone, and the names of the policies nothing
+    from torch import Tensor
     from transformers import GenerationConfig
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -25,9 +22,9 @@ _MARKER = "the turn"
 class Targets(NamedTuple):
     """What each model is scored on, [B, T] each; ids are meaningless where `loss_mask` is 0."""
 
-    student_targets: Tensor
-    teacher_targets: Tensor
-    loss_mask: Tensor
+    student_targets: "Tensor"
+    teacher_targets: "Tensor"
+    loss_mask: "Tensor"
 
 
 class Policy(NamedTuple):
@@ -48,8 +45,8 @@ POLICIES = {
 
 
 def targets(
-    completion_ids: Tensor,
-    completion_mask: Tensor,
+    completion_ids: "Tensor",
+    completion_mask: "Tensor",
     student_stop_ids: Sequence[int],
     teacher_stop_ids: Sequence[int],
     policy: str = "mask",
@@ -81,8 +78,10 @@ def targets(
     )
 
 
-def _terminal(ids: Tensor, mask: Tensor, stops: Tensor) -> Tensor:
+def _terminal(ids: "Tensor", mask: "Tensor", stops: "Tensor") -> "Tensor":
     """Returns [B, T] bool: the last valid position of each completion, if it holds a stop id."""
+    import torch
+
     positions = torch.arange(ids.shape[1], device=ids.device)
     last = torch.where(mask, positions, -1).amax(1, keepdim=True) if ids.shape[1] else mask.long()
     return (positions == last) & torch.isin(ids, stops)
@@ -127,6 +126,8 @@ def _rendered_turns(tokenizer: "Tokenizer") -> Iterator[str]:
 
     Some templates insist on a system turn, and some on contents in parts.
     """
+    import jinja2
+
     turns = (("system", "."), ("user", "?"), ("assistant", _MARKER))
     for first in (1, 0):
         for in_parts in (False, True):

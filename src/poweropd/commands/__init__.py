@@ -6,11 +6,13 @@ Exit status: 0 done; 1 the run failed; 2 wrong usage, recipe or input (one line,
 
 import logging
 import sys
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from poweropd import __version__
 from poweropd.commands import demo, plan, push, report, sweep, train
 from poweropd.commands import eval as evaluation
 from poweropd.errors import RunError, UsageError, one_line
@@ -21,7 +23,6 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="On-policy distillation of language models with bounded token rewards.",
 )
 app.command()(train.train)
 app.command("eval")(evaluation.eval_command)
@@ -31,6 +32,22 @@ app.command()(report.report)
 app.command("sweep")(sweep.sweep_command)
 app.command(hidden=True)(sweep.sweep_run)
 app.command()(push.push)
+
+
+def _version(asked: bool) -> None:
+    """Prints the version and ends, if it was asked for."""
+    if asked:
+        typer.echo(f"poweropd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """On-policy distillation of language models with bounded token rewards."""
 
 
 def main() -> None:

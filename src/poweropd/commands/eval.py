@@ -146,6 +146,10 @@ def eval_command(
     prompts: Prompts = None,
 ) -> None:
     """Measures a model on benchmarks, or how far it is from a teacher, with 95% intervals."""
+    from poweropd.models import places
+
+    if model is not None:  # before torch is imported
+        places.resolve(model)
     from poweropd.evaluation import command, divergence_command
 
     names = _between_commas(benchmark)

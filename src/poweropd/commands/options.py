@@ -1,9 +1,43 @@
-"""Arguments that several commands take."""
+"""Arguments that several commands take, and what they check before anything slow is imported."""
 
-from typing import Annotated
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from poweropd.errors import UsageError
+
+if TYPE_CHECKING:
+    from poweropd.config import Config
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as reward.alpha=10.")
 ]
+
+
+def load_recipe(path: Path, overrides: Sequence[str] | None) -> "Config":
+    """Reads a recipe and checks its paths, without torch, so that an error comes at once."""
+    from poweropd.config import Config
+    from poweropd.config.shipped import find_recipe
+
+    config = Config.load(find_recipe(path), overrides or [])
+    check_paths(config)
+    return config
+
+
+def check_paths(config: "Config") -> None:
+    """Raises UsageError for a model or prompts of a recipe that are a path where nothing is."""
+    from poweropd.data import sources
+    from poweropd.models import places
+
+    models = {"model.student": config.model.student}
+    for name, teacher in config.teachers.items():
+        if not teacher.servers:
+            models[f"teacher.{name}.model" if name else "teacher.model"] = teacher.model
+    for key, model in models.items():
+        try:
+            places.resolve(model)
+        except UsageError as error:
+            raise UsageError(f"{key}: {error}") from None
+    sources.check_source("data.prompts", config.data.prompts)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from poweropd.commands.options import Overrides
+from poweropd.commands.options import Overrides, load_recipe
 from poweropd.errors import UsageError
 
 Recipe = Annotated[Path, typer.Argument(help="A YAML recipe.")]
@@ -53,7 +53,7 @@ def plan(
     json_file: PlanFile = None,
 ) -> None:
     """Checks a recipe and says what it costs, before any weight is loaded."""
-    from poweropd.config import Config
+    config = load_recipe(recipe, overrides)
     from poweropd.plan import command, table
 
     options = command.Options(
@@ -68,7 +68,7 @@ def plan(
         gpus=gpus,
         compare=[kind.strip() for kind in compare.split(",") if kind.strip()],
     )
-    made = command.make_plan(Config.load(recipe, overrides or []), options)
+    made = command.make_plan(config, options)
     table.print_plan(made)
     if json_file is not None:
         made.write(json_file)

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from poweropd.commands.options import load_recipe
+
 
 def sweep_command(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")],
@@ -48,19 +50,23 @@ def sweep_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run.")] = False,
 ) -> None:
     """Run a recipe's variants, each with several seeds, and compare them in one table."""
-    from poweropd.sweep import cells, command
+    load_recipe(recipe, overrides)
+    from poweropd.config.shipped import find_recipe
+    from poweropd.sweep import cells, jobs
 
     folder = out or Path(f"runs/{recipe.stem}-sweep")
     trainings = cells.trainings(
-        recipe,
+        find_recipe(recipe),
         overrides or [],
         over or [],
         case or [],
         seeds=seeds,
         out=folder,
-        measure=command.at_both_ends(snr),
+        measure=jobs.at_both_ends(snr),
     )
     compared = cells.baseline_cell(trainings, len(case or []), baseline)
+    from poweropd.sweep import command
+
     if snr:
         command.check_snr(trainings)
     if dry_run:

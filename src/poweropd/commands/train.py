@@ -5,17 +5,17 @@ from typing import Annotated
 
 import typer
 
-from poweropd.commands.options import Overrides
+from poweropd.commands.options import Overrides, load_recipe
 
 
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML recipe.")], overrides: Overrides = None
 ) -> None:
     """Trains the student of a recipe; an unfinished run directory goes on from its checkpoint."""
-    from poweropd.config import Config
+    config = load_recipe(recipe, overrides)
     from poweropd.training.trainer import Trainer
 
-    result = Trainer(Config.load(recipe, overrides or [])).train()
+    result = Trainer(config).train()
     if result.interrupted_by is not None:
         command = " ".join(["poweropd train", str(recipe), *(overrides or [])])
         typer.echo(f"stopped after step {result.steps}; to go on: {command}", err=True)

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING
 
-import torch
-
 from poweropd.data.chat import encode_chat
 from poweropd.data.messages import (
     Conversation,
@@ -323,5 +321,7 @@ def _permutation(count: int, seed: int, number: int) -> list[int]:
 
     Epochs take those from 0 on.
     """
+    import torch
+
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     return torch.randperm(count, generator=generator).tolist()

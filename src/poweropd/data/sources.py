@@ -61,6 +61,14 @@ def is_file_name(source: str) -> bool:
     )
 
 
+def check_source(key: str, source: str) -> None:
+    """Raises UsageError about `key` for a path at which nothing is; the Hub is not asked."""
+    known = source.startswith(EMBEDDED_PREFIX) or glob.has_magic(source)
+    a_path = is_file_name(source) or source.count("/") > 1
+    if a_path and not known and not Path(source).expanduser().exists():
+        raise UsageError(f"{key}: {shown(source)[1:-1]}: no such file or folder")
+
+
 def _ending(name: str) -> str:
     """Returns the ending of a file's name in lower case, without that of gzip."""
     return Path(name.lower().removesuffix(".gz")).suffix

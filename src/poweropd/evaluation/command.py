@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
-import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -14,7 +13,6 @@ from poweropd.errors import RunError, UsageError
 from poweropd.evaluation import benchmarks, results
 from poweropd.evaluation.benchmarks import Problem, ProblemSet
 from poweropd.evaluation.metrics import GradedRow, Summary, summarize
-from poweropd.evaluation.runner import evaluate, graded_part, load_subject
 from poweropd.evaluation.settings import BATCH_SIZE, EvaluationSettings
 from poweropd.grading.grader import Grader
 from poweropd.grading.graders.base import NamedGrader, create_grader
@@ -78,6 +76,10 @@ def evaluate_model(
     if not problem_sets:
         known = ", ".join(benchmarks.BENCHMARKS)
         raise UsageError(f"--benchmark: expected one or more of {known}, a file or a dataset")
+    import torch
+
+    from poweropd.evaluation.runner import evaluate, load_subject
+
     subject = load_subject(model, dtype, trust_remote_code, batch_size)
     asked = {name: ProblemSet(own, settings, grader) for name, own in problem_sets.items()}
     try:
@@ -111,6 +113,8 @@ def grade_file(
     If a benchmark is given, golds and rules are those of its problems, found by `id`.
     `sample`, `tokens` and `stop` are taken over if they are given.
     """
+    from poweropd.evaluation.runner import graded_part
+
     if len(problem_sets) > 1:
         raise UsageError("--grade: expected at most one benchmark, whose ids the lines have")
     golds = {p.id: p for problems in problem_sets.values() for p in problems}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from poweropd.errors import import_object
 from poweropd.models import AUTO_DTYPE, DTYPES
 
 
@@ -55,12 +56,13 @@ def dtype_here(name: str) -> str:
 
 def torch_dtype(name: str) -> torch.dtype:
     """Returns the dtype that a recipe names, auto included."""
-    return DTYPES[dtype_here(name)]
+    dtype: torch.dtype = import_object("dtype", DTYPES[dtype_here(name)])
+    return dtype
 
 
 def name_of(dtype: torch.dtype) -> str:
     """Returns the name of a dtype in a recipe."""
-    return next(name for name, known in DTYPES.items() if known == dtype)
+    return next(name for name in DTYPES if torch_dtype(name) == dtype)
 
 
 def _has_bfloat16() -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from poweropd.data.prompts import Prompt
-from poweropd.models import loading
+from poweropd.models import loading, places
 
 BLOCKS, BLOCK_BYTES = 16, 2**16  # what is read of each weight file
 
@@ -19,7 +19,7 @@ def of_weights(name: str) -> str:
     Of each file its size and `BLOCKS` evenly spaced blocks are read, so that a copy of a model has
     the fingerprint of the original and a large one costs nothing. An adapter includes its base.
     """
-    path, base = Path(loading.resolve(name)), loading.adapted(name)
+    path, base = Path(places.resolve(name)), loading.adapted(name)
     if not path.is_dir():
         return str(loading.load_config(name).to_dict().get("_commit_hash"))
     files = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])

@@ -21,14 +21,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from poweropd import embedded
 from poweropd.data.batch import Sequences
-from poweropd.embedded import EMBEDDED_PREFIX
 from poweropd.errors import UsageError, one_line
 from poweropd.kernels import score_tokens
 from poweropd.models import AUTO_DTYPE, DTYPES
 from poweropd.models.devices import torch_dtype
 from poweropd.models.language_model import LanguageModel, dropout_rates
+from poweropd.models.places import resolve
 
 if TYPE_CHECKING:  # benchmarks of models need no pydantic
     from poweropd.config.sections import LoraConfig, ModelConfig
@@ -40,18 +39,6 @@ FORWARD_FAILURES: tuple[type[Exception], ...] = (RuntimeError, ValueError, TypeE
 FORWARD_FAILURES += (AttributeError, AssertionError)
 # Fields of configs that state the context; a config may map one to a name of its own.
 CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
-
-
-def resolve(name: str) -> str:
-    """Returns the directory of an embedded model, and any other name or path as it is."""
-    if name.startswith(EMBEDDED_PREFIX):
-        try:
-            return str(embedded.path(name.removeprefix(EMBEDDED_PREFIX)))
-        except ValueError as error:
-            raise UsageError(f"{name}: {error}") from None
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise UsageError(f"{name}: no such model directory")
-    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
 
 
 def adapted(name: str) -> str | None:

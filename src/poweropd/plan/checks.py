@@ -23,7 +23,7 @@ from poweropd.data.chat import encode_chat
 from poweropd.data.sources import is_file_name
 from poweropd.embedded import EMBEDDED_PREFIX
 from poweropd.errors import UsageError
-from poweropd.models import loading
+from poweropd.models import loading, places
 from poweropd.models.geometry import KNOWN, Geometry
 
 Status = Literal["ok", "warning", "failed", "not checked"]
@@ -118,7 +118,7 @@ def is_local(name: str) -> bool:
     return (
         name.startswith(EMBEDDED_PREFIX)
         or is_file_name(name)
-        or Path(loading.resolve(name)).exists()
+        or Path(places.resolve(name)).exists()
     )
 
 

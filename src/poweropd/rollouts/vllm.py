@@ -18,7 +18,7 @@ from poweropd.data.rollout import Request, Rollout
 from poweropd.errors import UsageError
 from poweropd.models.devices import name_of
 from poweropd.models.language_model import Student
-from poweropd.models.loading import resolve
+from poweropd.models.places import resolve
 from poweropd.rollouts.base import Sampling, Weights, shared_weights
 
 if TYPE_CHECKING:

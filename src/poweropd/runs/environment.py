@@ -8,8 +8,6 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
 from poweropd.runs.files import JsonObject
 
 PACKAGES = (
@@ -20,6 +18,8 @@ PACKAGES = (
 
 def describe_environment() -> JsonObject:
     """Returns versions, hardware, the number of processes and this package's git commit."""
+    import torch
+
     versions = {found.metadata["Name"]: found.version for found in metadata.distributions()}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     checkout = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

@@ -1,6 +1,6 @@
 """What `poweropd sweep` does: runs, and then tabulates whatever there is."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -9,7 +9,7 @@ from rich.table import Table
 from poweropd.errors import RunError, UsageError
 from poweropd.runs.files import write_atomically
 from poweropd.sweep import results, runner, table
-from poweropd.sweep.jobs import Measurement, Training
+from poweropd.sweep.jobs import Training
 from poweropd.sweep.runner import SweepOutcome
 
 
@@ -30,11 +30,6 @@ def run_sweep(
         outcome = runner.JobRunner(trainings, parallel, lock).run()
         show_sweep(folder, trainings, outcome, best, baseline)
         return exit_status(folder, outcome, len(trainings))
-
-
-def at_both_ends(snr: int) -> Callable[[int], list[Measurement]]:
-    """Returns a function of the steps of a training: its measurements of `snr` batches, if any."""
-    return lambda steps: [Measurement(step, snr, cosine=True) for step in (0, steps) if snr]
 
 
 def check_snr(trainings: Sequence[Training]) -> None:

@@ -10,12 +10,12 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from poweropd.config.shipped import shipped_recipe
 from poweropd.evaluation.metrics import GradedRow, paired_bootstrap, problem_values
 from poweropd.report import figures, planes
 from poweropd.runs.files import JsonObject, read_jsonl, write_json
@@ -59,16 +59,6 @@ class DemoRun:
     gradient_snr: float  # at the start
     gradient_cosine: float  # at the start
     seconds: float  # of all steps and measurements
-
-
-def shipped_recipe(name: str) -> Path:
-    """Returns the path of a recipe that comes with poweropd.
-
-    A wheel holds them in the package; in a checkout, they are beside `src`.
-    """
-    package = Path(str(files("poweropd")))
-    installed = package / "recipes" / name
-    return installed if installed.exists() else package.parents[1] / "recipes" / name
 
 
 def measurements(steps: int, problems: int) -> list[Measurement]:

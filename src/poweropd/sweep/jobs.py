@@ -1,7 +1,7 @@
 """The jobs of a sweep, a process each: trainings with what is measured of them, and evaluations."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +22,11 @@ class Measurement:
     batches: int = 0  # of fresh rollouts, for the gradient's signal-to-noise ratio
     cosine: bool = False  # whether their gradients are also compared with the exact one
     problems: int = 0  # of the embedded task, for the student to solve
+
+
+def at_both_ends(snr: int) -> Callable[[int], list[Measurement]]:
+    """Returns a function of the steps of a training: its measurements of `snr` batches, if any."""
+    return lambda steps: [Measurement(step, snr, cosine=True) for step in (0, steps) if snr]
 
 
 class Training:

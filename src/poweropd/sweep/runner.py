@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-import torch
-
 from poweropd.errors import UsageError
 from poweropd.runs.directory import RunDirectory
 from poweropd.runs.files import locked, write_atomically
@@ -208,7 +206,10 @@ def process_environment(
     shared = {"OMP_NUM_THREADS": str(share), **os.environ}
     if threads is not None:
         shared["OMP_NUM_THREADS"] = str(threads)
-    gpus = torch.cuda.device_count() if gpus is None else gpus
+    if gpus is None:
+        import torch
+
+        gpus = torch.cuda.device_count()
     if gpus < 2 or parallel == 1:
         return shared
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))

@@ -7,59 +7,30 @@ take ln t and ln p, of any shape and float dtype, and return float32 without a g
     reward = create("power", alpha=5.0)
     r = reward(teacher_log_probs, student_log_probs)
 
-This module needs torch alone. The equations are those of PowerOPD (arXiv:2606.17199).
+This module needs torch alone, and not before the first call, so that a recipe is checked at once.
+The equations are those of PowerOPD (arXiv:2606.17199).
 """
+
+from __future__ import annotations
 
 import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from poweropd.errors import check_call, import_object, shown
+from poweropd.rewards.properties import Check, check
+from poweropd.rewards.schedules import SCHEDULES, Schedule
 
-RewardFunction = Callable[..., Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["REWARDS", "SCHEDULES", "Check", "Reward", "Schedule", "check", "create", "log_ratio"]
+
+RewardFunction = Callable[..., "Tensor"]
 Number = Any  # a float, or a Schedule of floats until `Reward.at` resolves it
-
-#: Schedule -> the fraction of the way from start to end, as a function of that of its steps.
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": lambda progress: 0.0,
-    "linear": lambda progress: progress,
-    "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
-}
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A parameter that moves from `start` to `end` over the first `steps` optimizer steps."""
-
-    schedule: str  # a name of SCHEDULES
-    start: float
-    end: float | None = None  # None: stays at `start`
-    steps: int = 1
-
-    def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            known = ", ".join(SCHEDULES)
-            raise ValueError(f"schedule: expected one of {known}, got {self.schedule!r}")
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps of a schedule: expected an integer >= 1, got {self.steps!r}")
-        if self.schedule != "constant" and self.end is None:
-            raise ValueError(f"a {self.schedule} schedule needs `end`")
-
-    def ends(self) -> tuple[float, ...]:
-        """Returns the values between which it moves."""
-        return (self.start,) if self.end is None else (self.start, self.end)
-
-    def at(self, step: int) -> float:
-        """Returns the value at optimizer step `step`, counted from 0."""
-        end = self.start if self.end is None else self.end
-        done = SCHEDULES[self.schedule](min(max(step / self.steps, 0.0), 1.0))
-        return self.start + (end - self.start) * done
 
 
 def _number(default: float, expected: str, holds: Callable[[float], bool]) -> Any:
@@ -98,6 +69,8 @@ class Reward(ABC):
         float64 inputs are computed in float64, all others in float32: a bf16 probability is
         never raised to a power. A bounded reward is finite even if the teacher's log-prob is -inf.
         """
+        import torch
+
         for name, value in self.__dict__.items():
             if isinstance(value, Schedule):
                 raise ValueError(f"{name} follows a schedule: call reward.at(step) first")
@@ -112,11 +85,11 @@ class Reward(ABC):
         return dataclasses.replace(self, **resolved) if resolved else self
 
     @property
-    def unstandardized(self) -> "Reward":
+    def unstandardized(self) -> Reward:
         """Returns the reward whose statistics `with_statistics` expects: of a z-score, its base."""
         return self
 
-    def with_statistics(self, mean: float, std: float) -> "Reward":
+    def with_statistics(self, mean: float, std: float) -> Reward:
         """Returns this reward given the step's mean and population standard deviation."""
         return self
 
@@ -127,7 +100,7 @@ class Reward(ABC):
         KL for the log ratio; for other rewards it is the expected penalty under the student.
         """
         probs, reward = student_log_probs.exp(), self(teacher_log_probs, student_log_probs)
-        return -torch.where(probs > 0, probs * reward, 0.0).sum(-1)
+        return -(probs * reward).where(probs > 0, 0.0).sum(-1)
 
 
 def log_ratio(t: Tensor, p: Tensor) -> Tensor:
@@ -135,7 +108,7 @@ def log_ratio(t: Tensor, p: Tensor) -> Tensor:
 
     Two log-probabilities of -inf are equal, too; their difference would be NaN.
     """
-    return torch.where(t == p, 0.0, t - p)
+    return (t - p).masked_fill(t == p, 0.0)
 
 
 @dataclass(frozen=True)
@@ -164,7 +137,7 @@ class Tanh(Reward):
     temperature: Number = _positive(5.0)
 
     def compute(self, t: Tensor, p: Tensor) -> Tensor:
-        return torch.tanh(log_ratio(t, p) / self.temperature)
+        return (log_ratio(t, p) / self.temperature).tanh()
 
 
 @dataclass(frozen=True)
@@ -186,8 +159,8 @@ class Power(Reward):
         # With d = ln t - ln p:  sign(d) * max(t, p)^alpha * (1 - exp(-alpha |d|)),
         # which neither cancels where t is close to p nor overflows anywhere.
         d = log_ratio(t, p)
-        largest = torch.exp(self.alpha * torch.maximum(t, p))
-        reward = d.sign() * largest * -torch.expm1(-self.alpha * d.abs())
+        largest = (self.alpha * t.maximum(p)).exp()
+        reward = d.sign() * largest * -(-self.alpha * d.abs()).expm1()
         return reward / self.alpha if self.scale == "box_cox" else reward
 
     def divergence(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
@@ -212,7 +185,7 @@ class Hellinger(Reward):
     cap: Number = _positive(10.0)
 
     def compute(self, t: Tensor, p: Tensor) -> Tensor:
-        return (2 * torch.expm1(log_ratio(t, p) / 2)).clamp(max=self.cap)
+        return (2 * (log_ratio(t, p) / 2).expm1()).clamp(max=self.cap)
 
 
 @dataclass(frozen=True)
@@ -265,7 +238,7 @@ class Standardized(Reward):
 
     def compute(self, t: Tensor, p: Tensor) -> Tensor:
         centered = self.base.compute(t, p) - self.mean
-        return centered / self.std if self.std > 0 else torch.zeros_like(centered)
+        return centered / self.std if self.std > 0 else centered.new_zeros(centered.shape)
 
 
 @dataclass(frozen=True)
@@ -283,6 +256,8 @@ class Custom(Reward):
         return dataclasses.replace(self, parameters=resolved)
 
     def compute(self, t: Tensor, p: Tensor) -> Tensor:
+        from torch import Tensor
+
         reward = self.function(t, p, **self.parameters)
         if not isinstance(reward, Tensor) or reward.shape != t.shape:
             got = tuple(reward.shape) if isinstance(reward, Tensor) else type(reward).__name__
@@ -356,45 +331,3 @@ def _custom(name: str, parameters: Mapping[str, Any]) -> Reward:
         raise ValueError(f"name: expected {name} to be a function or a Reward, got {target!r}")
     check_call("name", name, target, "teacher_log_probs, student_log_probs", parameters)
     return Custom(name, target, parameters)
-
-
-@dataclass(frozen=True)
-class Check:
-    """What `check` found. A counter-example is (t, p, r), two probabilities and the reward."""
-
-    bounded: bool
-    sign_consistent: bool
-    bound: float
-    bounded_counterexample: tuple[float, float, float] | None = None
-    sign_counterexample: tuple[float, float, float] | None = None
-
-
-def check(reward: RewardFunction) -> Check:
-    """Tests a reward for P1, |r| <= M on [0, 1]^2, and P2, sign r = sign(t - p).
-
-    It is evaluated on a grid of log-probabilities from 0 to -1e4, the teacher's also at -inf, which
-    can refute but not prove: the student gave a token that it sampled some probability. A zero
-    counts against P2 only where t or p is 1: elsewhere it may be an underflow.
-    """
-    depths = torch.cat([torch.zeros(1), torch.logspace(-6, 4, 201)]).double()
-    impossible = torch.full((1,), -math.inf, dtype=torch.float64)
-    grid = torch.meshgrid(torch.cat([-depths, impossible]), -depths, indexing="ij")
-    t, p = (x.flatten() for x in grid)
-    r = reward(t, p).double()
-    unbounded = ~r.isfinite()
-    certain = (t == 0) | (p == 0)
-    wrong_sign = (r * (t - p).sign() < 0) | ((t == p) != (r == 0)) & ((t == p) | certain)
-    wrong_sign |= r.isnan()
-
-    def example(bad: Tensor) -> tuple[float, float, float] | None:
-        i = int(bad.int().argmax())
-        return (t[i].exp().item(), p[i].exp().item(), r[i].item()) if bad.any() else None
-
-    bounded = not unbounded.any()
-    return Check(
-        bounded=bounded,
-        sign_consistent=not wrong_sign.any(),
-        bound=r.abs().max().item() if bounded else math.inf,
-        bounded_counterexample=example(unbounded),
-        sign_counterexample=example(wrong_sign),
-    )
