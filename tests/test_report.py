@@ -21,9 +21,8 @@ from poweropd.report import (
     samples,
     tables,
 )
-from poweropd.report.paths import run_directories
 from poweropd.report.runs import RecordedRun, read_runs
-from poweropd.runs.directory import RunDirectory
+from poweropd.runs.directory import RunDirectory, run_directories
 from poweropd.runs.files import write_json
 from poweropd.runs.recorder import RewardRecorder
 

@@ -11,8 +11,7 @@ from report_cases import by_hand, finish
 
 from poweropd import Config
 from poweropd.report import page, runs, watch
-from poweropd.report.paths import run_directories
-from poweropd.runs.directory import RunDirectory
+from poweropd.runs.directory import RunDirectory, run_directories
 
 REFRESH = 'data-refresh="7"'
 

@@ -150,7 +150,7 @@ def eval_command(
 
     if model is not None:  # before torch is imported
         places.resolve(model)
-    from poweropd.evaluation import command, divergence_command
+    from poweropd.evaluation import command
 
     names = _between_commas(benchmark)
     if harness or harness_tasks:
@@ -182,6 +182,8 @@ def eval_command(
         raise UsageError("expected a MODEL to evaluate, or --grade FILE")
     folder = out or Path("runs/eval") / file_name(model)
     if teacher is not None or teacher_server or prompts is not None:
+        from poweropd.evaluation import divergence_command
+
         refused: dict[str, object] = {"--benchmark": benchmark, "--data": data, "--k": k}
         refused |= {"--answer": answer, "--instruction": instruction}
         refused |= {"--top-p": top_p, "--top-k": top_k}

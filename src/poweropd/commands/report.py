@@ -24,7 +24,7 @@ def report(
     ] = 30,
 ) -> None:
     """Shows and compares runs, finished or not, on one self-contained HTML page."""
-    from poweropd.report.paths import run_directories
+    from poweropd.runs.directory import run_directories
 
     run_directories(runs)
     from poweropd.report import page

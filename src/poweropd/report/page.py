@@ -13,9 +13,9 @@ from markupsafe import Markup
 
 from poweropd.report import curves, distributions, evaluations, heatmaps, planes, samples, tables
 from poweropd.report.colours import line_styles
-from poweropd.report.paths import run_directories
 from poweropd.report.runs import RecordedRun, read_runs
 from poweropd.report.theme import Figure
+from poweropd.runs.directory import run_directories
 from poweropd.runs.files import write_atomically
 
 Section = tuple[str, str, list[Figure]]  # heading, introduction, figures

@@ -4,9 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from poweropd.report import page
-from poweropd.report.paths import run_directories
 from poweropd.report.runs import RecordedRun, read_runs
-from poweropd.runs.directory import RunDirectory, RunState
+from poweropd.runs.directory import RunDirectory, RunState, run_directories
 
 Known = dict[Path, tuple[RunState, RecordedRun]]
 
