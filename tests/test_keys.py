@@ -280,7 +280,9 @@ def test_a_micro_batch_is_laid_out_as_said(recipe: MAKES) -> None:
     (flat,) = shapes_of_an_update(recipe(**{"train.packing": "flat"}))
     assert padded[0] == 4
     assert flat[0] == 1
-    assert padded[1] < flat[1] <= padded.numel()
+    assert padded[1] < flat[1] < padded.numel()
+    exact = {"train.packing": "flat", "train.max_tokens_per_batch": flat.numel()}
+    assert shapes_of_an_update(recipe(**exact)) == [flat]  # nothing of the budget is padding
 
 
 def test_so_many_completions_are_sampled_at_once(recipe: MAKES) -> None:
