@@ -19,6 +19,7 @@ from poweropd.rollouts import vllm
 from poweropd.rollouts.base import Sampling
 from poweropd.rollouts.guards import VerifiedEngine
 from poweropd.rollouts.vllm_server import VllmServerEngine
+from poweropd.training.validation import load_problem_sets
 
 MAKES = Callable[..., Config]
 
@@ -268,3 +269,35 @@ def test_the_best_student_is_that_of_the_named_metric(
         for step, (a, b) in enumerate([(0.5, 90.0), (0.4, 20.0)])
     ]
     assert found == expected
+
+
+def test_a_benchmark_of_the_hub_is_the_described_one(
+    recipe: MAKES, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    asked = []
+
+    def load(name: str, config: str | None, split: str) -> list[dict[str, str]]:
+        asked.append((name, config, split))
+        return [{"problem": f"{i}+1", "answer": str(i + 1)} for i in range(5)]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    described = {"dataset": "someone/sums", "config": "small", "split": "dev", "limit": 2}
+    for own in (described, {"dataset": "someone/sums"}):
+        section = {"every": 1, "benchmarks": [own]}
+        config = recipe(**{"evaluate": section})
+        (found,) = load_problem_sets(config.evaluate, config).values()
+        assert len(found.problems) == own.get("limit", 5)
+    assert asked == [("someone/sums", "small", "dev"), ("someone/sums", None, "test")]
+
+
+def even(row: object, completion: str) -> float:
+    return 1.0 - len(completion) % 2
+
+
+def test_completions_are_graded_as_said(evaluated: Callable[..., list[dict[str, Any]]]) -> None:
+    rows = evaluated(grader=f"{__name__}:even", n=4)
+    scores = [row["score"] for row in rows]
+    assert scores == [even(None, row["completion"]) for row in rows]
+    assert set(scores) == {0.0, 1.0}

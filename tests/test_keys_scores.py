@@ -4,7 +4,6 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from poweropd import Config, Trainer, net
 from poweropd.config.sections import TeacherConfig
 from poweropd.data.rollout import Example
 from poweropd.errors import RunError
-from poweropd.grading.grader import Grade, Grader
 from poweropd.models.loading import load_model
 from poweropd.objectives.base import TokenRecord
 from poweropd.teachers import factory
@@ -279,26 +277,3 @@ def test_truncated_scores_are_over_what_sampling_keeps(recipe: MAKES) -> None:
         record = first_record(recipe(**{"rollout.top_k": 1, "rollout.score": score}))
         for log_probs in (record.student_log_probs, record.teacher_log_probs):
             assert bool((log_probs == 0).all()) == (score == "truncated")
-
-
-def test_the_grader_reads_the_answer_in_its_column(
-    recipe: MAKES, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[object] = []
-
-    def submit(grader: Grader, gold: object, completion: str) -> "Future[Grade]":
-        asked.append(gold)
-        done = Future[Grade]()
-        done.set_result(Grade(True, "", "correct"))
-        return done
-
-    monkeypatch.setattr(Grader, "submit", submit)
-    monkeypatch.setattr(Grader, "__init__", lambda grader: None)
-    monkeypatch.setattr(Grader, "close", lambda grader, wait: None)
-    path = tmp_path / "own.jsonl"
-    path.write_text('{"problem": "1+1", "answer": "2", "gold": "3"}\n')
-    reward = {"name": "grader", "answer_column": "gold"}
-    keys = {"data.prompts": str(path), "rollout.task_reward": reward}
-    trainer = trainer_of(recipe(**keys, **{"train.prompts_per_step": 1}))
-    trainer.scored(trainer.sample(0))
-    assert asked == ["3"]

@@ -15,6 +15,8 @@ from poweropd.config import Config
 
 TESTS = Path(__file__).parent
 
+BENCHMARKS = "graders::benchmarks_of_a_recipe_have_columns_graders_and_numbers_of_their_own"
+
 # Key -> the test that fails if the code ignores the key, as "file::function" without "test_".
 PROOFS = {
     "run.dir": "keys::a_run_is_kept_in_its_directory",
@@ -56,6 +58,7 @@ PROOFS = {
     "data.chat": "keys::column_system_and_chat_make_the_prompt",
     "data.system": "keys::column_system_and_chat_make_the_prompt",
     "data.shuffle": "keys::prompts_come_in_the_order_that_the_recipe_says",
+    "data.holdout": "keys::held_out_prompts_are_kept_out_of_training_and_stay_the_same",
     "rollout.engine": (
         "rollouts_engines::the_engine_of_the_docs_trains_on_the_students_tokens_alone"
     ),
@@ -86,7 +89,7 @@ PROOFS = {
     ),
     "rollout.task_reward.name": "rollouts_engines::the_grader_is_a_task_reward",
     "rollout.task_reward.weight": "rollouts_engines::the_grader_is_a_task_reward",
-    "rollout.task_reward.answer_column": "keys_scores::the_grader_reads_the_answer_in_its_column",
+    "rollout.task_reward.answer_column": "graders::any_grader_is_a_task_reward",
     "reward.name": "keys_scores::the_reward_and_its_parameters_are_those_of_the_recipe",
     "objective.kind": "keys_scores::only_a_sampled_objective_depends_on_the_sampled_token",
     "objective.stop": "keys_scores::the_stop_is_trained_by_its_policy",
@@ -107,7 +110,18 @@ PROOFS = {
     "train.clip_grad_norm": "keys::clipping_bounds_the_gradient_that_trains",
     "train.seed": "keys::the_seed_decides_prompts_and_completions",
     "evaluate.every": "runner::evaluation_during_training_keeps_the_best_student",
-    "evaluate.benchmarks": "runner::evaluation_during_training_keeps_the_best_student",
+    "evaluate.benchmarks.name": BENCHMARKS,
+    "evaluate.benchmarks.file": BENCHMARKS,
+    "evaluate.benchmarks.dataset": "keys_engines::a_benchmark_of_the_hub_is_the_described_one",
+    "evaluate.benchmarks.config": "keys_engines::a_benchmark_of_the_hub_is_the_described_one",
+    "evaluate.benchmarks.split": "keys_engines::a_benchmark_of_the_hub_is_the_described_one",
+    "evaluate.benchmarks.problem": BENCHMARKS,
+    "evaluate.benchmarks.answer": BENCHMARKS,
+    "evaluate.benchmarks.instruction": BENCHMARKS,
+    "evaluate.benchmarks.grader": BENCHMARKS,
+    "evaluate.benchmarks.n": BENCHMARKS,
+    "evaluate.benchmarks.limit": "keys_engines::a_benchmark_of_the_hub_is_the_described_one",
+    "evaluate.grader": "keys_engines::completions_are_graded_as_said",
     "evaluate.n": "keys_engines::problems_and_completions_of_an_evaluation",
     "evaluate.limit": "keys_engines::problems_and_completions_of_an_evaluation",
     "evaluate.data_dir": "keys_engines::problems_and_completions_of_an_evaluation",

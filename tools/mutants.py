@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 WORK = ROOT / ".mutants"
 SEED = 0
 
-# Name -> modules of src/poweropd, and the tests that judge their mutants. They should be quick: each
+# Name -> modules of src/poweropd, and the tests that judge their mutants. They should be quick: a
 # mutant runs those of them that reach its function, up to the first that fails.
 MODULES = {
     "rewards": (["rewards.py"], ["test_rewards.py"]),
