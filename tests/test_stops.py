@@ -20,6 +20,19 @@ def test_stop_ids_start_with_the_models_own(student_dir: Path, teacher_dir: Path
     assert stops.stop_ids(*tokenizer_and_config(teacher_dir)) == [TURN_END]
 
 
+def test_stop_ids_of_the_generation_config_come_first(student_dir: Path) -> None:
+    tokenizer, _ = tokenizer_and_config(student_dir)
+    for configured, expected in ((7, [7]), ([7, 5], [7, 5]), ([TURN_END], [TURN_END]), (None, [])):
+        found = stops.stop_ids(tokenizer, GenerationConfig(eos_token_id=configured))
+        assert found == list(dict.fromkeys([*expected, END_OF_TEXT, TURN_END]))
+
+
+def test_only_a_special_token_ends_a_template_s_turn(student_dir: Path) -> None:
+    tokenizer, config = tokenizer_and_config(student_dir)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}+1{% endfor %}"
+    assert stops.stop_ids(tokenizer, config) == [END_OF_TEXT]
+
+
 def test_a_difference_is_said_with_names(student_dir: Path) -> None:
     tokenizer, _ = tokenizer_and_config(student_dir)
     notice = stops.difference([END_OF_TEXT, TURN_END], [TURN_END], "mask", tokenizer)

@@ -113,7 +113,7 @@ class StudentServer:
         answer = await self.client.request("POST", "/v1/completions", body)
         await self._check_version()
         with reading("an answer that is no completion"):
-            return _read_completion(answer, sampling)
+            return read_completion(answer, sampling)
 
 
 class VllmServerEngine:
@@ -216,7 +216,7 @@ class VllmServerEngine:
                 future.cancel()
 
 
-def _read_completion(answer: Json, sampling: Sampling) -> Completion:
+def read_completion(answer: Json, sampling: Sampling) -> Completion:
     """Returns ids and log-probs of an answer; raises Transient if the completion is not whole."""
     (choice,) = answer["choices"]
     ids, log_probs = choice["token_ids"], choice["logprobs"]["token_logprobs"]

@@ -29,6 +29,8 @@ _EVALUATED = re.compile(r"step-(\d+)")
 #: Name, size and time of change of the files of a run.
 RunState = frozenset[tuple[str, int, int]]
 LOCK = ".lock"
+#: The folder of the teacher's own evaluation, in that of all evaluations.
+TEACHER = "teacher"
 LARGEST_NUMBER = 1e300
 _TAIL_BYTES = 1 << 16  # of metrics.jsonl: several rows
 
@@ -202,7 +204,13 @@ class RunDirectory:
 
     def teacher_evaluation(self) -> dict[str, JsonObject]:
         """Returns benchmark -> results of the teacher itself; {} if it was not evaluated."""
-        return self._benchmarks(self.evaluations_path / "teacher")
+        return self._benchmarks(self.evaluations_path / TEACHER)
+
+    def write_teacher_evaluation(self, results: Mapping[str, JsonObject]) -> None:
+        """Writes benchmark -> results of the teacher itself."""
+        folder = self.evaluations_path / TEACHER
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "results.json", {"results": results})
 
     def _benchmarks(self, folder: Path) -> dict[str, JsonObject]:
         """Returns benchmark -> results of the evaluation in a folder."""

@@ -35,7 +35,7 @@ from poweropd.training.metrics import (
 )
 from poweropd.training.progress import TrainingProgress
 from poweropd.training.update import UpdateOutcome
-from poweropd.training.validation import make_judges
+from poweropd.training.validation import make_judges, teacher_subject
 
 logger = logging.getLogger("poweropd")
 
@@ -116,6 +116,7 @@ class Trainer:
         progress = TrainingProgress(steps, self.steps_done, self.run.path.name, self.progress)
         with self._alone(), progress, self.recorder, signals.deferred() as received:
             self._check_place()
+            self._evaluate_teacher()
             if not self.steps_done and (before := self._validate()):
                 self.accelerator.log(before, step=0)  # and no row of metrics.jsonl
             while self.steps_done < end:
@@ -300,6 +301,16 @@ class Trainer:
         if outcome is not None and self.accelerator.is_main_process:
             self.recorder.record(step, outcome.record, kept)
         return {"seconds/record": self.recorder.take_seconds()}
+
+    def _evaluate_teacher(self) -> None:
+        """Evaluates the teacher itself if the recipe asks for it, once in a run."""
+        wanted = self.validation is not None and self.validation.section.teacher
+        if self.validation is None or not wanted or self.run.teacher_evaluation():
+            return
+        own = (self.inputs.teachers[""], self.models.teachers.get(""), self.accelerator.device)
+        with self._failing_together(), teacher_subject(self.config, *own) as subject:
+            self.accelerator.log(self.validation.evaluate_teacher(subject), step=0)
+        self.accelerator.wait_for_everyone()
 
     def _validate(self) -> dict[str, float]:
         """Evaluates the current student if the recipe asks for it, and keeps the best one."""

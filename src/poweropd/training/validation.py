@@ -1,12 +1,13 @@
 """Evaluations during training: of the current student, with the engine that is loaded already."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -33,7 +34,10 @@ from poweropd.evaluation.settings import DivergenceSettings, EvaluationSettings
 from poweropd.grading.graders.base import create_grader
 from poweropd.models import loading
 from poweropd.models.language_model import Teacher
-from poweropd.runs.directory import BestStep, RunDirectory
+from poweropd.rollouts.base import RolloutEngine
+from poweropd.rollouts.served import ServedModel
+from poweropd.rollouts.transformers import TransformersEngine
+from poweropd.runs.directory import TEACHER, BestStep, RunDirectory
 from poweropd.runs.files import JsonObject
 from poweropd.runs.metrics import OF_BENCHMARKS, OF_DIVERGENCE, OF_SCORES
 from poweropd.teachers.factory import TeacherProfile
@@ -147,6 +151,21 @@ class Validation:
         if self.accelerator.is_main_process:
             self.run.write_evaluation(steps_done, found, divergence)
         return metrics
+
+    def evaluate_teacher(self, subject: Subject) -> dict[str, float]:
+        """Evaluates the teacher on the benchmarks, once in a run; returns its metrics.
+
+        They are named "eval/teacher/BENCHMARK/METRIC". Every process takes its share of problems.
+        """
+        summaries = self._on_benchmarks(subject, self.run.evaluations_path / TEACHER)
+        found: dict[str, JsonObject] = {name: asdict(one) for name, one in summaries.items()}
+        if self.accelerator.is_main_process:
+            self.run.write_teacher_evaluation(found)
+        return {
+            m.of(f"{TEACHER}/{name}"): found[name][key]["mean"]
+            for name in found
+            for key, m in OF_BENCHMARKS.items()
+        }
 
     def _own(self, folder: Path) -> tuple[Path, tuple[int, int]]:
         """Returns this process's folder and share, (first, stride), of an evaluation."""
@@ -270,3 +289,25 @@ def make_judges(
             offload_from = accelerator.device if section.offload else None
             judges[name] = LocalJudge(teachers[name], compare, offload_from)
     return Judges(judges, lambda flags: gather_object([flags]), together)
+
+
+@contextmanager
+def teacher_subject(
+    config: Config, profile: TeacherProfile, teacher: Teacher | None, device: torch.device
+) -> Iterator[Subject]:
+    """Yields the only teacher of a recipe as something to evaluate; None is one on servers."""
+    section = config.only_teacher
+    if teacher is None:
+        engine: RolloutEngine = ServedModel(section)
+    else:
+        rows = teacher.causal_lm.get_output_embeddings().weight.shape[0]
+        batch_size = config.rollout.batch_size
+        engine = TransformersEngine(teacher.causal_lm, vocab_size=rows, batch_size=batch_size)
+        teacher.to(device)
+    try:
+        yield Subject(
+            engine, profile.tokenizer, tuple(profile.stop_ids), profile.context, section.model
+        )
+    finally:
+        if teacher is not None and section.offload:
+            teacher.to("cpu")
