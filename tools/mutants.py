@@ -26,7 +26,7 @@ SEED = 0
 # Name -> modules of src/poweropd, and the tests that judge their mutants. They should be quick: a
 # mutant runs those of them that reach its function, up to the first that fails.
 MODULES = {
-    "rewards": (["rewards.py"], ["test_rewards.py"]),
+    "rewards": (["rewards/*.py"], ["test_rewards.py"]),
     "stops": (["stops.py"], ["test_stops.py"]),
     "data": (
         ["data/batch.py", "data/rollout.py"],
