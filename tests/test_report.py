@@ -1,7 +1,7 @@
 """Reports: what they say of whole, unfinished, broken and different runs; figures as files."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from poweropd import Config, commands
 from poweropd.errors import UsageError
+from poweropd.evaluation.divergence import JudgedRow, summarize_divergence
 from poweropd.report import (
     curves,
     distributions,
@@ -24,6 +25,7 @@ from poweropd.report import (
 from poweropd.report.runs import RecordedRun, read_runs
 from poweropd.runs.directory import RunDirectory, run_directories
 from poweropd.runs.files import write_json
+from poweropd.runs.metrics import OF_DIVERGENCE
 from poweropd.runs.recorder import RewardRecorder
 
 MAKES = Callable[..., Config]
@@ -253,6 +255,79 @@ def test_before_after_and_the_teacher_are_a_table(make_run: Callable[..., Path])
         table = evaluations.change_table(read_runs([path]))
         assert table is not None
         assert table.rows[0][4] == "–"
+
+
+def judged(kl: Mapping[str, float]) -> dict[str, object]:
+    """The file's part of an evaluation in which each prompt had one completion of 10 tokens."""
+    rows = [
+        JudgedRow(
+            id=i, sample=0, completion="x", length=10, stop="</s>", tokens=10,
+            reverse_kl=10 * value, agreement=5, teacher_log_prob=-20.0,
+        )
+        for i, value in kl.items()
+    ]  # fmt: skip
+    return summarize_divergence(rows, "exact").to_dict()
+
+
+def test_the_divergence_is_in_both_tables_and_a_figure_with_its_interval(
+    make_run: Callable[..., Path],
+) -> None:
+    path = make_run(steps=4)
+    run, ids = RunDirectory(path), [str(i) for i in range(40)]
+    before = judged({i: 1.0 + int(i) / 40 for i in ids})
+    after = judged({i: 0.5 + int(i) / 40 for i in ids})
+    run.write_evaluation(4, {}, after)
+    runs = read_runs([path])
+    assert evaluations.change_table(runs) is None  # nothing was measured before
+    summary = tables.summary_table(runs)
+    column = summary.columns.index("held-out KL")
+    assert summary.rows[0][column].startswith("0.9875 [")
+    assert summary.rows[0][column].endswith("] at step 4")
+    run.write_evaluation(0, {}, before)
+    runs = read_runs([path])
+    table = evaluations.change_table(runs)
+    assert table is not None
+    rows = {row[1]: row for row in table.rows}
+    kl = rows["held-out KL, nats per token"]
+    assert kl[2].startswith("1.4875 [")
+    assert kl[4:] == ["-0.5000 [-0.5000, -0.5000]", "–"]  # the prompts' own part cancels
+    assert rows["agreement, %"][4] == "+0.0 [+0.0, +0.0]"
+    assert len(rows) == len(OF_DIVERGENCE)
+    figures = {figure.key: figure for figure in evaluations.evaluation_figures(runs)}
+    figure = figures["eval-divergence-reverse_kl"]
+    assert [row["step"] for row in figure.rows] == [0, 4]
+    assert all(row["low"] < row["mean"] < row["high"] for row in figure.rows)
+    assert "sampled" not in figure.description
+    band = figure.spec()["layer"][0]
+    assert (band["mark"]["type"], band["encoding"]["y2"]) == ("area", {"field": "high"})
+    assert "-0.5000 [-0.5000, -0.5000]" in rendered([path])
+
+
+def test_a_sampled_divergence_is_called_so(make_run: Callable[..., Path]) -> None:
+    path = make_run(steps=4)
+    for step in (0, 4):
+        found = judged({"a": 1.0, "b": 2.0}) | {"estimate": "sampled"}
+        RunDirectory(path).write_evaluation(step, {}, found)
+    runs = read_runs([path])
+    table = evaluations.change_table(runs)
+    assert table is not None
+    assert table.rows[0][1] == "held-out KL, nats per token, a sampled estimate"
+    found = {figure.key: figure.description for figure in evaluations.evaluation_figures(runs)}
+    assert found["eval-divergence-reverse_kl"].endswith("A sampled estimate in run.")
+    assert "sampled" not in found["eval-divergence-agreement"]
+
+
+@pytest.mark.parametrize("damage", [{}, {"a": 1}, {"a": {"tokens": "ten"}}, [], {"other": None}])
+def test_a_change_without_the_prompts_own_figures_is_absent(
+    make_run: Callable[..., Path], damage: object
+) -> None:
+    path = make_run(steps=4)
+    whole = judged({"a": 1.0, "b": 2.0})
+    RunDirectory(path).write_evaluation(0, {}, whole | {"per_prompt": damage})
+    RunDirectory(path).write_evaluation(4, {}, whole)
+    table = evaluations.change_table(read_runs([path]))
+    assert table is not None
+    assert {row[4] for row in table.rows} == {"–"}
 
 
 def test_tooltips_name_fields_that_the_rows_have(make_run: Callable[..., Path]) -> None:

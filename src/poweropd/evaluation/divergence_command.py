@@ -278,8 +278,7 @@ def _table(title: str, figures: Mapping[str, Estimate], sign: str = "") -> Table
         cell, figure = metric.table or Shown(metric.title, "g"), figures[name]
         cell = replace(cell, format=f"{sign}{cell.format}")
         low, high = cell.text(figure.low), cell.text(figure.high)
-        unit = f", {metric.unit}" if cell.factor == 1 else ""
-        shown.add_row(f"{cell.heading}{unit}", cell.text(figure.mean), f"[{low}, {high}]")
+        shown.add_row(metric.measure, cell.text(figure.mean), f"[{low}, {high}]")
     return shown
 
 

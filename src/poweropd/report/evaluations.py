@@ -1,22 +1,29 @@
 """What evaluations say: figures over steps, and a table of before, after and the teacher."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 
 import altair
 
+from poweropd.evaluation.divergence import PromptTotals, paired_differences
 from poweropd.evaluation.metrics import Estimate, paired_bootstrap
 from poweropd.report.curves import RUN, STEP, hovering, overlay
 from poweropd.report.runs import RecordedRun, benchmarks
-from poweropd.report.tables import ABSENT, Table
+from poweropd.report.tables import ABSENT, PERCENT, Table, interval
 from poweropd.report.theme import Figure, TooltipField
 from poweropd.runs.directory import is_number
 from poweropd.runs.files import JsonObject
+from poweropd.runs.metrics import OF_DIVERGENCE, Shown
 
 CHANGES = ["run", "measure", "before", "after", "after minus before", "teacher"]
 
 
 def evaluation_figures(runs: Sequence[RecordedRun]) -> list[Figure]:
-    """Returns a figure for each benchmark: Avg@k over steps with 95% intervals over problems."""
+    """Returns a figure for each benchmark and each measure of the divergence, over steps."""
+    return [*_benchmark_figures(runs), *_divergence_figures(runs)]
+
+
+def _benchmark_figures(runs: Sequence[RecordedRun]) -> list[Figure]:
     found = []
     for benchmark in benchmarks(runs):
         rows = [
@@ -29,6 +36,27 @@ def evaluation_figures(runs: Sequence[RecordedRun]) -> list[Figure]:
         found.append(
             _estimates_over_steps(runs, key, f"Accuracy on {benchmark}", said, rows, "percent")
         )
+    return found
+
+
+def _divergence_figures(runs: Sequence[RecordedRun]) -> list[Figure]:
+    found = []
+    for name, metric in OF_DIVERGENCE.items():
+        rows = [
+            {"run": run.name, "step": step, **figures[name]}
+            for run in runs
+            for step, figures in run.divergences.items()
+            if name in figures
+        ]
+        if not metric.curve or not rows:
+            continue
+        title = metric.heading[0].upper() + metric.heading[1:]
+        said = "Over steps, with 95% intervals over the prompts."
+        sampled = [run.name for run in runs if run.has_sampled_divergence]
+        if name == "reverse_kl" and sampled:
+            said += f" A sampled estimate in {', '.join(sampled)}."
+        key, kind = metric.key.replace("/", "-"), "percent" if metric.unit == "share" else "number"
+        found.append(_estimates_over_steps(runs, key, title, said, rows, kind))
     return found
 
 
@@ -67,15 +95,15 @@ def _estimates_over_steps(
 def change_table(runs: Sequence[RecordedRun]) -> Table | None:
     """Returns what training changed, or None if no run was evaluated before it or had a teacher.
 
-    One row for each run and benchmark. The change is paired by problem.
+    One row for each run and measure. The change is paired by problem or by held-out prompt.
     """
-    rows = [row for run in runs for row in _accuracy_changes(run)]
+    rows = [row for run in runs for row in (*_accuracy_changes(run), *_divergence_changes(run))]
     if not rows:
         return None
     caption = (
-        "What training changed, with 95% intervals: in accuracies over problems, and in the change "
-        "over problems that are the same before and after. The teacher's own accuracy is how far "
-        "one could get."
+        "What training changed, with 95% intervals over problems, or over held-out prompts. The "
+        "change is paired: the same problems or prompts before and after. The teacher's own "
+        "accuracy is how far one could get."
     )
     return Table(caption, CHANGES, rows)
 
@@ -100,16 +128,61 @@ def _accuracy_changes(run: RecordedRun) -> list[list[str]]:
     return found
 
 
+def _divergence_changes(run: RecordedRun) -> list[list[str]]:
+    steps = dict(run.divergences)
+    before, last = steps.pop(0, None), max(steps, default=None)
+    if before is None:
+        return []
+    after = {} if last is None else steps[last]
+    changes = {} if last is None else _paired_changes(run, last)
+    sampled = run.has_sampled_divergence
+    found = []
+    for name, metric in OF_DIVERGENCE.items():
+        if name not in before:
+            continue
+        cell = metric.table or Shown(metric.title, "g")
+        note = ", a sampled estimate" if sampled and name == "reverse_kl" else ""
+        shown = [
+            interval(before[name], cell),
+            f"{interval(after[name], cell)} at step {last}" if name in after else ABSENT,
+            interval(changes[name], _signed(cell)) if name in changes else ABSENT,
+        ]
+        found.append([run.name, f"{metric.measure}{note}", *shown, ABSENT])
+    return found
+
+
+def _paired_changes(run: RecordedRun, last: int) -> dict[str, JsonObject]:
+    """Returns each figure's change since step 0; {} if the prompts are not the same."""
+    after, before = (_totals(run.divergence_facts.get(step, {})) for step in (last, 0))
+    if not after or after.keys() != before.keys():
+        return {}
+    changes = paired_differences(after, before)
+    return {name: asdict(change) for name, change in changes.items()}
+
+
+def _totals(facts: JsonObject) -> Mapping[str, PromptTotals]:
+    """Returns each prompt's sums; {} if a damaged file does not have them."""
+    found = facts.get("per_prompt")
+    whole = isinstance(found, dict) and all(
+        isinstance(own, dict) and all(is_number(own.get(k)) for k in PromptTotals.__annotations__)
+        for own in found.values()
+    )
+    return found if isinstance(found, dict) and whole else {}
+
+
 def _percent(result: JsonObject | None, step: int | None = None) -> str:
     if result is None:
         return ABSENT
-    mean, low, high = (100 * result["avg_at_k"][key] for key in ("mean", "low", "high"))
-    return f"{mean:.1f}% [{low:.1f}, {high:.1f}]" + ("" if step is None else f" at step {step}")
+    shown = interval(result["avg_at_k"], PERCENT)
+    return shown if step is None else f"{shown} at step {step}"
 
 
 def _points(change: Estimate) -> str:
-    mean, low, high = (100 * value for value in (change.mean, change.low, change.high))
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return interval(asdict(change), _signed(Shown("", ".1f", factor=100.0)))
+
+
+def _signed(cell: Shown) -> Shown:
+    return replace(cell, format=f"+{cell.format}")
 
 
 def _paired_change(after: JsonObject | None, before: JsonObject | None) -> Estimate | None:

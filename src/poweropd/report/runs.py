@@ -8,6 +8,7 @@ from pathlib import Path
 
 from poweropd.config.recipe_file import flatten
 from poweropd.errors import UsageError
+from poweropd.evaluation.divergence import SAMPLED
 from poweropd.runs.directory import RunDirectory
 from poweropd.runs.files import JsonObject
 from poweropd.runs.recorder import RewardRecords
@@ -24,6 +25,10 @@ class RecordedRun:
         self.environment = directory.environment()
         self.evaluations = directory.evaluations()
         self.teacher = directory.teacher_evaluation()  # benchmark -> the teacher's own results
+        self.divergences = directory.divergences()  # step -> figure -> mean, low, high
+        self.divergence_facts = {
+            step: directory.divergence_facts(step) for step in self.divergences
+        }
         self.gradients = directory.gradient_figures()
         self.complete = directory.is_complete
         self.rewards = RewardRecords.read(directory.rewards)
@@ -34,6 +39,8 @@ class RecordedRun:
             self.notes.append(
                 "no reward records: figures of rewards by position are without this run"
             )
+        # A damaged file may have been read, and noted, for several things.
+        self.notes = list(dict.fromkeys(self.notes))
         if not self.complete:
             self.notes.append(f"{self.status}; it is still going, or was stopped or broken off")
 
@@ -66,6 +73,12 @@ class RecordedRun:
         """Returns steps and values of a metric, where the run has one."""
         found = [(row["step"], row[key]) for row in self.metrics if row.get(key) is not None]
         return [step for step, _ in found], [float(value) for _, value in found]
+
+    @property
+    def has_sampled_divergence(self) -> bool:
+        """Returns whether the last reverse KL on held-out prompts is an estimate from tokens."""
+        facts = list(self.divergence_facts.values())
+        return bool(facts) and facts[-1].get("estimate") == SAMPLED
 
     def results(self, benchmark: str) -> list[tuple[int, JsonObject]]:
         """Returns steps and results of a benchmark, in the order of steps."""

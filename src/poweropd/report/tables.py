@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 from poweropd.config.recipe_file import flatten
 from poweropd.report.runs import RecordedRun, benchmarks
-from poweropd.runs.metrics import OF_GRADIENTS, OF_STEPS, TOTAL
+from poweropd.runs.files import JsonObject
+from poweropd.runs.metrics import OF_DIVERGENCE, OF_GRADIENTS, OF_STEPS, TOTAL, Shown
 
 ABSENT = "\N{EN DASH}"
+PERCENT = Shown("", ".1%")
 TASK = ("data.prompts", "data.column", "model.student", "teacher.model")
 
 
@@ -26,8 +28,10 @@ def summary_table(runs: Sequence[RecordedRun]) -> Table:
     measured = [(m.key, m.table) for m in gradients if m.table]
     shown = [(m.key, m.table) for m in OF_STEPS if m.table]
     names = benchmarks(runs)
+    judged = {k: m for k, m in OF_DIVERGENCE.items() if any(run.divergences for run in runs)}
+    divergence = [(name, m.table) for name, m in judged.items() if m.table and m.curve]
     columns = ["run", "reward", "state", *(f"Avg@k on {name}" for name in names)]
-    columns += [*(table.heading for _, table in shown), "time"]
+    columns += [table.heading for _, table in (*divergence, *shown)] + ["time"]
     columns += [table.heading for _, table in measured]
     rows = [
         [
@@ -35,6 +39,7 @@ def summary_table(runs: Sequence[RecordedRun]) -> Table:
             str(run.config.get("reward.name", ABSENT)),
             run.status,
             *(_last_accuracy(run, name) for name in names),
+            *(_last_divergence(run, name, table) for name, table in divergence),
             *(table.text(table.summary.of(run.metrics, key), ABSENT) for key, table in shown),
             _duration(run),
             *(table.text(run.gradients.get(key), ABSENT) for key, table in measured),
@@ -42,11 +47,18 @@ def summary_table(runs: Sequence[RecordedRun]) -> Table:
         for run in runs
     ]
     caption = (
-        "Accuracies are the last ones measured, with 95% intervals over problems. Lengths, "
-        "truncated completions, reverse KL (a sampled estimate) and gradient norm are of the last "
-        "tenth of the steps."
+        "Accuracies and figures on held-out prompts are the last ones measured, with 95% intervals "
+        "over problems or prompts. Lengths, truncated completions, reverse KL (a sampled estimate) "
+        "and gradient norm are of the last tenth of the steps."
     )
     return Table(caption, columns, rows)
+
+
+def interval(found: JsonObject, cell: Shown) -> str:
+    """Returns an estimate as a table writes it: the mean and the ends of its interval."""
+    mean, low, high = (cell.text(found[key]) for key in ("mean", "low", "high"))
+    # One percent sign is enough.
+    return f"{mean} [{low.removesuffix('%')}, {high.removesuffix('%')}]"
 
 
 def _last_accuracy(run: RecordedRun, benchmark: str) -> str:
@@ -54,8 +66,12 @@ def _last_accuracy(run: RecordedRun, benchmark: str) -> str:
     if not found:
         return ABSENT
     step, result = found[-1]
-    mean, low, high = (100 * result["avg_at_k"][key] for key in ("mean", "low", "high"))
-    return f"{mean:.1f}% [{low:.1f}, {high:.1f}] at step {step}"
+    return f"{interval(result['avg_at_k'], PERCENT)} at step {step}"
+
+
+def _last_divergence(run: RecordedRun, name: str, cell: Shown) -> str:
+    found = [(step, figures[name]) for step, figures in run.divergences.items() if name in figures]
+    return f"{interval(found[-1][1], cell)} at step {found[-1][0]}" if found else ABSENT
 
 
 def _duration(run: RecordedRun) -> str:

@@ -68,6 +68,12 @@ class Metric:
         """Returns the title with the unit."""
         return f"{self.title}, {self.unit}" if self.unit else self.title
 
+    @property
+    def measure(self) -> str:
+        """Returns its heading in a table, with the unit."""
+        cell = self.table or Shown(self.title, "g")
+        return f"{cell.heading}, {self.unit}" if self.unit and cell.factor == 1 else cell.heading
+
     def of(self, *names: str) -> str:
         """Returns the key of this metric of a benchmark, or of whatever its stars stand for."""
         key = self.key
@@ -150,11 +156,11 @@ OF_SCORES = Metric("eval/*/scores/*", "further score")
 OF_DIVERGENCE = {
     "reverse_kl": Metric(
         "eval/divergence/reverse_kl", "reverse KL on held-out prompts", "nats per token",
-        table=Shown("held-out KL", ".4f"), better="lower",
+        table=Shown("held-out KL", ".4f"), curve="zero", better="lower",
     ),
     "agreement": Metric(
         "eval/divergence/agreement", "greedy tokens that are the teacher's", "share",
-        table=Shown("agreement, %", ".1f", factor=100.0),
+        table=Shown("agreement, %", ".1f", factor=100.0), curve="linear",
     ),
     "teacher_log_prob": Metric(
         "eval/divergence/teacher_log_prob", "teacher's log-prob of the student's tokens",
