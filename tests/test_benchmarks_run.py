@@ -65,7 +65,7 @@ def test_every_objective_gets_its_cell(benchmarks: None, recipe: Callable[..., C
         with_teacher(collate(trainer.scored(trainer.sample(step))), teacher) for step in range(3)
     ]
     reward = trainer.reward
-    cells = objectives.cells(trainer.student, teacher, batches, reward)
+    cells = objectives.cells(trainer.updater, teacher, batches, reward)
     assert len(cells) == len(objectives.objectives(teacher))
     assert all(re.fullmatch(r"-?\d\.\d\d \(-?[01]\.\d\d\)", cell) for cell in cells)
 

@@ -66,7 +66,7 @@ def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
 
 
 def test_an_embedded_split_has_problems_and_answers() -> None:
-    rows = data_prompts.read_rows("embedded:development", ["problem", "answer"])
+    rows = sources.read_rows("embedded:development", ["problem", "answer"])
     expected = task.problems("development", len(rows))
     assert [(r["id"], r["problem"], r["answer"]) for r in rows] == [
         (p.id, p.problem, p.answer) for p in expected

@@ -307,9 +307,9 @@ def test_different_vocabularies_are_refused_with_both_sizes_and_the_ids(
     [
         (["reward.alpha=0"], "error: override reward.alpha: expected a number > 0, got 0"),
         (["train.steps=0"], "error: override train.steps: expected greater than or equal to 1"),
-        (["data.prompts=none.jsonl"], "error: none.jsonl: cannot read it (No such file"),
+        (["data.prompts=none.jsonl"], "error: data.prompts: none.jsonl: no such file or folder"),
         (["data.column=question"], "expected text or messages in column 'question'"),
-        (["model.student=./nowhere"], "error: ./nowhere: no such model directory"),
+        (["model.student=./nowhere"], "error: model.student: ./nowhere: no such model directory"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(
