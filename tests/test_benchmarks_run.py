@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from poweropd.config import Config
-from poweropd.data.batch import collate
-from poweropd.models.language_model import with_teacher
+from poweropd.training.gradient_noise import fresh_batches
 from poweropd.training.trainer import Trainer
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -61,11 +60,8 @@ def test_every_objective_gets_its_cell(benchmarks: None, recipe: Callable[..., C
     objectives = importlib.import_module("objectives")
     trainer = Trainer(recipe(), progress=False)
     teacher = trainer.models.teacher
-    batches = [
-        with_teacher(collate(trainer.scored(trainer.sample(step))), teacher) for step in range(3)
-    ]
-    reward = trainer.reward
-    cells = objectives.cells(trainer.updater, teacher, batches, reward)
+    batches = fresh_batches(trainer, 3)
+    cells = objectives.cells(trainer.updater, teacher, batches, trainer.reward)
     assert len(cells) == len(objectives.objectives(teacher))
     assert all(re.fullmatch(r"-?\d\.\d\d \(-?[01]\.\d\d\)", cell) for cell in cells)
 
