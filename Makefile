@@ -13,7 +13,7 @@ HARNESS_VENV := .venv-harness
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 .PHONY: install demo test wheel docs check format reference clean vllm-cpu test-vllm test-quant \
-	test-harness fuzz mutants
+	test-harness fuzz mutants journey
 
 install: $(INSTALLED)
 
@@ -63,6 +63,10 @@ $(VLLM_INSTALLED): pyproject.toml constraints-vllm.txt
 # What torch.compile saves there takes longer to compile than these models run.
 test-vllm: vllm-cpu
 	TORCH_COMPILE_DISABLE=1 $(VLLM_VENV)/bin/python -m pytest -m vllm $(ARGS)
+
+# docs/own-task.md as it is written, on its stand-in, with a student that is served at the end.
+journey: install
+	$(BIN)/pytest -m journey $(ARGS)
 
 # Hostile input of every kind, 400 examples for each instead of the suite's 25.
 fuzz: install
