@@ -76,3 +76,14 @@ def test_named_files_and_modules_exist(path: Path) -> None:
         assert (ROOT / name).exists(), name
     for name in set(re.findall(r"\bpoweropd(?:\.[A-Za-z]\w*)+", text)):
         pkgutil.resolve_name(name)
+
+
+def test_the_snippets_of_the_python_page_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), re.DOTALL)
+    names: dict[str, object] = {}
+    exec("\n".join(snippets), names)
+    assert "2 runs/from-python/final" in capsys.readouterr().out
+    assert (tmp_path / "runs/eval/runs--from-python--final/embedded.jsonl").exists()

@@ -15,7 +15,7 @@ from poweropd import Config, Trainer, commands
 from poweropd.errors import RunError, UsageError
 from poweropd.evaluation.benchmarks import Problem, ProblemSet, load_benchmark
 from poweropd.evaluation.metrics import summarize
-from poweropd.evaluation.runner import Evaluation, Subject, evaluate, load_subject
+from poweropd.evaluation.runner import Evaluation, Subject, load_subject, run_benchmarks
 from poweropd.evaluation.settings import EvaluationSettings
 from poweropd.grading.grader import Grade, Grader
 from poweropd.grading.graders import GRADERS, name_problem
@@ -358,7 +358,7 @@ def test_a_function_that_fails_ends_in_one_line_and_what_was_graded_is_kept(
     own = Problem("a", "1+1", None, row={"problem": "1+1"})
     asked = {"own": ProblemSet([own], settings, create_grader("--grader", settings.grader))}
     with pytest.raises(RunError, match=f"{name}: {message}") as caught:
-        evaluate(subject, asked, tmp_path, progress=False)
+        run_benchmarks(subject, asked, tmp_path, progress=False)
     assert "\n" not in str(caught.value)
 
 
@@ -378,7 +378,7 @@ def test_scores_become_figures(subject: Subject, tmp_path: Path) -> None:
     grader = create_grader("--grader", f"{__name__}:length")
     settings = EvaluationSettings(n=2, max_new_tokens=6, grader=f"{__name__}:length")
     asked = {"own": ProblemSet(load_benchmark(path, grader=grader), settings, grader)}
-    rows = evaluate(subject, asked, tmp_path / "out", progress=False)["own"].rows
+    rows = run_benchmarks(subject, asked, tmp_path / "out", progress=False)["own"].rows
     summary = summarize(rows, n=2)
     assert {row["score"] for row in rows} == {0.5}
     assert (summary.avg_at_k.mean, summary.pass_at_k.mean, summary.maj_at_k.mean) == (0.5, 0, 0)

@@ -49,7 +49,8 @@ MAY_IMPORT = {
     },
     "report": {"config", "evaluation", "rewards", "runs"},
     "sweep": {"config", "evaluation", "report", "runs", "training"},
-    "plan": {"config", "data", "embedded", "kernels", "models", "runs", "stops"},
+    # It also looks at prompts, and at their gold answers, to write a first recipe.
+    "plan": {"config", "data", "embedded", "grading", "kernels", "models", "runs", "stops"},
 }
 SEES_EVERYTHING = {"commands", "__main__", "__init__"}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOMES = {"Config": "config", "Trainer": "training.trainer", "evaluate": "evaluation.runner"}
+_HOMES = {"Config": "config", "Trainer": "training.trainer", "evaluate": "evaluation.api"}
 __all__ = ["Config", "Trainer", "__version__", "evaluate"]
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from poweropd import __version__
-from poweropd.commands import demo, plan, push, report, sweep, train
+from poweropd.commands import demo, init, plan, push, report, sweep, train
 from poweropd.commands import eval as evaluation
 from poweropd.errors import RunError, UsageError, one_line
 
@@ -24,6 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.command()(init.init)
 app.command()(train.train)
 app.command("eval")(evaluation.eval_command)
 app.command()(plan.plan)

@@ -129,7 +129,7 @@ def eval_command(
     chat_template: ChatTemplate = True,
     system: System = None,
     instruction: Instruction = None,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype = "auto",
     batch_size: BatchSize = BATCH_SIZE,
     trust_remote_code: TrustRemoteCode = False,
     out: Out = None,
@@ -180,7 +180,7 @@ def eval_command(
         return
     if model is None:
         raise UsageError("expected a MODEL to evaluate, or --grade FILE")
-    folder = out or Path("runs/eval") / file_name(model)
+    folder = out or Path("runs/eval") / command.file_name(model)
     if teacher is not None or teacher_server or prompts is not None:
         from poweropd.evaluation import divergence_command
 
@@ -200,7 +200,10 @@ def eval_command(
                 system,
             ),
             DivergenceSettings(**given(sampling)),
-            out or folder / f"beside-{file_name(str(teacher))}" / file_name(str(prompts)),
+            out
+            or folder
+            / f"beside-{command.file_name(str(teacher))}"
+            / command.file_name(str(prompts)),
             divergence_command.ModelOptions(dtype, trust_remote_code, batch_size),
             limit,
         )
@@ -241,11 +244,6 @@ def _run_harness(
         raise UsageError("--harness: expected names of tasks of lm-eval, such as ifeval")
     found = harness.evaluate_with_harness(model, asked, dtype, trust_remote_code, batch_size)
     harness.show_harness(found, json_file)
-
-
-def file_name(address: str) -> str:
-    """Returns a model's or file's address as the name of a folder."""
-    return address.strip("/").replace("/", "--").replace(":", "-")
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,7 @@ Prompts = Annotated[
 ]
 Teacher = Annotated[str, typer.Option(help="The teacher: a directory or a Hub model.")]
 Student = Annotated[str, typer.Option(help="The student: a directory or a Hub model.")]
-Server = Annotated[
-    str | None, typer.Option(help="Base URL of a vLLM server that has the teacher.")
-]
+Server = Annotated[str | None, typer.Option(help="Base URL of a vLLM server that has the teacher.")]
 Column = Annotated[str | None, typer.Option(help="The column of the prompts (default: found).")]
 Split = Annotated[str, typer.Option(help="The split of a Hub dataset.")]
 System = Annotated[str | None, typer.Option(help="A system turn before each prompt.")]
@@ -35,8 +33,8 @@ def init(
     out: Out = Path("recipe.yaml"),
 ) -> None:
     """Looks at your prompts and writes a commented recipe for them, to be read and changed."""
-    from poweropd.starter.recipe import Models, write_recipe
-    from poweropd.starter.survey import survey
+    from poweropd.plan.starter import Models, write_recipe
+    from poweropd.plan.survey import survey
 
     found = survey(prompts, split, column)
     write_recipe(out, found, Models(student, teacher, teacher_server), split, system, test)

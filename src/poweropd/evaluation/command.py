@@ -61,6 +61,16 @@ def chosen_problems(
     }
 
 
+def file_name(address: str) -> str:
+    """Returns a model's or file's address as the name of a folder."""
+    return address.strip("/").replace("/", "--").replace(":", "-")
+
+
+def judged_folder(folder: Path, teacher: str, prompts: str) -> Path:
+    """Returns where completions are kept that a teacher judges."""
+    return folder / f"beside-{file_name(teacher)}" / file_name(prompts)
+
+
 def evaluate_model(
     model: str,
     problem_sets: Mapping[str, Sequence[Problem]],
@@ -78,12 +88,12 @@ def evaluate_model(
         raise UsageError(f"--benchmark: expected one or more of {known}, a file or a dataset")
     import torch
 
-    from poweropd.evaluation.runner import evaluate, load_subject
+    from poweropd.evaluation.runner import load_subject, run_benchmarks
 
     subject = load_subject(model, dtype, trust_remote_code, batch_size)
     asked = {name: ProblemSet(own, settings, grader) for name, own in problem_sets.items()}
     try:
-        done = evaluate(subject, asked, folder)
+        done = run_benchmarks(subject, asked, folder)
     except torch.OutOfMemoryError:
         raise RunError(
             f"out of memory with --batch-size {batch_size}: run the same command with a smaller "

@@ -277,7 +277,7 @@ def load_subject(
     )
 
 
-def evaluate(
+def run_benchmarks(
     subject: Subject,
     problem_sets: Mapping[str, ProblemSet],
     folder: Path,

@@ -8,7 +8,7 @@ from statistics import fmean
 from poweropd.config import Config
 from poweropd.evaluation.benchmarks import Problem, ProblemSet, load_benchmark
 from poweropd.evaluation.metrics import problem_values
-from poweropd.evaluation.runner import Subject, evaluate
+from poweropd.evaluation.runner import Subject, run_benchmarks
 from poweropd.evaluation.settings import EvaluationSettings
 from poweropd.runs.files import recover_jsonl
 from poweropd.sweep.jobs import Measurement, Training, solving
@@ -51,7 +51,7 @@ def solve(
 ) -> dict[str, float]:
     """Returns accuracy and mean length on problems; `path` is the file of the completions."""
     asked = {path.stem: ProblemSet(problems, settings)}
-    done = evaluate(subject, asked, path.parent, progress=False)
+    done = run_benchmarks(subject, asked, path.parent, progress=False)
     rows = done[path.stem].rows
     accuracy = fmean(problem_values(rows).values())
     return {"accuracy": accuracy, "mean_length": fmean(row["tokens"] for row in rows)}

@@ -29,7 +29,7 @@ from poweropd.evaluation.judging import (
 )
 from poweropd.evaluation.metrics import Summary, summarize
 from poweropd.evaluation.results import unanswered_note
-from poweropd.evaluation.runner import Subject, check_room, evaluate, prompt_ids
+from poweropd.evaluation.runner import Subject, check_room, prompt_ids, run_benchmarks
 from poweropd.evaluation.settings import DivergenceSettings, EvaluationSettings
 from poweropd.grading.graders.base import create_grader
 from poweropd.models import loading
@@ -174,7 +174,7 @@ class Validation:
 
     def _on_benchmarks(self, subject: Subject, folder: Path) -> dict[str, Summary]:
         own, share = self._own(folder)
-        done = evaluate(subject, self.problem_sets, own, progress=False, share=share)
+        done = run_benchmarks(subject, self.problem_sets, own, progress=False, share=share)
         found = {}
         for name, one in self.problem_sets.items():
             rows = gather_object(done[name].rows)

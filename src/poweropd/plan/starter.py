@@ -1,5 +1,6 @@
 """Writes the commented recipe for what a survey has found."""
 
+import io
 import math
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -7,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+from ruamel.yaml import YAML
 
 from poweropd.data.chat import encode_chat
 from poweropd.errors import UsageError
 from poweropd.models import loading
-from poweropd.starter.survey import Survey
+from poweropd.plan.survey import Survey
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,18 +81,16 @@ def write_recipe(
 
 
 def _template() -> jinja2.Template:
-    source = files("poweropd.starter").joinpath("recipe.yaml.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
+    source = files("poweropd.plan").joinpath("starter.yaml.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=True
+    )
     environment.filters["tojson"] = _quoted
     return environment.from_string(source)
 
 
 def _quoted(value: object) -> str:
     """Returns a text as YAML reads it, in quotes only where it needs them."""
-    import io
-
-    from ruamel.yaml import YAML
-
     yaml = YAML()
     yaml.width = 10_000
     out = io.StringIO()
@@ -98,9 +98,7 @@ def _quoted(value: object) -> str:
     return out.getvalue().removeprefix("- ").rstrip("\n")
 
 
-def _longest_prompt(
-    found: Survey, tokenizer: "PreTrainedTokenizerBase", system: str | None
-) -> int:
+def _longest_prompt(found: Survey, tokenizer: "PreTrainedTokenizerBase", system: str | None) -> int:
     """Returns the tokens of the longest of the first prompts."""
     chat: dict[str, Any] | None = {} if tokenizer.chat_template else None
     prompts = [replace(prompt, tools=None) for prompt in found.prompts[:MEASURED]]
