@@ -83,6 +83,35 @@ def test_another_reward_starts_from_its_own_defaults(
 
 
 @pytest.mark.parametrize(
+    ("own", "overrides", "expected"),
+    [
+        ("epochs: 3", ["train.steps=5"], (5, None)),
+        ("steps: 9", ["train.epochs=2"], (1500, 2.0)),
+        ("steps: 9", ["train.epochs=null"], (9, None)),
+        ("epochs: 3", ["train.steps=null"], (1500, 3.0)),
+        ("epochs: 3", ["train.steps=5", "train.epochs=null"], (5, None)),
+        ("epochs: 3", ["train.steps=5", "train={epochs: 1}"], (1500, 1.0)),
+    ],
+)
+def test_steps_and_epochs_replace_each_other(
+    tmp_path: Path, own: str, overrides: list[str], expected: tuple[int, float | None]
+) -> None:
+    config = Config.load(write(tmp_path, RECIPE.replace("steps: 20", own)), overrides)
+    assert (config.train.steps, config.train.epochs) == expected
+
+
+def test_epochs_are_evaluated_as_often_as_their_steps(tmp_path: Path) -> None:
+    overrides = ["train.epochs=3", "train.prompts_per_step=2", "data.holdout=10"]
+    config = Config.load(write(tmp_path), overrides)
+    assert config.evaluate is not None
+    assert config.evaluate.every is None  # until the prompts have been counted
+    counted = config.with_steps(100)
+    assert (counted.train.steps, counted.train.epochs) == (150, None)
+    assert counted.evaluate is not None
+    assert counted.evaluate.every == 15
+
+
+@pytest.mark.parametrize(
     ("overrides", "rate"),
     [
         ([], 5e-7),

@@ -17,7 +17,14 @@ from poweropd.runs.directory import RunDirectory
 pytestmark = pytest.mark.journey
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "own-task.md"
-WAIT = 'for _ in $(seq 240); do curl -sf "$URL/health" > health && break; sleep 0.5; done'
+START = """\
+set -euo pipefail
+server=''
+trap '[ -z "$server" ] || kill $server' EXIT
+"""
+WAIT = """\
+for _ in $(seq 240); do curl -sf http://localhost:{port}/health > health && break; sleep 0.5; done
+"""
 
 
 def script(port: int) -> str:
@@ -25,17 +32,17 @@ def script(port: int) -> str:
 
     Of the servers transformers' is started; vLLM is an environment of its own.
     """
-    text = PAGE.read_text(encoding="utf-8")
-    blocks = re.findall(r"(?:^    .*\n)+", text, re.MULTILINE)
-    lines = "".join(blocks).replace("8000", str(port)).splitlines()
-    lines = [line.removeprefix("    ") for line in lines]
-    lines = [line for line in lines if not line.startswith("vllm serve")]
-    served = [
-        f"{line} > serve.log 2>&1 &\nserver=$!\n{WAIT}" if "transformers serve" in line else line
-        for line in lines
-    ]
-    start = f"set -euo pipefail\nURL=http://localhost:{port}\ntrap 'kill $server' EXIT\nserver=''\n"
-    return start + "\n".join(served).replace("curl http", "curl -sS -o served.json http")
+    blocks = re.findall(r"(?:^    .*\n)+", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    lines = [line.removeprefix("    ") for line in "".join(blocks).splitlines()]
+    lines = [line.replace("localhost:8000", f"localhost:{port}") for line in lines]
+    written = [START]
+    for line in lines:
+        if line.startswith("transformers serve"):
+            serve = line.replace("--port 8000", f"--port {port}")
+            written.append(f"{serve} > serve.log 2>&1 &\nserver=$!\n{WAIT.format(port=port)}")
+        elif not line.startswith("vllm serve"):
+            written.append(line.replace("curl ", "curl -sS -o served.json "))
+    return "\n".join(written)
 
 
 @pytest.fixture(scope="module")
@@ -69,39 +76,50 @@ def accuracy(path: Path) -> float:
     return float(figures(path)["results"]["test"]["avg_at_k"]["mean"])
 
 
+def reverse_kl(path: Path) -> float:
+    return float(figures(path)["divergence"]["reverse_kl"]["mean"])
+
+
 def test_the_student_gets_better_and_the_teacher_says_how_far_one_could_get(evening: Path) -> None:
     before, after, teacher = (
         accuracy(evening / f"{when}.json") for when in ("before", "after", "teacher")
     )
-    assert before + 0.1 < after <= teacher + 0.05
+    assert before + 0.2 < after <= teacher
+    assert teacher > 0.95
 
 
-def test_the_divergence_falls(evening: Path) -> None:
-    found = RunDirectory(evening / "runs" / "own-task").evaluations()
-    first, *_, last = (found[step] for step in sorted(found))
-    assert first
-    assert last
-    before = figures(evening / "divergence-before.json")["divergence"]["reverse_kl"]["mean"]
-    log = (evening / "log").read_text()
-    assert before > 0
-    assert "reverse KL" in log
+def test_the_divergence_falls_to_a_third(evening: Path) -> None:
+    before, after = (
+        reverse_kl(evening / f"divergence-{when}.json") for when in ("before", "after")
+    )
+    assert 0 < after < before / 3
 
 
-def test_tune_recommends_a_recipe_of_the_same_run(evening: Path) -> None:
-    own = Config.load(evening / "own-task.yaml")
-    found = Config.load(evening / "runs" / "own-task-tune" / "recommended.yaml")
-    changed = {difference.partition(":")[0] for difference in found.differences(own)}
-    assert changed <= {"reward.alpha", "reward.name", "train.learning_rate"}
+@pytest.mark.parametrize("name", ["own-task", "own-task-lora"])
+def test_the_run_itself_tells_the_same(evening: Path, name: str) -> None:
+    evaluations = RunDirectory(evening / "runs" / name).path / "eval"
+    steps = sorted(int(path.name.removeprefix("step-")) for path in evaluations.glob("step-*"))
+    assert len(steps) == 11  # before the first step, and ten times during the run
+    first, last = (evaluations / f"step-{step}" / "results.json" for step in (steps[0], steps[-1]))
+    teacher = accuracy(evaluations / "teacher" / "results.json")
+    assert accuracy(first) + 0.2 < accuracy(last) <= teacher
+    assert reverse_kl(last) < reverse_kl(first) / 3
 
 
-def test_the_recipe_is_the_one_of_the_package(evening: Path) -> None:
-    shipped = Config.load(ROOT / "recipes" / "own-task.yaml")
-    own = Config.load(evening / "own-task.yaml")
-    models = {"model.student", "teacher.model"}
-    changed = {difference.partition(":")[0] for difference in shipped.differences(own)}
-    assert changed <= models
+def test_its_recipe_is_valid_and_names_the_files(evening: Path) -> None:
+    config = Config.load(evening / "own-task.yaml")
+    assert (config.data.prompts, config.data.column) == ("train.jsonl", "ticket")
 
 
 def test_the_student_is_served(evening: Path) -> None:
     answer = figures(evening / "served.json")["choices"][0]["message"]["content"]
-    assert "Answer: " in answer
+    assert answer.endswith("Answer: delivery")
+
+
+def test_what_would_be_published_names_no_path_and_no_prompt(evening: Path) -> None:
+    log = (evening / "log").read_text()
+    said = log[log.rindex("model.safetensors") :]
+    assert "| test | 100 |" in said
+    assert str(evening) not in said
+    assert "tickets/" not in said
+    assert "Name the category" not in said

@@ -165,28 +165,32 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def make_config(name: str, tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
+    """Returns the config of one of the two models."""
+    of = SCHOOLS[name]
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=of.hidden_size,
+        intermediate_size=3 * of.hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+
+
 def school(name: str, tokenizer: PreTrainedTokenizerFast, known: set[str]) -> Qwen3ForCausalLM:
     """Returns a model trained on tickets that are not among the known ones."""
     of = SCHOOLS[name]
     torch.manual_seed(of.seed)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=of.hidden_size,
-            intermediate_size=3 * of.hidden_size,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            head_dim=32,
-            max_position_embeddings=512,
-            initializer_range=0.05,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            dtype="float32",
-        )
-    ).train()
+    model = Qwen3ForCausalLM(make_config(name, tokenizer)).train()
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )

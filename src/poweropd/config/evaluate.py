@@ -90,6 +90,7 @@ def resolved(
 ) -> EvaluateConfig | None:
     """Returns the section with everything that the recipe left open; None for no evaluation.
 
+    `every` stays open until epochs are known as steps (`Config.with_steps`).
     Held-out prompts without benchmarks are what the divergence from the teacher is measured on.
     """
     if section is None and not data.holdout:
@@ -99,7 +100,9 @@ def resolved(
     if divergence is None and data.holdout and not section.benchmarks:
         divergence = DivergenceConfig()
     best = section.best or ("avg_at_k" if section.benchmarks else "reverse_kl")
-    every = section.every or max(1, train.steps // EVALUATIONS)
+    every = section.every
+    if every is None and train.epochs is None:
+        every = max(1, train.steps // EVALUATIONS)
     return section.model_copy(update={"divergence": divergence, "best": best, "every": every})
 
 

@@ -90,7 +90,9 @@ class Config(Section):
         if self.train.epochs is None:
             return self
         steps = {"steps": self.train.steps_of(prompts), "epochs": None}
-        return self.model_copy(update={"train": self.train.model_copy(update=steps)})
+        train = self.train.model_copy(update=steps)
+        evaluate = evaluation.resolved(self.evaluate, self.data, train)
+        return self.model_copy(update={"train": train, "evaluate": evaluate})
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
@@ -101,6 +103,7 @@ class Config(Section):
         overridden = [apply_override(tree, override) for override in overrides]
         if _reward_name(tree) != before:
             _drop_parameters(tree, overridden, before)
+        _drop_other_length(tree, overridden)
         return cls._from_tree(tree, path.stem, Where(path, tree, overridden))
 
     @classmethod
@@ -200,6 +203,17 @@ def _drop_parameters(tree: dict[str, Any], overridden: Sequence[Key], of: object
     if dropped:
         what = ", ".join(map(one_line, dropped))
         logger.info("reward.name: %s of reward %s is left out", what, one_line(str(of)))
+
+
+def _drop_other_length(tree: dict[str, Any], overridden: Sequence[Key]) -> None:
+    """Leaves out the recipe's train.epochs after an override set train.steps, or vice versa."""
+    if ("train",) in overridden:
+        return
+    given = [key for key in ("steps", "epochs") if ("train", key) in overridden]
+    if len(given) == 1 and tree["train"][given[0]] is not None:
+        other = "epochs" if given == ["steps"] else "steps"
+        if tree["train"].pop(other, None) is not None:
+            logger.info("train.%s: train.%s of the recipe is left out", given[0], other)
 
 
 def _with_rate_of_lora(tree: dict[str, Any]) -> dict[str, Any]:
