@@ -70,7 +70,8 @@ journey: install
 
 # Hostile input of every kind, 400 examples for each instead of the suite's 25.
 fuzz: install
-	POWEROPD_FUZZ=400 $(BIN)/pytest tests/test_hostile.py $(ARGS)
+	POWEROPD_FUZZ=400 $(BIN)/pytest tests/test_hostile.py tests/test_hostile_servers.py \
+		tests/test_hostile_grading.py $(ARGS)
 
 # Not in .venv: there torchao would be imported, and warn, wherever transformers loads a model.
 test-quant: install

@@ -5,103 +5,54 @@ as it is asked. Once, the scores must be the right ones, or the run ends with on
 as it is asked, the run must end.
 """
 
-import copy
 import gzip
 import json
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from rollout_cases import make_request, make_rollout
+from attacked_server import (
+    KEY,
+    STOP,
+    VOCAB,
+    Attacked,
+    Fault,
+    Handler,
+    Sampler,
+    assert_one_line_without_key,
+    assert_right_or_one_line,
+    assert_right_rollouts,
+    assert_right_scores,
+    connect,
+    connect_engine,
+    hurry,
+    running,
+    says,
+    teacher_answer,
+)
 
-from poweropd import net
-from poweropd.config.sections import TeacherConfig
-from poweropd.data.rollout import Example, make_example
-from poweropd.errors import RunError, UsageError, one_line
-from poweropd.net import JsonClient
-from poweropd.rollouts.base import Sampling
+from poweropd.errors import RunError
 from poweropd.rollouts.guards import CheckedEngine
-from poweropd.rollouts.vllm_server import VllmServerEngine
-from poweropd.teachers import base
-from poweropd.teachers.server import ServerTeacher
-
-KEY = "sk-Sesame0pen-4711-wxyz"
-VOCAB = 50
-Answer = dict[str, Any]
-PATIENCE, TIMEOUT = 0.15, 0.5  # seconds
 
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(net, "FIRST_DELAY", 0.005)
-    monkeypatch.setattr(net, "LONGEST_DELAY", 0.02)
-    monkeypatch.setattr(net, "START_SECONDS", PATIENCE)
-    monkeypatch.setattr(net, "MAX_ANSWER_BYTES", 2**20)
-    monkeypatch.setenv("ATTACKED_KEY", KEY)
+    hurry(monkeypatch)
 
 
-class Attacked(ThreadingHTTPServer):
-    """Answers well, but for the first `count` requests to `path`, which `fault` answers."""
-
-    daemon_threads = True
-
-    def __init__(self, answers: Callable[[str, Answer], Any]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answers, self.stopped = answers, threading.Event()
-        self.fault: Fault | None = None
-        self.path, self.count, self.faults = "", 0, 0
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that have gone are what this file is about."""
+@pytest.fixture
+def attacked() -> Iterator[Attacked]:
+    with running(teacher_answer) as server:
+        yield server
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: Attacked
-
-    def do_GET(self) -> None:
-        self.respond({})
-
-    def do_POST(self) -> None:
-        self.respond(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-
-    def respond(self, body: Answer) -> None:
-        right = self.server.answers(self.path, body)
-        if self.server.count > 0 and self.server.fault and self.path.startswith(self.server.path):
-            self.server.count -= 1
-            self.server.faults += 1
-            self.server.fault(self, copy.deepcopy(right))
-        else:
-            self.send(json.dumps(right).encode())
-
-    def send(self, content: bytes, status: int = 200, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: Any) -> None:
-        """Not to the terminal."""
-
-
-Fault = Callable[[Handler, Any], None]
-
-
-def says(content: bytes | str | object, status: int = 200, **headers: str) -> Fault:
-    """A fault that answers with this text, bytes or JSON, whatever it was asked."""
-    if not isinstance(content, bytes):
-        content = (content if isinstance(content, str) else json.dumps(content)).encode()
-    return lambda handler, right: handler.send(content, status, **headers)
+@pytest.fixture
+def sampler(tmp_path: Path) -> Iterator[tuple[Attacked, CheckedEngine]]:
+    with running(Sampler()) as server:
+        yield server, connect_engine(server, tmp_path)
 
 
 def echoes(status: int, text: str) -> Fault:
@@ -258,23 +209,6 @@ TRANSPORT: dict[str, Fault] = {
 # The teacher.
 
 
-def true_log_prob(token: int, before: int) -> float:
-    """What the well server gives."""
-    return -0.1 - ((7 * token + 3 * before) % 20) / 10
-
-
-def teacher_answer(path: str, body: Answer) -> Any:
-    if path == "/v1/models":
-        return {"data": [{"id": "teacher", "max_model_len": 100}]}
-    ids = body["prompt"]
-    entries = [
-        {str(token): {"logprob": true_log_prob(token, before), "rank": 1}}
-        for before, token in pairwise(ids)
-    ]
-    choice = {"index": 0, "prompt_logprobs": [None, *entries], "prompt_token_ids": ids}
-    return {"object": "text_completion", "model": body["model"], "choices": [choice]}
-
-
 def changed(change: Callable[[dict[str, Any]], object]) -> Fault:
     """A fault that changes the only choice of the right answer."""
 
@@ -357,64 +291,6 @@ WRONG_SCORES: dict[str, Fault] = {
 TEACHER_FAULTS = TRANSPORT | WRONG_SCORES
 
 
-@pytest.fixture
-def attacked() -> Iterator[Attacked]:
-    with Attacked(teacher_answer) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield server
-        server.stopped.set()
-        server.shutdown()
-
-
-def connect(server: Attacked, concurrency: int = 2) -> ServerTeacher:
-    return ServerTeacher(
-        TeacherConfig(
-            model="teacher",
-            servers=[server.url],
-            timeout=TIMEOUT,
-            patience=PATIENCE,
-            concurrency=concurrency,
-            api_key_env="ATTACKED_KEY",
-        )
-    )
-
-
-def some_examples() -> list[Example]:
-    made = [
-        make_example(
-            make_rollout(i, [4 + i, 5], [10 + i, 11, 12, 2], stopped=True), [2], [2], "raw"
-        )
-        for i in range(3)
-    ]
-    return [example for example in made if example is not None]
-
-
-def right_scores(example: Example) -> torch.Tensor:
-    ids = [*example.prompt.teacher_prompt_ids, *example.rollout.completion_ids]
-    first = len(example.prompt.teacher_prompt_ids)
-    return torch.tensor([true_log_prob(ids[i], ids[i - 1]) for i in range(first, len(ids))])
-
-
-def assert_one_line_without_key(texts: list[str]) -> None:
-    for text in texts:
-        assert text == one_line(text)
-        assert len(text) < 1000
-        for first in range(len(KEY) - net.SHOWN_OF_KEY):
-            assert KEY[first : first + net.SHOWN_OF_KEY + 1] not in text
-
-
-def assert_right_or_one_line(
-    attempt: Callable[[], object], caplog: pytest.LogCaptureFixture, must_fail: bool
-) -> None:
-    lines = []
-    try:
-        attempt()
-        assert not must_fail, "a server that stays wrong ends a run"
-    except (RunError, UsageError) as error:
-        lines = [str(error)]
-    assert_one_line_without_key(lines + [record.getMessage() for record in caplog.records])
-
-
 @pytest.mark.parametrize("times", [1, 10**9], ids=["once", "always"])
 @pytest.mark.parametrize("name", TEACHER_FAULTS)
 def test_a_teacher_gives_right_scores_or_one_line(
@@ -425,11 +301,7 @@ def test_a_teacher_gives_right_scores_or_one_line(
     teacher.check([[4, 5, 6], [7, 8]])
     attacked.fault, attacked.count, attacked.path = TEACHER_FAULTS[name], times, "/v1/completions"
 
-    def attempt() -> None:
-        for example in base.score(teacher, some_examples()):
-            torch.testing.assert_close(example.teacher_log_probs, right_scores(example))
-
-    assert_right_or_one_line(attempt, caplog, must_fail=times > 1)
+    assert_right_or_one_line(lambda: assert_right_scores(teacher), caplog, must_fail=times > 1)
     assert attacked.faults >= 1
 
 
@@ -491,8 +363,7 @@ def test_no_score_of_another_model_behind_the_same_address_is_used(
 
     def attempt() -> None:
         for _ in range(3):
-            for example in base.score(teacher, some_examples()):
-                torch.testing.assert_close(example.teacher_log_probs, right_scores(example))
+            assert_right_scores(teacher)
 
     assert_right_or_one_line(attempt, caplog, must_fail=True)
 
@@ -516,42 +387,10 @@ def test_no_score_of_another_model_that_is_there_for_one_connection_is_used(
     attacked.fault, attacked.path, attacked.count = balanced, "/v1/completions", 10**9
     teacher.check([[4, 5, 6], [7, 8]])
     with pytest.raises(RunError, match="gives other log-probs than when the run started"):
-        base.score(teacher, some_examples())
+        assert_right_scores(teacher)
 
 
 # The rollout server.
-
-STOP, LONGEST = 2, 4
-SAMPLING = Sampling(LONGEST, (STOP,))
-
-
-class Sampler:
-    """A well rollout server: what it samples is a function of the prompt."""
-
-    def __init__(self) -> None:
-        self.version = "default"
-
-    def __call__(self, path: str, body: Answer) -> Any:
-        if path == "/v1/models":
-            return {"data": [{"id": "student", "max_model_len": 100}]}
-        if path == "/weight_info":
-            return {"weight_version": self.version}
-        if path == "/update_weight_version":
-            self.version = body["new_version"]
-        if path != "/v1/completions":
-            return {}
-        ids = completion_of(body["prompt"])
-        log_probs = {"token_logprobs": log_probs_of(ids)}
-        choice = {"token_ids": ids, "logprobs": log_probs, "finish_reason": "stop"}
-        return {"choices": [choice]}
-
-
-def completion_of(prompt: list[int]) -> list[int]:
-    return [prompt[0] + 5, 11, STOP]
-
-
-def log_probs_of(ids: list[int]) -> list[float]:
-    return [true_log_prob(token, 0) for token in ids]
 
 
 def sets(**fields: Any) -> Fault:
@@ -610,26 +449,6 @@ ROLLOUT_FAULTS: dict[str, Fault] = {
     "two choices": WRONG_SCORES["two choices"],
     "no choice": says({"choices": []}),
 }
-
-
-@pytest.fixture
-def sampler(tmp_path: Path) -> Iterator[tuple[Attacked, CheckedEngine]]:
-    with Attacked(Sampler()) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        options: dict[str, Any] = {"timeout": TIMEOUT, "patience": PATIENCE}
-        client = JsonClient("rollout.server.url", server.url, api_key_env="ATTACKED_KEY", **options)
-        engine = VllmServerEngine(client, lambda: [("head", torch.ones(2))], tmp_path, 2)
-        yield server, CheckedEngine(engine, "vllm_server", VOCAB, 100)
-        server.stopped.set()
-        server.shutdown()
-
-
-def assert_right_rollouts(engine: CheckedEngine) -> None:
-    requests = [make_request(i, [4 + i, 5]) for i in range(3)]
-    for rollout in engine.generate(requests, SAMPLING):
-        assert rollout.completion_ids == completion_of(rollout.prompt_ids)
-        assert rollout.sampling_log_probs == pytest.approx(log_probs_of(rollout.completion_ids))
-        assert rollout.stopped
 
 
 @pytest.mark.parametrize("times", [1, 10**9], ids=["once", "always"])

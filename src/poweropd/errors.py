@@ -15,6 +15,9 @@ IMPORT_FAILURES = (
     *(ArithmeticError, AssertionError, RuntimeError, OSError, IndexError),
 )
 
+# What reading JSON of anybody's raises; deep nesting raises the last, a long integer the first.
+UNREADABLE = (ValueError, RecursionError)
+
 
 class UsageError(ValueError):
     """The recipe, the command line or an input it names is wrong: exit status 2."""

@@ -6,16 +6,19 @@ synchronous code can have many under way and can cancel them.
 """
 
 import asyncio
+import json
 import logging
 import math
 import os
 import random
+import ssl
 import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
@@ -25,7 +28,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from poweropd.errors import RunError, UsageError, one_line, shown
+from poweropd.errors import UNREADABLE, RunError, UsageError, one_line, shown
 
 logger = logging.getLogger("poweropd")
 Json = Any  # a value as `json.loads` returns it
@@ -37,8 +40,6 @@ FIRST_DELAY, LONGEST_DELAY = 0.5, 10.0  # seconds before a server that failed is
 KEEP_ALIVE_SECONDS = 4.0  # below uvicorn's 5, or the server may close what is just being reused
 RETRIED = {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS, *range(500, 600)}
 MALFORMED = (KeyError, IndexError, TypeError, ValueError)  # what reading a wrong answer raises
-# Deep JSON raises the last of these, an integer of thousands of digits ValueError.
-UNREADABLE = (ValueError, RecursionError)
 MAX_ANSWER_BYTES = 2**26  # of one answer; no protocol here comes near
 SHOWN_OF_KEY = 5  # characters of a key that a message may hold in a row
 NO_LOG_PROB = -9999.0  # what vLLM writes for minus infinity
@@ -71,6 +72,18 @@ def read_api_key(key: str, variable: str | None) -> str | None:
             f"{'not plain text' if value else 'not set'}"
         )
     return value
+
+
+@dataclass(frozen=True)
+class Response:
+    """What is used of an answer: never its charset nor its other headers, which may be anything.
+
+    `wait` is the seconds of its Retry-After, 0 without one.
+    """
+
+    status: int
+    content: bytes
+    wait: float
 
 
 class Transient(Exception):
@@ -138,6 +151,7 @@ class JsonClient:
         self._http = http = httpx2.AsyncClient(
             headers={} if self._key is None else {"Authorization": f"Bearer {self._key}"},
             timeout=httpx2.Timeout(None, connect=min(CONNECT_SECONDS, timeout)),
+            verify=_trusted(),
             limits=httpx2.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_SECONDS),
         )
         weakref.finalize(self, lambda: start(http.aclose())).atexit = False
@@ -153,22 +167,22 @@ class JsonClient:
         except TimeoutError:
             limit = f"{self.section}.timeout={self.timeout:g}"
             raise Transient(f"no answer within {limit} seconds") from None
-        except (httpx2.RequestError, httpx2.InvalidURL) as error:
+        except (httpx2.RequestError, httpx2.InvalidURL, *MALFORMED) as error:
             raise Transient(self.in_a_line(f"{type(error).__name__} {error}")) from None
-        status = response.status_code
+        status = response.status
         if status in RETRIED:
-            raise Transient(f"HTTP {status}: {self._detail(response)}", retry_after(response))
-        if not response.is_success:
+            raise Transient(f"HTTP {status}: {self._detail(response)}", response.wait)
+        if not 200 <= status < 300:
             raise Refused(
                 f"{self.name} refuses {what or path} with HTTP {status}: "
                 f"{self._detail(response)}; {self._advice.get(status, f'see {self.docs}')}"
             )
         try:
-            return response.json() if response.content else None
+            return json.loads(response.content) if response.content else None
         except UNREADABLE:
             raise Transient(f"no JSON from {path}: {self._detail(response)}") from None
 
-    async def _bounded(self, method: str, path: str, body: Json) -> httpx2.Response:
+    async def _bounded(self, method: str, path: str, body: Json) -> "Response":
         """Returns the whole response; raises Transient if it is longer than any answer can be."""
         request = self._http.build_request(method, f"{self.url}{path}", json=body)
         request.extensions["trace"] = self._trace
@@ -181,10 +195,8 @@ class JsonClient:
                     raise Transient(f"an answer of more than {MAX_ANSWER_BYTES} bytes from {path}")
         finally:
             await response.aclose()
-        headers = {k: v for k, v in response.headers.items() if k != "content-encoding"}
-        return httpx2.Response(
-            response.status_code, headers=headers, content=bytes(content), request=request
-        )
+        wait = retry_after(response.headers.get("Retry-After", "0"))
+        return Response(response.status_code, bytes(content), wait)
 
     async def _trace(self, event: str, info: Json) -> None:
         """Counts new connections: behind one there may be another server than before."""
@@ -237,13 +249,20 @@ class JsonClient:
             f"or correct {self.key}, then run the same command to go on"
         )
 
-    def _detail(self, response: httpx2.Response) -> str:
+    def _detail(self, response: "Response") -> str:
         """Returns what the server says, in one line."""
-        return self.in_a_line(response.text) or response.reason_phrase
+        text = response.content.decode("utf-8", "replace")
+        return self.in_a_line(text) or httpx2.codes.get_reason_phrase(response.status)
 
     def in_a_line(self, text: str) -> str:
         """Returns text in one printable line without the key, which some servers repeat."""
         return one_line(text if self._key is None else masked(text, self._key))[:300]
+
+
+@cache
+def _trusted() -> ssl.SSLContext:
+    """Returns the certificates that all clients trust; reading them takes longer than a request."""
+    return httpx2.create_ssl_context()
 
 
 def masked(text: str, key: str) -> str:
@@ -287,16 +306,15 @@ def backoff(failures: int) -> float:
     return random.uniform(longest / 2, longest)
 
 
-def retry_after(response: httpx2.Response) -> float:
-    """Returns the seconds that the header Retry-After asks for, as a number or as a date."""
-    value = response.headers.get("Retry-After", "0")
+def retry_after(value: str) -> float:
+    """Returns the seconds that a header Retry-After asks for, as a number or as a date."""
     try:
         return max(0.0, float(value))
     except ValueError:
         pass
     try:
         return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (TypeError, ValueError):
+    except (*MALFORMED, OverflowError):
         return 0.0
 
 

@@ -9,13 +9,13 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 
 from poweropd import __version__
 from poweropd.commands import demo, init, plan, push, report, sweep, train
 from poweropd.commands import eval as evaluation
 from poweropd.errors import RunError, UsageError, one_line
+from poweropd.terminal import make_console
 
 LONGEST_MESSAGE = 390  # characters
 
@@ -53,7 +53,7 @@ def _options(
 
 def main() -> None:
     """Runs the command line; the user's mistakes are one line and exit status 2."""
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     logging.basicConfig(
         level=logging.INFO,
         format="%(message)s",

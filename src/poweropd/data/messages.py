@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from poweropd.data.sources import Row, check_unicode, column_names, text_at, value_at
-from poweropd.errors import UsageError, shown
+from poweropd.errors import UNREADABLE, UsageError, shown
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SYSTEM_ROLES = ("system", "developer")
@@ -161,7 +161,7 @@ def _parsed(text: str) -> object:
     """Returns the value of a JSON text, and any other text as it is."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):
+    except UNREADABLE:
         return text
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from poweropd.embedded import EMBEDDED_PREFIX
-from poweropd.errors import UsageError, one_line, shown
+from poweropd.errors import UNREADABLE, UsageError, one_line, shown
 
 EMBEDDED_PROBLEMS = 8192
 BATCH_ROWS = 1024  # rows that are taken from a Parquet file or a Hub dataset at once
@@ -103,7 +103,7 @@ def value_at(row: Row, column: str) -> object:
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except (ValueError, RecursionError):
+            except UNREADABLE:
                 raise KeyError(column) from None
         if not isinstance(value, Mapping) or name not in value:
             raise KeyError(column)
@@ -242,7 +242,7 @@ def json_lines(name: str, file: BinaryIO) -> PlacedRows:
 def _json_object(where: str, line: bytes) -> Row:
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+    except UNREADABLE as error:
         reason = "nested too deep" if isinstance(error, RecursionError) else error
         raise UsageError(f"{where}: expected one JSON object per line: {reason}") from None
     return _checked_object(where, row)
@@ -269,7 +269,7 @@ def json_array(name: str, file: BinaryIO) -> PlacedRows:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UsageError(f"{name}:{line}: expected text in UTF-8: {error}") from None
-    except (ValueError, RecursionError) as error:
+    except UNREADABLE as error:
         reason = one_line(str(error))
         raise UsageError(f"{name}: expected a JSON array of objects: {reason}") from None
     del content
@@ -337,7 +337,7 @@ def _messages_or_text(cell: str) -> object:
         return cell
     try:
         value = json.loads(cell)
-    except (ValueError, RecursionError):
+    except UNREADABLE:
         return cell
     found = isinstance(value, list) and all(
         isinstance(one, dict) and "role" in one for one in value

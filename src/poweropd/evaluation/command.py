@@ -5,18 +5,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
-from rich.console import Console
 from rich.progress import track
 
 from poweropd.data.sources import read_rows
-from poweropd.errors import RunError, UsageError
+from poweropd.errors import RunError, UsageError, shown
 from poweropd.evaluation import benchmarks, results
 from poweropd.evaluation.benchmarks import Problem, ProblemSet
-from poweropd.evaluation.metrics import GradedRow, Summary, summarize
+from poweropd.evaluation.metrics import GradedRow, Summary, check_row, summarize
 from poweropd.evaluation.settings import BATCH_SIZE, EvaluationSettings
 from poweropd.grading.grader import Grader
 from poweropd.grading.graders.base import NamedGrader, create_grader
 from poweropd.runs.files import write_json
+from poweropd.terminal import make_console
 
 UNKNOWN_STOP = "unknown"
 
@@ -133,11 +133,12 @@ def grade_file(
         pending = []
         column = answer_column or "answer"
         for number, row in enumerate(read_rows(str(path), ["completion"], allow_empty=True), 1):
+            _check_given(row, f"{path}: row {number}")
             problem = _problem(row, golds, column, f"{path}: row {number}", grader)
             future = grader.submit(workers, problem.asked(str(path)), row["completion"])
             pending.append((problem.id, row, future))
         samples: dict[str, int] = {}
-        for id, row, future in track(pending, "grading", console=Console(stderr=True)):
+        for id, row, future in track(pending, "grading", console=make_console(stderr=True)):
             samples[id] = samples.get(id, -1) + 1
             given = {
                 "id": id,
@@ -160,6 +161,15 @@ def _summary(rows: Sequence[GradedRow], n: int | None, k: int | None) -> Summary
         raise UsageError(str(error)) from None
 
 
+def _check_given(row: Mapping[str, object], where: str) -> None:
+    """Raises UsageError if a field that is taken over, or the completion, cannot be one."""
+    given = {key: row[key] for key in ("sample", "completion", "tokens", "stop") if key in row}
+    try:
+        check_row(given, needed=())
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}; correct it or leave it out") from None
+
+
 def _problem(
     row: Mapping[str, object],
     golds: Mapping[str, Problem],
@@ -174,14 +184,14 @@ def _problem(
     if grader.needs_gold and row.get(column) is None:
         raise UsageError(
             f"{where}: expected the gold in a field {column!r}, or an id of the benchmark given by "
-            f"--benchmark; got id {id!r} with neither"
+            f"--benchmark; got id {shown(id)} with neither"
         )
     return Problem(id, "", benchmarks.gold_of(row, column, where, grader), row=row)
 
 
 def show_report(report: Report, json_file: Path | None, compare: Path | None) -> None:
     """Prints the tables of a report and writes its JSON file."""
-    console = Console()
+    console = make_console()
     console.print(results.results_table(report.results, report.title))
     for note in results.grading_notes(report.results):
         console.print(note, markup=False, highlight=False)

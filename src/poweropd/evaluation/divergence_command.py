@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from poweropd import stops
@@ -43,6 +42,7 @@ from poweropd.rollouts.transformers import TransformersEngine
 from poweropd.runs.files import JsonObject, read_json, write_json
 from poweropd.runs.metrics import OF_DIVERGENCE, Shown
 from poweropd.teachers.factory import TeacherProfile, load_teacher_model, profile_teacher
+from poweropd.terminal import make_console
 
 logger = logging.getLogger("poweropd")
 
@@ -248,7 +248,7 @@ def _digest(prompts: Sequence[Prompt]) -> str:
 
 def show_divergence(report: DivergenceReport, json_file: Path | None, compare: Path | None) -> None:
     """Prints the tables of a report and writes its JSON file."""
-    console = Console()
+    console = make_console()
     divergence = report.divergence
     console.print(_table(report.title, divergence.figures))
     how = (

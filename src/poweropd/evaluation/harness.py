@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NotRequired, TypedDict
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from poweropd.errors import RunError, UsageError, one_line, shown
 from poweropd.evaluation.settings import BATCH_SIZE, HarnessSettings
 from poweropd.models import loading
 from poweropd.runs.files import write_json
+from poweropd.terminal import make_console
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -211,7 +211,7 @@ def show_harness(report: HarnessReport, json_file: Path | None) -> None:
                 ends = (f"{stderr:.4f}", f"[{low:.4f}, {high:.4f}]")
             table.add_row(title, key.removesuffix(",none"), f"{value:.4f}", *ends)
             title = ""
-    console = Console()
+    console = make_console()
     console.print(table)
     if json_file is not None:
         write_json(json_file, report.to_dict())

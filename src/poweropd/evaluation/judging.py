@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Protocol, cast
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -34,6 +33,7 @@ from poweropd.rewards import create
 from poweropd.rollouts.base import Sampling, completion_seed
 from poweropd.runs import files
 from poweropd.teachers.server import ServerTeacher
+from poweropd.terminal import make_console
 
 STEP = -2  # in the seeds of completions: none of the steps of training
 # (examples, a teacher that reads along, stop ids) -> the record of the examples' tokens. With
@@ -234,7 +234,7 @@ class DivergenceEvaluation:
         groups = self._groups()
         done = {(row["id"], row["sample"]) for row in self.rows}
         missing = [not {_key(request) for request in group} <= done for group in groups]
-        console = Console(stderr=True)
+        console = make_console(stderr=True)
         with Progress(console=console, disable=not progress, transient=True) as bar:
             task = bar.add_task(DIVERGENCE, total=len(groups))
             # A group that any process lacks is judged by all: the student may be sharded.

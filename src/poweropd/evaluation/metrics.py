@@ -4,10 +4,10 @@
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -70,6 +70,39 @@ class GradedRow(GradedPart):
     completion: NotRequired[str]
     tokens: int
     stop: str | None  # the stop token; None if the completion is truncated
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and -(2**53) < value < 2**53  # type: ignore[operator]
+
+
+#: What the fields of a row may hold; those that are not there are not looked at.
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "id": ("text", lambda v: isinstance(v, str)),
+    "sample": ("an integer", lambda v: type(v) is int),
+    "completion": ("text", lambda v: isinstance(v, str)),
+    "tokens": ("a number of tokens", lambda v: _is_number(v) and v >= 0),
+    "stop": ("text or null", lambda v: v is None or isinstance(v, str)),
+    "answer": ("text or null", lambda v: v is None or isinstance(v, str)),
+    "correct": ("true or false", lambda v: isinstance(v, bool)),
+    "score": ("a number", _is_number),
+    "scores": (
+        "numbers by name",
+        lambda v: isinstance(v, dict) and all(map(_is_number, v.values())),
+    ),
+    "reason": ("text", lambda v: isinstance(v, str)),
+}
+
+
+def check_row(
+    row: Mapping[str, object], needed: Collection[str] = GradedRow.__required_keys__
+) -> None:
+    """Raises ValueError, which names the field, unless a row that was read is one of ours."""
+    for key, (expected, fits) in _FIELDS.items():
+        if key in needed and key not in row:
+            raise ValueError(f"expected {expected} in {key!r}, got nothing")
+        if key in row and not fits(row[key]):
+            raise ValueError(f"expected {expected} in {key!r}, got {row[key]!r:.80}")
 
 
 # Figures of each problem: [problems, n] -> [problems]
@@ -286,7 +319,7 @@ def _by_problem(rows: Sequence[GradedRow], n: int | None) -> dict[str, list[Grad
     for key, group in groups.items():
         if len(group) != wanted:
             raise ValueError(
-                f"expected {wanted} completions of every problem, got {len(group)} of {key!r}"
+                f"expected {wanted} completions of every problem, got {len(group)} of {key!r:.80}"
             )
     return dict(sorted(groups.items()))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from poweropd.errors import UsageError, shown
+from poweropd.errors import UNREADABLE, UsageError, shown
 from poweropd.evaluation.metrics import NO_ANSWER, Estimate, Summary, paired_bootstrap
 
 #: Reasons of grades that are not about the answer, which a reader of the table should know.
@@ -66,11 +66,18 @@ def read_solved(path: Path) -> dict[str, dict[str, float]]:
     """Reads, from a file of `poweropd eval --json`, benchmark -> problem id -> correct fraction."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))["results"]
-        return {name: result["solved"] for name, result in results.items()}
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        solved = {name: dict(result["solved"]) for name, result in results.items()}
+        if not all(_is_fraction(value) for one in solved.values() for value in one.values()):
+            raise ValueError
+        return solved
+    except (OSError, KeyError, TypeError, AttributeError, *UNREADABLE) as error:
         raise UsageError(
             f"{path}: expected a file written by poweropd eval --json ({type(error).__name__})"
         ) from None
+
+
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def comparison_table(
@@ -80,7 +87,7 @@ def comparison_table(
     shared = [benchmark for benchmark in results if benchmark in other]
     if not shared:
         raise UsageError(
-            f"{name} shares no benchmark with this evaluation: it has {', '.join(other)}"
+            f"{name} shares no benchmark with this evaluation: it has {shown(list(other))}"
         )
     table = Table(title=f"Accuracy minus {name}, paired by problem")
     table.add_column("benchmark")

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TextIO, cast
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
@@ -27,7 +26,7 @@ from poweropd.data.prompts import Prompt
 from poweropd.data.rollout import Request, Rollout
 from poweropd.errors import RunError, UsageError
 from poweropd.evaluation.benchmarks import Problem, ProblemSet
-from poweropd.evaluation.metrics import GradedPart, GradedRow, Summary, summarize
+from poweropd.evaluation.metrics import GradedPart, GradedRow, Summary, check_row, summarize
 from poweropd.evaluation.settings import BATCH_SIZE, EvaluationSettings
 from poweropd.grading.grader import Grade, Grader
 from poweropd.grading.graders.base import NamedGrader, create_grader
@@ -35,6 +34,7 @@ from poweropd.models import loading
 from poweropd.rollouts.base import RolloutEngine, Sampling, completion_seed
 from poweropd.rollouts.transformers import TransformersEngine
 from poweropd.runs import files
+from poweropd.terminal import make_console
 
 logger = logging.getLogger("poweropd")
 
@@ -77,8 +77,21 @@ class Evaluation:
         self.settings_path = folder / f"{name}.settings.json"
         folder.mkdir(parents=True, exist_ok=True)
         self._claim()
-        self.rows = cast(list[GradedRow], files.recover_jsonl(self.path))
+        self.rows = self._recovered()
         self.done = {(row["id"], row["sample"]) for row in self.rows}
+
+    def _recovered(self) -> list[GradedRow]:
+        """Returns the complete rows of the file; raises RunError for one that is none of ours."""
+        rows = files.recover_jsonl(self.path)
+        for number, row in enumerate(rows, 1):
+            try:
+                check_row(row)
+            except ValueError as error:
+                raise RunError(
+                    f"{self.path}: row {number} is damaged ({error}): delete that line and run the "
+                    "same command again"
+                ) from None
+        return cast(list[GradedRow], rows)
 
     def _claim(self) -> None:
         """Raises UsageError if the file is about another model, other settings or problems."""
@@ -95,7 +108,7 @@ class Evaluation:
         prompts = prompt_ids(self.problems, self.settings, subject.tokenizer)
         longest = check_room(self.name, prompts, subject.context_length)
         requests, sampling = self._requests(prompts), self._sampling(subject, longest)
-        console = Console(stderr=True)
+        console = make_console(stderr=True)
         with Progress(console=console, disable=not progress, transient=True) as bar:
             task = bar.add_task(self.name, total=len(requests), completed=len(self.rows))
             for group in self._unfinished(requests):
@@ -191,8 +204,7 @@ def claim_rows(path: Path, settings_path: Path, asked: Mapping[str, object]) -> 
         files.write_json(settings_path, wanted)
         return
     # Before there were graders to choose from, there was this one.
-    found = {"grader": EvaluationSettings.grader}
-    found |= json.loads(settings_path.read_text(encoding="utf-8"))
+    found = {"grader": EvaluationSettings.grader} | files.read_json(settings_path)
     differing = [f"{k}: {found.get(k)!r} != {v!r}" for k, v in wanted.items() if found.get(k) != v]
     if differing:
         raise UsageError(

@@ -24,7 +24,7 @@ from typing import Self, TypeVar
 from pebble import ProcessFuture
 
 from poweropd.grading import answers, exact, rules
-from poweropd.grading.golds import read_gold
+from poweropd.grading.golds import LONGEST_GOLD, read_gold
 from poweropd.grading.rules import REASONS, Rule, Verdict
 from poweropd.grading.shapes import lists_several
 from poweropd.grading.workers import compare_in_worker, worker_pool
@@ -180,6 +180,12 @@ class Grader:
     ) -> None:
         """Chooses the reading of the completion that suits the gold, and grades it."""
         answer = found.answer
+        if len(gold) > LONGEST_GOLD:
+            same = gold.strip() in {(text or "").strip() for text in (answer, found.whole)}
+            detail = f"not tried: {len(gold)} characters, at most {LONGEST_GOLD}"
+            unread = Verdict(rules.UNPARSED_GOLD, detail)
+            self._finish(future, answer, exact.verdict_of(True) if same else unread)
+            return
         if answer is not None and found.joined is not None and lists_several(gold):
             whole_list = len(answer) > exact.LONGEST or lists_several(answer)
             answer = answer if whole_list else found.joined

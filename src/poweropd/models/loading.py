@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from poweropd.data.batch import Sequences
-from poweropd.errors import UsageError, one_line
+from poweropd.errors import UNREADABLE, UsageError, one_line
 from poweropd.kernels import score_tokens
 from poweropd.models import AUTO_DTYPE, DTYPES
 from poweropd.models.devices import torch_dtype
@@ -48,7 +48,7 @@ def adapted(name: str) -> str | None:
         return None
     try:
         return str(json.loads(path.read_text("utf-8"))["base_model_name_or_path"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, *UNREADABLE) as error:
         raise UsageError(f"{path}: expected an adapter's config ({error!r})") from None
 
 

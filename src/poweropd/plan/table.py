@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from poweropd.models.flops import UpdateFlops
 from poweropd.plan.command import Plan
 from poweropd.plan.estimate import USABLE, CostEstimate
 from poweropd.plan.memory import GIB, PHASES
+from poweropd.terminal import make_console
 
 WIDTH = 80
 UNSHARED = {"none": "both models", "fsdp2": "the teacher, and the copy that samples"}
@@ -19,7 +21,7 @@ STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "not checked
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Prints checks, models, FLOPs, memory, whether the run fits, and what it costs."""
-    console = console or Console()
+    console = console or make_console()
     if console.width > WIDTH:
         console.width = WIDTH
     own = plan.estimates[0]
@@ -29,11 +31,11 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     for table in tables:
         console.print(table)
     for line in [*fit(plan), *cost(plan)]:
-        console.print(line, markup=False, highlight=False)
+        console.print(line, highlight=False)
 
 
 def _plan_table(
-    title: str, header: Sequence[str], cells: Iterable[Sequence[str]], numbers: bool = True
+    title: str, header: Sequence[str], cells: Iterable[Sequence[str | Text]], numbers: bool = True
 ) -> Table:
     """Returns a table whose first column is left-aligned, and whose others are if not numbers."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -47,7 +49,7 @@ def _plan_table(
 
 def checks_table(plan: Plan) -> Table:
     cells = [
-        (check.name, f"[{STYLES[check.status]}]{check.status}[/]", check.detail)
+        (check.name, Text(check.status, STYLES[check.status]), check.detail)
         for check in plan.inspected.checks
     ]
     return _plan_table("Checks", ["check", "status", "detail"], cells, numbers=False)
@@ -117,12 +119,13 @@ def _on_gpus(count: int) -> str:
 
 def memory_table(own: CostEstimate) -> Table:
     found = own.memory
-    cells = [
+    cells: list[list[str | Text]] = [
         [part.name, *(_gib(part.bytes) if phase in part.phases else "" for phase in PHASES)]
         for part in found.parts
         if part.bytes
     ]
-    cells.append(["[bold]held[/]", *(f"[bold]{_gib(found.held(p))}[/]" for p in PHASES)])
+    held = ["held", *(_gib(found.held(p)) for p in PHASES)]
+    cells.append([Text(cell, "bold") for cell in held])
     return _plan_table(f"GiB on each of {_on_gpus(own.gpus)}", ["part", *PHASES], cells)
 
 

@@ -13,7 +13,7 @@ from typing import IO, NamedTuple
 
 from poweropd.config import Config
 from poweropd.config.recipe_file import read_yaml
-from poweropd.errors import RunError, UsageError
+from poweropd.errors import UNREADABLE, RunError, UsageError
 from poweropd.runs.environment import describe_environment
 from poweropd.runs.files import (
     JsonObject,
@@ -190,7 +190,10 @@ class RunDirectory:
         with self.metrics_path.open("rb") as file:
             file.seek(max(0, self.metrics_path.stat().st_size - _TAIL_BYTES))
             lines = file.read().split(b"\n")[:-1]
-        return int(json.loads(lines[-1])["step"]) if lines else 0
+        try:
+            return int(json.loads(lines[-1])["step"]) if lines else 0
+        except (KeyError, TypeError, *UNREADABLE) as error:
+            raise RunError(f"{self.metrics_path}: its last line is damaged ({error!r})") from None
 
     # Evaluations.
 

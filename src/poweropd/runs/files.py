@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from safetensors import SafetensorError
 
-from poweropd.errors import RunError, UsageError
+from poweropd.errors import UNREADABLE, RunError, UsageError
 
 #: An object of a JSON file, as `json` reads it.
 JsonObject = dict[str, Any]
@@ -84,7 +84,7 @@ def read_json(path: Path, notes: list[str] | None = None) -> JsonObject:
     """
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, TypeError, *UNREADABLE) as error:
         if notes is None:
             raise RunError(f"{path}: cannot be read ({error})") from None
         notes.append(f"{path.name}: cannot be read ({type(error).__name__})")
@@ -101,7 +101,7 @@ def read_jsonl(path: Path, notes: list[str] | None = None) -> list[JsonObject]:
     for number, line in enumerate(lines, 1):
         try:
             rows += [dict(json.loads(line))] if line.strip() else []
-        except (ValueError, TypeError) as error:
+        except (TypeError, *UNREADABLE) as error:
             if notes is None:
                 raise RunError(f"{path}:{number}: damaged ({error})") from None
             left_out += 1

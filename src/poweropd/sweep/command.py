@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from poweropd.errors import RunError, UsageError
@@ -11,6 +10,7 @@ from poweropd.runs.files import write_atomically
 from poweropd.sweep import results, runner, table
 from poweropd.sweep.jobs import Training
 from poweropd.sweep.runner import SweepOutcome
+from poweropd.terminal import make_console
 
 
 def run_sweep(
@@ -50,7 +50,7 @@ def print_trainings(trainings: Sequence[Training]) -> None:
     for training in trainings:
         state = "finished" if training.is_finished() else training.progress()[1]
         listed.add_row(training.cell, str(training.seed), str(training.path), state)
-    Console().print(listed)
+    make_console().print(listed)
 
 
 def show_sweep(
@@ -61,7 +61,7 @@ def show_sweep(
     baseline: str,
 ) -> None:
     """Prints the table and what failed, and writes the table's files."""
-    console = Console()
+    console = make_console()
     rows = results.table_rows(trainings, outcome.failed, best, baseline)
     table.print_table(rows, best, baseline, console)
     for name, why in outcome.failed.items():
@@ -85,7 +85,7 @@ def exit_status(folder: Path, outcome: SweepOutcome, count: int) -> int:
     """
     left = f"{len(outcome.unfinished)} of {count} runs are not finished"
     if outcome.interrupted_by is not None:
-        Console(stderr=True).print(
+        make_console(stderr=True).print(
             f"stopped; {left}; the same command goes on", soft_wrap=True, highlight=False
         )
         return 128 + outcome.interrupted_by

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from poweropd.config.shipped import shipped_recipe
@@ -21,6 +20,7 @@ from poweropd.report import figures, planes
 from poweropd.runs.files import JsonObject, read_jsonl, write_json
 from poweropd.sweep import cells, command, runner
 from poweropd.sweep.jobs import Job, Measurement, ShippedModel, Training, solving
+from poweropd.terminal import make_console
 
 REWARDS = ("log_ratio", "clip", "power")
 BASELINE = "log_ratio"
@@ -75,7 +75,7 @@ def run_demo(out: Path, steps: int | None, num_problems: int, json_file: Path | 
 
     Raises RunError if a job failed.
     """
-    console, started = Console(), time.perf_counter()
+    console, started = make_console(), time.perf_counter()
     overrides = [] if steps is None else [f"train.steps={steps}"]
     trainings = cells.trainings(
         recipe=shipped_recipe("demo.yaml"),

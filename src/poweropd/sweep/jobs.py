@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from poweropd.config import Config
+from poweropd.errors import RunError
 from poweropd.evaluation.settings import EvaluationSettings
 from poweropd.runs.directory import RunDirectory
 from poweropd.runs.files import read_json, read_jsonl
@@ -58,7 +59,10 @@ class Training:
     def points(self) -> dict[Measurement, dict[str, float]]:
         """Returns what was measured so far: each measurement's figures by their names."""
         rows = read_jsonl(self.points_path)
-        return {Measurement(**row["measurement"]): row["figures"] for row in rows}
+        try:
+            return {Measurement(**row["measurement"]): dict(row["figures"]) for row in rows}
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{self.points_path}: damaged ({error!r}); delete it") from None
 
     def record(self, measurement: Measurement, figures: Mapping[str, float]) -> None:
         """Appends a measurement; reports find the gradients of both ends in a file of their own."""

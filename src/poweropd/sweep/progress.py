@@ -4,10 +4,10 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
 from poweropd.sweep.jobs import Job
+from poweropd.terminal import make_console
 
 
 class SweepProgress:
@@ -17,12 +17,13 @@ class SweepProgress:
     """
 
     def __init__(self, jobs: Sequence[Job], line_seconds: float) -> None:
-        self.console = Console(stderr=True)
+        self.console = make_console(stderr=True)
         self.done = {job.name: job.progress()[0] for job in jobs}
         self.total, self.done_before = sum(job.work for job in jobs), sum(self.done.values())
         self.started, self.line_seconds = time.monotonic(), line_seconds
         self.next_line = self.started + line_seconds
-        columns = TextColumn("{task.description}"), BarColumn(bar_width=20), TaskProgressColumn()
+        name = TextColumn("{task.description}", markup=False)
+        columns = name, BarColumn(bar_width=20), TaskProgressColumn()
         self.bars = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.whole = self.bars.add_task("all", total=self.total)
         self.shown: dict[Job, TaskID] = {}
@@ -51,7 +52,7 @@ class SweepProgress:
 
     def say(self, text: str) -> None:
         """Prints a line, above the bars where there are any."""
-        self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+        self.console.print(text, soft_wrap=True, highlight=False)
 
     def _left(self, done: int) -> str:
         """Returns the remaining time at the speed so far, for a sentence."""

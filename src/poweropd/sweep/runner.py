@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from poweropd.errors import UsageError
+from poweropd.errors import RunError, UsageError
 from poweropd.runs.directory import RunDirectory
-from poweropd.runs.files import locked, write_atomically
+from poweropd.runs.files import locked, read_json, write_atomically
 from poweropd.sweep.jobs import Job, Training
 from poweropd.sweep.progress import SweepProgress
 
@@ -56,7 +56,9 @@ def claim(out: Path, trainings: Sequence[Training], options: Mapping[str, int]) 
     names = [training.name for training in trainings]
     definition = json.dumps({**options, "runs": names}, indent=2) + "\n"
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
+        if not isinstance(found.get("runs"), list) or not found.keys() >= options.keys():
+            raise RunError(f"{path}: damaged; restore it, or choose another directory")
         missing = [name for name in found["runs"] if name not in names]
         if missing:
             raise UsageError(

@@ -3,10 +3,10 @@
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from poweropd.runs.metrics import OF_STEPS, StepMetrics
+from poweropd.terminal import make_console
 
 LINES_IN_A_LOG = 20  # for a whole run, where the output is not a terminal
 
@@ -15,10 +15,10 @@ class TrainingProgress:
     """Shows the numbers that matter after each step; silent where `enabled` is False."""
 
     def __init__(self, steps: int, done: int, name: str, enabled: bool = True) -> None:
-        self.console = Console(stderr=True, quiet=not enabled)
+        self.console = make_console(stderr=True, quiet=not enabled)
         self.steps, self.name = steps, name
         self.bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=10),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
