@@ -8,6 +8,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 from rich.console import Console
+from tiny_models import CHATML, make_model, make_recipe
 from typer.testing import CliRunner
 
 from poweropd import Trainer
@@ -16,6 +17,7 @@ from poweropd.config import Config
 from poweropd.errors import UsageError
 from poweropd.plan import command, table
 from poweropd.plan.throughput import Measured
+from poweropd.training.build import RunInputs
 
 ROOT = Path(__file__).parent.parent
 PAPER = ROOT / "recipes" / "paper" / "qwen3-0.6b-from-4b.yaml"
@@ -130,6 +132,32 @@ def test_what_would_fail_in_training_fails_here(
     recipe: Callable[..., Config], override: dict, failed: str
 ) -> None:
     assert statuses(recipe(**override))[failed] == "failed"
+
+
+@pytest.mark.parametrize("teacher_column", [None, "problem"])
+def test_the_first_prompt_is_shown_as_a_run_shows_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, teacher_column: str | None
+) -> None:
+    other = CHATML.replace("<|im_start|>", "")
+    student, teacher = make_model("qwen2", tmp_path / "s"), tmp_path / "t"
+    make_model("qwen2", teacher, 1, template=other)
+    config = make_recipe(student, teacher, tmp_path, **{"data.teacher_column": teacher_column})
+    plan = command.make_plan(config, command.Options())
+    lines = plan.inspected.first_prompt
+    text = repr("<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n")
+    assert lines[0] == f"the first prompt: {text}"
+    own = [] if teacher_column is None else [text.replace("<|im_start|>", "")]
+    assert lines[1:] == [f"the teacher's: {text}" for text in own]
+    (check,) = [check for check in plan.inspected.checks if check.name == "chat template"]
+    assert check.status == ("warning" if teacher_column is None else "ok")
+    assert plan.to_dict()["first_prompt"] == lines
+    console = Console(width=80, file=io.StringIO(), markup=False)
+    table.print_plan(plan, console)
+    assert "".join(lines).replace(" ", "") in "".join(console.file.getvalue().split())
+    caplog.set_level("INFO", logger="poweropd")
+    RunInputs.load(config)
+    assert [m for m in caplog.messages if m in lines] == lines
+    assert ("the teacher's chat template differs" in caplog.text) == (teacher_column is None)
 
 
 def test_a_failed_check_is_exit_status_2(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from poweropd import stops
 from poweropd.config import Config
+from poweropd.data import preview
 from poweropd.data import prompts as data_prompts
 from poweropd.data.chat import encode_chat
 from poweropd.data.sources import is_file_name
@@ -56,6 +57,7 @@ class Inspected:
     models: dict[str, PlannedModel]  # student, then teacher
     checks: list[PlanCheck]
     prompt_lengths: list[int] = field(default_factory=list)  # tokens; empty if not known
+    first_prompt: list[str] = field(default_factory=list)  # as it is shown; empty if not known
 
     @property
     def mean_prompt(self) -> float | None:
@@ -84,11 +86,13 @@ def inspect(config: Config) -> Inspected:
     checks = [
         _run_check("vocabulary", lambda: check_vocabulary(tokenizers)),
         _run_check("stop ids", lambda: check_stop_ids(config, tokenizers)),
-        _run_check("chat template", lambda: check_template(config, tokenizers)),
+        _run_check("chat template", lambda: check_template(config, tokenizers, prompts)),
         prompt_check,
         check_context(config, models, prompts),
     ]
-    return Inspected(models, checks, [len(prompt.prompt_ids) for prompt in prompts or []])
+    lengths = [len(prompt.prompt_ids) for prompt in prompts or []]
+    first = preview.prompt_lines(prompts[0], *tokenizers) if prompts else []
+    return Inspected(models, checks, lengths, first)
 
 
 class Hub:
@@ -173,13 +177,18 @@ def check_stop_ids(config: Config, tokenizers: Tokenizers) -> tuple[Status, str]
     return "ok", f"both end a turn with {tokenizers[0].convert_ids_to_tokens(own[0])}"
 
 
-def check_template(config: Config, tokenizers: Tokenizers) -> tuple[Status, str]:
+def check_template(
+    config: Config, tokenizers: Tokenizers, prompts: Sequence[data_prompts.Prompt] | None
+) -> tuple[Status, str]:
     settings = (["?"], config.data.chat, config.data.system)
     (ids,) = encode_chat(tokenizers[0], *settings)
     if config.data.teacher_column is not None:
         encode_chat(tokenizers[1], *settings)
     if config.data.chat is None:
         return "ok", "prompts are plain text"
+    notice = preview.template_notice(prompts[0], *tokenizers, config.data) if prompts else None
+    if notice:
+        return "warning", notice
     return "ok", f"the student's, {len(ids) - 1} tokens around a prompt"
 
 

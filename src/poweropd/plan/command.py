@@ -82,6 +82,7 @@ class Plan:
                 for role, model in self.inspected.models.items()
             },
             "checks": [asdict(check) for check in self.inspected.checks],
+            "first_prompt": self.inspected.first_prompt,
             "workload": asdict(self.workload) | {"prompt_source": self.prompt_source},
             "throughput": asdict(self.throughput),
             "gpu_bytes": self.gpu_bytes,

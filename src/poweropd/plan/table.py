@@ -20,7 +20,7 @@ STYLES = {"ok": "green", "warning": "yellow", "failed": "bold red", "not checked
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
-    """Prints checks, models, FLOPs, memory, whether the run fits, and what it costs."""
+    """Prints checks, models, FLOPs, memory, whether the run fits, its cost and its first prompt."""
     console = console or make_console()
     if console.width > WIDTH:
         console.width = WIDTH
@@ -30,7 +30,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
         tables.append(objectives_table(plan))
     for table in tables:
         console.print(table)
-    for line in [*fit(plan), *cost(plan)]:
+    for line in [*fit(plan), *cost(plan), *plan.inspected.first_prompt]:
         console.print(line, highlight=False)
 
 

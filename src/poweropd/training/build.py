@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from poweropd import stops
 from poweropd.config import Config
 from poweropd.config.sections import LORA_RATE
-from poweropd.data import chat
+from poweropd.data import preview
 from poweropd.data.prompts import (
     Prompt,
     PromptOrder,
@@ -24,11 +24,10 @@ from poweropd.data.prompts import (
     filter_notice,
     fits,
     load_prompts,
-    prompt_column,
     split_holdout,
 )
 from poweropd.data.rollout import Example
-from poweropd.errors import UsageError, import_object, shown
+from poweropd.errors import UsageError, import_object
 from poweropd.kernels import Support
 from poweropd.models import AUTO_DTYPE, attention, devices, fingerprints, loading
 from poweropd.models.language_model import Student, Teacher, dropout_rates
@@ -55,8 +54,6 @@ from poweropd.training.update import Updater
 from poweropd.training.validation import PROMPTS_KEY, Validation, judged_prompts
 
 logger = logging.getLogger("poweropd")
-
-SHOWN_PROMPT = 600  # characters of the first prompt that are shown when a run starts
 
 
 @dataclass(frozen=True)
@@ -166,16 +163,11 @@ def _show_first_prompt(
     config: Config,
 ) -> None:
     """Shows the first prompt as each model reads it; warns if the templates differ."""
-    logger.info("the first prompt: %s", shown(tokenizer.decode(prompt.prompt_ids), SHOWN_PROMPT))
-    if prompt.teacher_prompt_ids != prompt.prompt_ids:
-        text = teacher_tokenizer.decode(prompt.teacher_prompt_ids)
-        logger.info("the teacher's: %s", shown(text, SHOWN_PROMPT))
-    elif config.data.chat is not None and chat.template_differs(tokenizer, teacher_tokenizer):
-        logger.warning(
-            "the teacher's chat template differs from the student's, and the teacher reads prompts "
-            "in the student's: to give it its own set data.teacher_column=%s",
-            prompt_column(config.data, prompt.row),
-        )
+    for line in preview.prompt_lines(prompt, tokenizer, teacher_tokenizer):
+        logger.info("%s", line)
+    notice = preview.template_notice(prompt, tokenizer, teacher_tokenizer, config.data)
+    if notice is not None:
+        logger.warning("%s", notice)
 
 
 def input_fingerprints(
