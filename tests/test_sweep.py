@@ -135,6 +135,13 @@ def test_a_dry_run_only_says_what_would_run(
     said = capsys.readouterr().out
     assert "4 runs" in said
     assert said.count("0 of 2") == 4
+    assert "4 runs are left: 8 optimizer steps, 32 completions, at most 384 tokens" in said
+    assert "Scoring and update: " in said
+    assert "Nothing will be evaluated: " in said
+    two = said.partition("Memory: ")[2]
+    sweep(recipe_file, *OVER, "--seeds", "2", "--dry-run", "--parallel", "2")
+    assert "for the 2 that share a device" in capsys.readouterr().out
+    assert "share" not in two
     assert not (recipe_file.parent / "sweep").exists()
 
 

@@ -27,6 +27,10 @@ class RunError(RuntimeError):
     """A run cannot go on: exit status 1. What was finished is kept."""
 
 
+class DivergedError(RunError):
+    """The numbers of a training left what can be computed: its learning rate is too high, say."""
+
+
 def one_line(text: str) -> str:
     """Returns a text on one line, without characters that a terminal might obey."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())

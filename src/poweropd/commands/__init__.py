@@ -12,7 +12,7 @@ import typer
 from rich.logging import RichHandler
 
 from poweropd import __version__
-from poweropd.commands import demo, init, plan, push, report, sweep, train
+from poweropd.commands import demo, init, plan, push, report, sweep, train, tune
 from poweropd.commands import eval as evaluation
 from poweropd.errors import RunError, UsageError, one_line
 from poweropd.terminal import make_console
@@ -28,6 +28,7 @@ app.command()(init.init)
 app.command()(train.train)
 app.command("eval")(evaluation.eval_command)
 app.command()(plan.plan)
+app.command()(tune.tune)
 app.command()(demo.demo)
 app.command()(report.report)
 app.command("sweep")(sweep.sweep_command)

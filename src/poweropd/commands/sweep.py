@@ -47,7 +47,9 @@ def sweep_command(
             help="The row that the others are compared with; the first --case if absent.",
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would run and what it costs.")
+    ] = False,
 ) -> None:
     """Run a recipe's variants, each with several seeds, and compare them in one table."""
     load_recipe(recipe, overrides)
@@ -70,18 +72,20 @@ def sweep_command(
     if snr:
         command.check_snr(trainings)
     if dry_run:
-        command.print_trainings(trainings)
+        command.print_trainings(trainings, parallel)
     else:
         raise typer.Exit(command.run_sweep(folder, trainings, parallel, snr, best, compared))
 
 
 def sweep_run(
-    config: Path, measure: Annotated[list[str] | None, typer.Option(metavar="JSON")] = None
+    config: Path,
+    measure: Annotated[list[str] | None, typer.Option(metavar="JSON")] = None,
+    trial: Annotated[bool, typer.Option("--trial")] = False,
 ) -> None:
     """Train one run of a sweep, by its run directory's config.yaml, and measure it on its way."""
     from poweropd.sweep import jobs, process
 
     wanted = [jobs.Measurement(**json.loads(text)) for text in measure or []]
-    result = process.train_and_measure(config, wanted)
+    result = process.train_and_measure(config, wanted, trial)
     if result.interrupted_by is not None:
         raise typer.Exit(128 + result.interrupted_by)

@@ -129,6 +129,18 @@ def make_plan(config: Config, options: Options) -> Plan:
     )
 
 
+def recipe_scenario(config: Config, options: Options, hub: checks.Hub) -> Scenario:
+    """Returns what a recipe's cost depends on, its prompts as long as they are given or assumed.
+
+    Only the configs of its models are read. Raises UsageError for models that cannot be planned.
+    """
+    models = checks.find_models(config, hub)
+    student, teacher = (model.geometry for model in models.values())
+    prompt = options.prompt_tokens or PAPER_PROMPT
+    workload = Workload.of(config, prompt, options.completion_tokens)
+    return Scenario(config, student, teacher, workload, options.gpu_bytes())
+
+
 def measured_throughput(measured: Measured, prompt: float, source: str) -> Throughput:
     """Returns the speed of a run on one device, from its own models and mean lengths."""
     config = measured.config

@@ -5,6 +5,7 @@ where the cumulative probability passes it, so a completion does not depend on i
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -16,7 +17,7 @@ from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsW
 from poweropd.config import Config
 from poweropd.data.prompts import Prompt
 from poweropd.data.rollout import Request, Rollout
-from poweropd.errors import UsageError
+from poweropd.errors import DivergedError, UsageError
 from poweropd.models import attention
 from poweropd.models.language_model import Student
 from poweropd.models.loading import FORWARD_FAILURES
@@ -175,6 +176,11 @@ class _Decoder:
             for i, token, log_prob in zip(
                 self.live, tokens.tolist(), log_probs.tolist(), strict=True
             ):
+                if not math.isfinite(log_prob):
+                    raise DivergedError(
+                        "the student's logits are not finite: its training has diverged, so lower "
+                        "train.learning_rate (or its weights are damaged)"
+                    )
                 self.tokens[i].append(token)
                 self.log_probs[i].append(log_prob)
             for i, has_stopped in zip(self.live, stopped, strict=True):
@@ -197,6 +203,7 @@ class _Decoder:
         ).logits[:, -1, : self.vocab_size]
         logits = logits.float()
         tokens = draw(logits, self.uniforms[:, position], self.sampling)
+        tokens = tokens.clamp(max=self.vocab_size - 1)  # beyond it if the logits are NaN
         chosen = logits.gather(1, tokens[:, None]).squeeze(1)
         return tokens, chosen - logits.logsumexp(1)
 

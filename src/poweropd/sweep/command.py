@@ -7,7 +7,7 @@ from rich.table import Table
 
 from poweropd.errors import RunError, UsageError
 from poweropd.runs.files import write_atomically
-from poweropd.sweep import results, runner, table
+from poweropd.sweep import cost, results, runner, table
 from poweropd.sweep.jobs import Training
 from poweropd.sweep.runner import SweepOutcome
 from poweropd.terminal import make_console
@@ -42,15 +42,18 @@ def check_snr(trainings: Sequence[Training]) -> None:
             )
 
 
-def print_trainings(trainings: Sequence[Training]) -> None:
-    """Prints which runs there are and how far each is."""
+def print_trainings(trainings: Sequence[Training], parallel: int) -> None:
+    """Prints which runs there are, how far each is, and what is left to pay for them."""
     listed = Table(title=f"{len(trainings)} runs")
     for column in ("cell", "seed", "directory", "state"):
         listed.add_column(column, overflow="fold")
     for training in trainings:
         state = "finished" if training.is_finished() else training.progress()[1]
         listed.add_row(training.cell, str(training.seed), str(training.path), state)
-    make_console().print(listed)
+    console = make_console()
+    console.print(listed)
+    for line in cost.cost_lines(trainings, parallel):
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def show_sweep(

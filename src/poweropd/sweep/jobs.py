@@ -1,6 +1,7 @@
 """The jobs of a sweep, a process each: trainings with what is measured of them, and evaluations."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,9 +10,10 @@ from poweropd.config import Config
 from poweropd.errors import RunError
 from poweropd.evaluation.settings import EvaluationSettings
 from poweropd.runs.directory import RunDirectory
-from poweropd.runs.files import read_json, read_jsonl
+from poweropd.runs.files import read_json, read_jsonl, write_json
 
 STEPS_OF_A_BATCH = 4  # optimizer steps that take about as long as one batch of a measurement
+DIVERGED = "diverged.json"  # in the run directory of a trial
 OPTIONS = ("n", "max_new_tokens", "temperature", "top_p", "top_k", "seed")  # of poweropd eval
 
 
@@ -31,17 +33,27 @@ def at_both_ends(snr: int) -> Callable[[int], list[Measurement]]:
 
 
 class Training:
-    """One run of a sweep; its measurements are in the order of their steps."""
+    """One run of a sweep; its measurements are in the order of their steps.
 
-    def __init__(self, cell: str, config: Config, measurements: Sequence[Measurement] = ()) -> None:
-        self.cell, self.seed, self.config = cell, config.train.seed, config
+    A trial is run for its figures: that it diverged is a result, and its weights are not kept.
+    """
+
+    def __init__(
+        self,
+        cell: str,
+        config: Config,
+        measurements: Sequence[Measurement] = (),
+        trial: bool = False,
+    ) -> None:
+        self.cell, self.seed, self.config, self.trial = cell, config.train.seed, config, trial
         self.measurements, self.steps = measurements, config.train.steps
         self.directory = RunDirectory(config.run.dir)
         self.path, self.name = self.directory.path, self.directory.path.name
         self.points_path = self.path / "points.jsonl"
         self.work = self.steps + STEPS_OF_A_BATCH * sum(one.batches for one in measurements)
         wanted = [f"--measure={json.dumps(asdict(one))}" for one in measurements]
-        self.arguments = ["sweep-run", str(self.directory.config_path), *wanted]
+        flags = ["--trial"] if trial else []
+        self.arguments = ["sweep-run", str(self.directory.config_path), *wanted, *flags]
 
     def progress(self) -> tuple[int, str]:
         """Returns how much of `work` is done, and the steps and the last accuracy as text."""
@@ -53,8 +65,21 @@ class Training:
 
     def is_finished(self) -> bool:
         """Returns whether the training is complete and was measured at its end."""
+        if self.trial and self.diverged():
+            return True
         last = self.measurements[-1:]
         return self.directory.is_complete and all(one in self.points() for one in last)
+
+    def diverged(self) -> str:
+        """Returns why a trial ended before its last step; "" if it did not."""
+        return str(read_json(self.path / DIVERGED).get("why", ""))
+
+    def end_trial(self, why: str = "") -> None:
+        """Writes why a trial diverged, if it did, and removes its checkpoints and best student."""
+        if why:
+            write_json(self.path / DIVERGED, {"why": why})
+        for folder in (self.directory.checkpoints, self.directory.best_student):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def points(self) -> dict[Measurement, dict[str, float]]:
         """Returns what was measured so far: each measurement's figures by their names."""

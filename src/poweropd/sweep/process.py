@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean
 
 from poweropd.config import Config
+from poweropd.errors import DivergedError
 from poweropd.evaluation.benchmarks import Problem, ProblemSet, load_benchmark
 from poweropd.evaluation.metrics import problem_values
 from poweropd.evaluation.runner import Subject, run_benchmarks
@@ -16,16 +17,33 @@ from poweropd.training.gradient_noise import measure_gradient
 from poweropd.training.trainer import Result, Trainer
 
 
-def train_and_measure(config_path: Path, measurements: Sequence[Measurement]) -> Result:
+def train_and_measure(
+    config_path: Path, measurements: Sequence[Measurement], trial: bool = False
+) -> Result:
     """Trains on from where the run directory is, and measures what was not measured yet.
 
     A signal during a step ends it with a checkpoint. One during a measurement ends the process;
-    the steps before it are in a checkpoint already, and the measurement is made again.
+    the steps before it are in a checkpoint already, and the measurement is made again. A `trial`
+    may diverge, and ends with its figures.
     """
     trainer = Trainer(Config.load(config_path))
-    training = Training("", trainer.config, measurements)
+    training = Training("", trainer.config, measurements, trial)
     recover_jsonl(training.points_path)
-    for wanted in measurements:
+    why = ""
+    try:
+        result = _train(trainer, training)
+    except DivergedError as error:
+        if not trial:
+            raise
+        result, why = Result(trainer.run.path, trainer.steps_done, None), str(error)
+    if trial and result.interrupted_by is None:
+        training.end_trial(why)
+    return result
+
+
+def _train(trainer: Trainer, training: Training) -> Result:
+    """Does the remaining steps and measurements, up to a signal."""
+    for wanted in training.measurements:
         result = trainer.train(until=wanted.step)
         if result.interrupted_by is not None:
             return result

@@ -45,22 +45,27 @@ class SweepOutcome:
     disk_full: bool = False
 
 
-def claim(out: Path, trainings: Sequence[Training], options: Mapping[str, int]) -> None:
+def claim(
+    out: Path,
+    trainings: Sequence[Training],
+    options: Mapping[str, int],
+    among_others: bool = False,
+) -> None:
     """Takes a directory for a sweep, with all its run directories, or goes on in it.
 
     The same sweep may have grown by cells or seeds. `options` are those of the command line that
-    must stay the same and that no run's configuration shows. Raises UsageError if `out` holds
-    other runs, or other configurations under the same names, or something else.
+    must stay the same and that no run's configuration shows. `among_others`: runs that are not
+    named may be there, too. Raises UsageError if `out` holds other runs, or other configurations
+    under the same names, or something else.
     """
     path = out / DEFINITION
-    names = [training.name for training in trainings]
-    definition = json.dumps({**options, "runs": names}, indent=2) + "\n"
+    names, missing = [training.name for training in trainings], list[str]()
     if path.exists():
         found = read_json(path)
         if not isinstance(found.get("runs"), list) or not found.keys() >= options.keys():
             raise RunError(f"{path}: damaged; restore it, or choose another directory")
         missing = [name for name in found["runs"] if name not in names]
-        if missing:
+        if missing and not among_others:
             raise UsageError(
                 f"--out: {out} holds another sweep, with {', '.join(missing[:3])}"
                 f"{', ...' if len(missing) > 3 else ''}: name its cells too, or choose another"
@@ -71,13 +76,17 @@ def claim(out: Path, trainings: Sequence[Training], options: Mapping[str, int]) 
     elif any(not file.name.startswith(".") for file in out.iterdir()):
         raise UsageError(f"--out: {out} exists and holds no sweep; choose another")
     else:
-        write_atomically(path, definition)  # a kill before the last run directory is made
+        _define(path, options, names)  # a kill before the last run directory is made
     for training in trainings:
         try:
             RunDirectory.open(training.config)
         except UsageError as error:
             raise UsageError(f"--out: {out} holds another sweep: {error}") from None
-    write_atomically(path, definition)
+    _define(path, options, [*names, *missing])
+
+
+def _define(path: Path, options: Mapping[str, int], names: Sequence[str]) -> None:
+    write_atomically(path, json.dumps({**options, "runs": names}, indent=2) + "\n")
 
 
 def only_sweep(out: Path) -> AbstractContextManager[IO[str]]:

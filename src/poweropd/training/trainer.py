@@ -236,14 +236,14 @@ class Trainer:
     @contextmanager
     def _raising_together(self) -> Iterator[None]:
         """Raises a RunError of any process in all of them."""
-        failure = ""
+        failure: RunError | None = None
         try:
             yield
         except RunError as error:
-            failure = str(error)
-        failures = [text for text in gather_object([failure]) if text]
+            failure = error
+        failures = [error for error in gather_object([failure]) if error is not None]
         if failures:
-            raise RunError(failures[0])
+            raise failures[0]
 
     def student_log_probs(self, examples: Sequence[Example]) -> list[list[float]]:
         """Returns the student's log-probs of all trained tokens; every process must call it."""

@@ -20,7 +20,7 @@ from poweropd.config import sections
 from poweropd.config.fields import LEARNING_RATE_SCHEDULES
 from poweropd.data.batch import Batch, collate, halved, pack
 from poweropd.data.rollout import Example
-from poweropd.errors import RunError
+from poweropd.errors import DivergedError, RunError
 from poweropd.evaluation.judging import compare_batches
 from poweropd.models.language_model import Student, Teacher, with_teacher
 from poweropd.models.sharding import shard, whole
@@ -92,7 +92,7 @@ class Updater:
         )
         grad_norm = float(whole(norm))
         if not math.isfinite(grad_norm):
-            raise RunError(
+            raise DivergedError(
                 f"the gradient of step {step + 1} is not finite (norm {grad_norm}): lower "
                 "train.learning_rate, or compute in another model.dtype"
             )
@@ -230,7 +230,7 @@ def _check_finite(record: TokenRecord, reward: Reward) -> TokenRecord:
     bad = ~record.rewards.isfinite()
     if bad.any():
         first = {name: values[bad][0].item() for name, values in vars(record).items()}
-        raise RunError(
+        raise DivergedError(
             f"reward {reward} is {first['rewards']} at completion position "
             f"{first['positions']:.0f} (log-prob of the teacher {first['teacher_log_probs']:.6g}, "
             f"of the student {first['student_log_probs']:.6g}): use a bounded reward such as "
