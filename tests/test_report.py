@@ -243,13 +243,13 @@ def test_before_after_and_the_teacher_are_a_table(make_run: Callable[..., Path])
     table = evaluations.change_table(read_runs([path]))
     assert table is not None
     (row,) = table.rows
-    assert row[:3] == ["run", "sums", "50.0% [25.0, 75.0]"]
+    assert row[:3] == ["sums", "run", "50.0% [25.0, 75.0]"]
     assert row[3:] == [
         "50.0% [25.0, 75.0] at step 4",
         "+25.0 [+25.0, +25.0]",
         "50.0% [25.0, 75.0]",
     ]
-    assert "+25.0 [+25.0, +25.0]" in rendered([path])
+    assert "+25.0 [+25.0,\N{NO-BREAK SPACE}+25.0]" in rendered([path])
     for other in ({"another": 0.5}, dict.fromkeys(problems, "half"), "none"):
         run.write_evaluation(0, {"sums": accuracy_of(other)})  # type: ignore[arg-type]
         table = evaluations.change_table(read_runs([path]))
@@ -287,7 +287,7 @@ def test_the_divergence_is_in_both_tables_and_a_figure_with_its_interval(
     runs = read_runs([path])
     table = evaluations.change_table(runs)
     assert table is not None
-    rows = {row[1]: row for row in table.rows}
+    rows = {row[0]: row for row in table.rows}
     kl = rows["held-out KL, nats per token"]
     assert kl[2].startswith("1.4875 [")
     assert kl[4:] == ["-0.5000 [-0.5000, -0.5000]", "–"]  # the prompts' own part cancels
@@ -300,7 +300,7 @@ def test_the_divergence_is_in_both_tables_and_a_figure_with_its_interval(
     assert "sampled" not in figure.description
     band = figure.spec()["layer"][0]
     assert (band["mark"]["type"], band["encoding"]["y2"]) == ("area", {"field": "high"})
-    assert "-0.5000 [-0.5000, -0.5000]" in rendered([path])
+    assert "-0.5000 [-0.5000,\N{NO-BREAK SPACE}-0.5000]" in rendered([path])
 
 
 def test_a_sampled_divergence_is_called_so(make_run: Callable[..., Path]) -> None:
@@ -311,7 +311,7 @@ def test_a_sampled_divergence_is_called_so(make_run: Callable[..., Path]) -> Non
     runs = read_runs([path])
     table = evaluations.change_table(runs)
     assert table is not None
-    assert table.rows[0][1] == "held-out KL, nats per token, a sampled estimate"
+    assert table.rows[0][0] == "held-out KL, nats per token, a sampled estimate"
     found = {figure.key: figure.description for figure in evaluations.evaluation_figures(runs)}
     assert found["eval-divergence-reverse_kl"].endswith("A sampled estimate in run.")
     assert "sampled" not in found["eval-divergence-agreement"]

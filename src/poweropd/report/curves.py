@@ -80,6 +80,8 @@ def curve_axis(
     if kind == "reward":
         return reward_axis(values, None, bounds)
     scale = altair.Scale(type="log") if kind == "log" else altair.Scale(zero=kind == "zero")
+    if kind == "zero" and not any(values):
+        scale = altair.Scale(domain=[0, 1])  # else the line of zeros would be in mid-air
     return {"title": None, "scale": scale}
 
 

@@ -15,7 +15,7 @@ from poweropd.runs.directory import is_number
 from poweropd.runs.files import JsonObject
 from poweropd.runs.metrics import OF_DIVERGENCE, Shown
 
-CHANGES = ["run", "measure", "before", "after", "after minus before", "teacher"]
+CHANGES = ["measure", "run", "before", "after", "after minus before", "teacher"]
 
 
 def evaluation_figures(runs: Sequence[RecordedRun]) -> list[Figure]:
@@ -50,8 +50,9 @@ def _divergence_figures(runs: Sequence[RecordedRun]) -> list[Figure]:
         ]
         if not metric.curve or not rows:
             continue
-        title = metric.heading[0].upper() + metric.heading[1:]
-        said = "Over steps, with 95% intervals over the prompts."
+        title = metric.title[0].upper() + metric.title[1:]
+        unit = "Over" if metric.unit == "share" else f"In {metric.unit}, over"
+        said = f"{unit} steps, with 95% intervals over the prompts."
         sampled = [run.name for run in runs if run.has_sampled_divergence]
         if name == "reverse_kl" and sampled:
             said += f" A sampled estimate in {', '.join(sampled)}."
@@ -105,7 +106,9 @@ def change_table(runs: Sequence[RecordedRun]) -> Table | None:
         "change is paired: the same problems or prompts before and after. The teacher's own "
         "accuracy is how far one could get."
     )
-    return Table(caption, CHANGES, rows)
+    order = list(dict.fromkeys(measure for measure, *_ in rows))
+    rows.sort(key=lambda row: order.index(row[0]))  # stable: runs stand side by side
+    return Table(caption, CHANGES, rows, names=2)
 
 
 def _accuracy_changes(run: RecordedRun) -> list[list[str]]:
@@ -120,7 +123,7 @@ def _accuracy_changes(run: RecordedRun) -> list[list[str]]:
         change = _paired_change(after, before)
         found.append(
             [
-                *(run.name, name, _percent(before), _percent(after, last)),
+                *(name, run.name, _percent(before), _percent(after, last)),
                 ABSENT if change is None else _points(change),
                 _percent(teacher),
             ]
@@ -147,7 +150,7 @@ def _divergence_changes(run: RecordedRun) -> list[list[str]]:
             f"{interval(after[name], cell)} at step {last}" if name in after else ABSENT,
             interval(changes[name], _signed(cell)) if name in changes else ABSENT,
         ]
-        found.append([run.name, f"{metric.measure}{note}", *shown, ABSENT])
+        found.append([f"{metric.measure}{note}", run.name, *shown, ABSENT])
     return found
 
 

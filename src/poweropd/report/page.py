@@ -69,6 +69,7 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["together"] = tables.together
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     scripts = [Markup(text) for text in (_bundle(), _resource("page.js"))]  # ours, not the runs'
     shown = [sample for run in runs for sample in samples.samples(run)]

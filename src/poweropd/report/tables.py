@@ -1,5 +1,6 @@
 """Tables of a report: what the runs achieved, how they differ, what they ran on."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,17 +10,20 @@ from poweropd.runs.files import JsonObject
 from poweropd.runs.metrics import OF_DIVERGENCE, OF_GRADIENTS, OF_STEPS, TOTAL, Shown
 
 ABSENT = "\N{EN DASH}"
+NO_BREAK = "\N{NO-BREAK SPACE}"
 PERCENT = Shown("", ".1%")
+_PARTS = re.compile(r"\[[^\]]*\]|at step \d+")
 TASK = ("data.prompts", "data.column", "model.student", "teacher.model")
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose rows begin with their header."""
+    """A table whose rows begin with their header; the first `names` columns are words."""
 
     caption: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    names: int = 1
 
 
 def summary_table(runs: Sequence[RecordedRun]) -> Table:
@@ -59,6 +63,11 @@ def interval(found: JsonObject, cell: Shown) -> str:
     mean, low, high = (cell.text(found[key]) for key in ("mean", "low", "high"))
     # One percent sign is enough.
     return f"{mean} [{low.removesuffix('%')}, {high.removesuffix('%')}]"
+
+
+def together(cell: str) -> str:
+    """Returns a table's cell with spaces that do not break within an interval or a step."""
+    return _PARTS.sub(lambda part: part[0].replace(" ", NO_BREAK), cell)
 
 
 def _last_accuracy(run: RecordedRun, benchmark: str) -> str:
