@@ -13,7 +13,6 @@ from poweropd.runs.directory import RunDirectory
 from poweropd.runs.metrics import END_MEAN, MEDIAN, OF_BENCHMARKS, OF_STEPS, TOTAL, Metric, tracked
 from poweropd.training import trackers
 from poweropd.training.accounting import Utilization
-from poweropd.training.progress import TrainingProgress
 
 MAKES = Callable[..., Config]
 
@@ -63,19 +62,6 @@ def test_the_end_of_a_run_is_its_last_tenth_of_steps() -> None:
     assert MEDIAN.of(rows, "x") == 10.0
     assert TOTAL.of(rows, "step") == 210
     assert TOTAL.of([], "step") is None
-
-
-def test_the_progress_line_shows_the_registered_numbers(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with TrainingProgress(steps=2, done=0, name="run") as progress:
-        row = {"reward/mean": 0.12345, "reverse_kl": 1.5, "grad_norm": 0.0234}
-        progress.update(1, {"step": 1, "loss": 3.0, **row, "completions/mean_length": 10.4})
-        progress.update(2, {"step": 2, "reward/mean": None, "reverse_kl": 1.0})
-    assert capsys.readouterr().err.splitlines() == [
-        "run 1/2 reward +0.123 kl 1.500 grad 0.023 len 10",
-        "run 2/2 kl 1.000",
-    ]
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

@@ -9,13 +9,12 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.logging import RichHandler
 
 from poweropd import __version__
 from poweropd.commands import demo, init, plan, push, report, sweep, train, tune
 from poweropd.commands import eval as evaluation
 from poweropd.errors import RunError, UsageError, one_line
-from poweropd.terminal import make_console
+from poweropd.terminal import log_handler
 
 LONGEST_MESSAGE = 390  # characters
 
@@ -54,12 +53,7 @@ def _options(
 
 def main() -> None:
     """Runs the command line; the user's mistakes are one line and exit status 2."""
-    console = make_console(stderr=True)
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(message)s",
-        handlers=[RichHandler(console=console, show_path=False, show_time=False)],
-    )
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[log_handler()])
     for library in ("accelerate", "datasets", "httpx2", "httpcore2", "transformers"):
         logging.getLogger(library).setLevel(logging.WARNING)
     sys.path.insert(0, "")  # a user's own module:function lies in the current directory

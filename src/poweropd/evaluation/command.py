@@ -1,5 +1,6 @@
 """Does the work of `poweropd eval`, for a model or for completions from elsewhere."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from poweropd.grading.grader import Grader
 from poweropd.grading.graders.base import NamedGrader, create_grader
 from poweropd.runs.files import write_json
 from poweropd.terminal import make_console
+
+logger = logging.getLogger("poweropd")
 
 UNKNOWN_STOP = "unknown"
 
@@ -86,6 +89,8 @@ def evaluate_model(
     if not problem_sets:
         known = ", ".join(benchmarks.BENCHMARKS)
         raise UsageError(f"--benchmark: expected one or more of {known}, a file or a dataset")
+    counts = [f"{name} ({len(own)} problems)" for name, own in problem_sets.items()]
+    logger.info("%s on %s, completions of each: %d", model, ", ".join(counts), settings.n)
     import torch
 
     from poweropd.evaluation.runner import load_subject, run_benchmarks

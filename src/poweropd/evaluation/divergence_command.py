@@ -165,6 +165,7 @@ def measure_divergence(
     prompts = load_prompts(data, tokenizer, {"": profile.tokenizer})[:limit]
     config = loading.load_config(model, options.trust_remote_code)
     check_ids(prompts, loading.vocab_rows(config), None, "--prompts")
+    logger.info("%s beside %s on %d prompts", model, teacher.model, len(prompts))
     context = min(loading.context_length(config), profile.context)
     settings = _within_context(prompts, settings, context)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

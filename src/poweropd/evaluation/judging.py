@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Protocol, cast
 
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -32,8 +31,8 @@ from poweropd.objectives.comparison import Compared, ComparedTokens
 from poweropd.rewards import create
 from poweropd.rollouts.base import Sampling, completion_seed
 from poweropd.runs import files
+from poweropd.runs.pace import Say, WorkProgress
 from poweropd.teachers.server import ServerTeacher
-from poweropd.terminal import make_console
 
 STEP = -2  # in the seeds of completions: none of the steps of training
 # (examples, a teacher that reads along, stop ids) -> the record of the examples' tokens. With
@@ -229,22 +228,27 @@ class DivergenceEvaluation:
         )
         self.rows = cast(list[JudgedRow], files.recover_jsonl(self.path))
 
-    def run(self, subject: Subject, judges: Judges, progress: bool = True) -> list[JudgedRow]:
-        """Samples and judges what is missing, and returns all rows of this process."""
+    def run(
+        self, subject: Subject, judges: Judges, progress: bool = True, say: Say | None = None
+    ) -> list[JudgedRow]:
+        """Samples and judges what is missing, and returns all rows of this process.
+
+        progress, say: see `WorkProgress`.
+        """
         groups = self._groups()
         done = {(row["id"], row["sample"]) for row in self.rows}
         missing = [not {_key(request) for request in group} <= done for group in groups]
-        console = make_console(stderr=True)
-        with Progress(console=console, disable=not progress, transient=True) as bar:
-            task = bar.add_task(DIVERGENCE, total=len(groups))
+        total = sum(map(len, groups))
+        with WorkProgress(DIVERGENCE, total, len(done), progress, say) as shown:
             # A group that any process lacks is judged by all: the student may be sharded.
             for number, wanted in enumerate(judges.any_process(missing)):
                 if wanted:
                     group = groups[number] if number < len(groups) else []
                     found = list(self._judged(group, subject, judges))
+                    new = [r for r in found if (r["id"], r["sample"]) not in done]
                     with judges.together():
-                        self._append([r for r in found if (r["id"], r["sample"]) not in done])
-                bar.advance(task)
+                        self._append(new)
+                    shown.advance(len(new), sum(row["length"] for row in new))
         return self.rows
 
     def _groups(self) -> list[list[Request]]:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TextIO, cast
 
 import torch
-from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from poweropd import stops
@@ -34,7 +33,7 @@ from poweropd.models import loading
 from poweropd.rollouts.base import RolloutEngine, Sampling, completion_seed
 from poweropd.rollouts.transformers import TransformersEngine
 from poweropd.runs import files
-from poweropd.terminal import make_console
+from poweropd.runs.pace import Say, WorkProgress
 
 logger = logging.getLogger("poweropd")
 
@@ -103,18 +102,21 @@ class Evaluation:
         asked = {"model": self.model, "problems": digest, "count": len(texts)}
         claim_rows(self.path, self.settings_path, asked | asdict(self.settings))
 
-    def run(self, subject: Subject, grader: Grader, progress: bool = True) -> Summary:
-        """Samples and grades what is missing, and returns the summary of all rows."""
+    def run(
+        self, subject: Subject, grader: Grader, progress: bool = True, say: Say | None = None
+    ) -> Summary:
+        """Samples and grades what is missing, and returns the summary of all rows.
+
+        progress, say: see `WorkProgress`.
+        """
         prompts = prompt_ids(self.problems, self.settings, subject.tokenizer)
         longest = check_room(self.name, prompts, subject.context_length)
         requests, sampling = self._requests(prompts), self._sampling(subject, longest)
-        console = make_console(stderr=True)
-        with Progress(console=console, disable=not progress, transient=True) as bar:
-            task = bar.add_task(self.name, total=len(requests), completed=len(self.rows))
+        with WorkProgress(self.name, len(requests), len(self.rows), progress, say) as shown:
             for group in self._unfinished(requests):
                 rollouts = subject.engine.generate(group, sampling)
-                for _ in self._graded(rollouts, subject, grader):
-                    bar.advance(task)
+                for row in self._graded(rollouts, subject, grader):
+                    shown.advance(tokens=row["tokens"])
         return summarize(self.rows, n=self.settings.n)
 
     def _sampling(self, subject: Subject, longest_prompt: int) -> Sampling:
@@ -295,12 +297,14 @@ def run_benchmarks(
     folder: Path,
     progress: bool = True,
     share: tuple[int, int] = (0, 1),
+    say: Say | None = None,
 ) -> dict[str, Evaluation]:
     """Runs every benchmark of `problem_sets`, by its name, one after another.
 
     `folder` keeps rows and settings; an evaluation that runs on it again goes on where it was
-    stopped. `share` (first, stride) leaves other problems to other processes. Raises UsageError if
-    the folder holds other completions, and RunError if nothing can be written any more.
+    stopped. `share` (first, stride) leaves other problems to other processes. `progress` and `say`
+    are those of `WorkProgress`. Raises UsageError if the folder holds other completions, and
+    RunError if nothing can be written any more.
     """
     done = {}
     with Grader() as workers:
@@ -309,5 +313,5 @@ def run_benchmarks(
                 *(name, one.problems, one.settings, folder, subject.identity, share), one.grader
             )
             if done[name].problems:
-                done[name].run(subject, workers, progress)
+                done[name].run(subject, workers, progress, say)
     return done

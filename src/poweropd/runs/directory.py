@@ -29,6 +29,7 @@ _EVALUATED = re.compile(r"step-(\d+)")
 #: Name, size and time of change of the files of a run.
 RunState = frozenset[tuple[str, int, int]]
 LOCK = ".lock"
+LOG = "train.log"
 #: The folder of the teacher's own evaluation, in that of all evaluations.
 TEACHER = "teacher"
 LARGEST_NUMBER = 1e300
@@ -51,7 +52,7 @@ class RunDirectory:
 
     def __init__(self, path: str | Path, notes: list[str] | None = None) -> None:
         self.path, self.notes = Path(path), notes
-        self.config_path = self.path / "config.yaml"
+        self.config_path, self.log_path = self.path / "config.yaml", self.path / LOG
         self.metrics_path = self.path / "metrics.jsonl"
         self.environment_path = self.path / "environment.json"
         self.checkpoints = self.path / "checkpoints"
@@ -119,9 +120,9 @@ class RunDirectory:
         write_json(path, found | dict(fingerprints))
 
     def _is_empty(self) -> bool:
-        """Tells whether nothing is there but what a kill may have left of the first file."""
+        """Tells whether nothing is there but a log and what a kill left of the first file."""
         found = self.path.iterdir() if self.path.is_dir() else [self.path]
-        return all(path.name in (LOCK, f".{self.config_path.name}.tmp") for path in found)
+        return all(path.name in (LOCK, LOG, f".{self.config_path.name}.tmp") for path in found)
 
     def config(self) -> Config:
         """Returns the configuration of the run, checked; nothing that it names is imported."""
@@ -141,13 +142,22 @@ class RunDirectory:
     def state(self) -> RunState:
         """Returns name, size and time of change of every file that a report reads."""
         folders = (self.rewards.rglob("*"), self.evaluations_path.glob("*/results.json"))
-        files = [*self.path.glob("*.*"), *self.final.glob("*"), *(f for g in folders for f in g)]
+        files = [self.config_path, *self.path.glob("*.json*"), *self.final.glob("*")]
+        files += [file for folder in folders for file in folder]
         found = set()
         for file in files:
             with suppress(FileNotFoundError):  # parts are merged and removed while a run goes on
                 stat = file.stat()
                 found.add((str(file), stat.st_size, stat.st_mtime_ns))
         return frozenset(found)
+
+    # What training says.
+
+    def append_log(self, text: str) -> None:
+        """Adds lines to the log, without characters that a terminal might obey."""
+        lines = ["".join(c if c.isprintable() else " " for c in one) for one in text.splitlines()]
+        with self.log_path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write("".join(f"{line}\n" for line in lines))
 
     # Metrics.
 

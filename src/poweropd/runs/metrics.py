@@ -41,10 +41,16 @@ class Shown:
     format: str
     summary: Aggregate = END_MEAN
     factor: float = 1.0  # from the metric's unit to the heading's
+    is_unit: bool = False  # the heading stands behind the number in a sentence
 
     def text(self, value: float | None, absent: str = "\N{EN DASH}") -> str:
         """Returns the value as this place writes it, or `absent` if there is none."""
         return absent if value is None else f"{value * self.factor:{self.format}}"
+
+    def phrase(self, value: float) -> str:
+        """Returns the value with its heading, as a sentence has it."""
+        words = (self.text(value), self.heading)
+        return " ".join(words if self.is_unit else words[::-1])
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Metric:
     title: str
     unit: str = ""
     column: str = ""  # its name in sweep.csv and sweep.json
-    progress: Shown | None = None  # in the line that training prints
+    progress: Shown | None = None  # in the lines that training prints
     table: Shown | None = None  # in the report's summary of runs
     sweep: Shown | None = None  # in the table of a sweep
     curve: Literal["linear", "log", "zero", "reward"] | None = None  # in the report: its axis
@@ -127,9 +133,13 @@ OF_STEPS = (
     Metric("sampler/effective_sample_size", "effective sample size", "share of the tokens"),
     Metric("learning_rate", "learning rate"),
     Metric("mfu", "model FLOPs utilisation", "share", curve="linear"),
-    Metric("tokens_per_second", "sampled tokens per second", curve="linear"),
+    Metric(
+        "tokens_per_second", "sampled tokens per second",
+        progress=Shown("tokens/s", ",.0f", is_unit=True), curve="linear",
+    ),
     Metric(
         "seconds/step", "seconds of a step", "s", "seconds",
+        progress=Shown("s/step", ".3g", is_unit=True),
         table=Shown("seconds a step", ".3g", MEDIAN), sweep=Shown("s", ".0f", TOTAL),
     ),
     Metric("seconds/*", "seconds of a phase of the step", "s"),
@@ -142,12 +152,15 @@ OF_STEPS = (
 
 #: The metrics of each benchmark, by their names in an evaluation's results.
 OF_BENCHMARKS = {
-    "avg_at_k": Metric("eval/*/avg_at_k", "Avg@k", sweep=Shown("Avg@", ".2f", factor=100.0)),
+    "avg_at_k": Metric(
+        "eval/*/avg_at_k", "Avg@k", progress=Shown("", ".1f", factor=100.0),
+        sweep=Shown("Avg@", ".2f", factor=100.0),
+    ),
     "pass_at_k": Metric("eval/*/pass_at_k", "Pass@k", sweep=Shown("Pass@", ".2f", factor=100.0)),
     "maj_at_k": Metric("eval/*/maj_at_k", "Maj@k"),
     "mean_length": Metric("eval/*/mean_length", "mean length", "tokens", better="lower"),
     "truncated_fraction": Metric("eval/*/truncated_fraction", "truncated", "share", better="lower"),
-}
+}  # fmt: skip
 
 #: The further scores that a grader of one's own gives: of a benchmark, by name.
 OF_SCORES = Metric("eval/*/scores/*", "further score")
@@ -156,7 +169,8 @@ OF_SCORES = Metric("eval/*/scores/*", "further score")
 OF_DIVERGENCE = {
     "reverse_kl": Metric(
         "eval/divergence/reverse_kl", "reverse KL on held-out prompts", "nats per token",
-        table=Shown("held-out KL", ".4f"), curve="zero", better="lower",
+        progress=Shown("reverse_kl", ".3g"), table=Shown("held-out KL", ".4f"), curve="zero",
+        better="lower",
     ),
     "agreement": Metric(
         "eval/divergence/agreement", "greedy tokens that are the teacher's", "share",

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import IO
 
 from poweropd.errors import RunError, UsageError
-from poweropd.runs.directory import RunDirectory
+from poweropd.runs.directory import LOG, RunDirectory
 from poweropd.runs.files import locked, read_json, write_atomically
+from poweropd.runs.pace import FIRST_SECONDS
 from poweropd.sweep.jobs import Job, Training
 from poweropd.sweep.progress import SweepProgress
 
 DEFINITION = "runs.json"
-LOG = "train.log"
 LOCK = ".lock"
 POLL_SECONDS = 0.2
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -104,19 +104,19 @@ class JobRunner:
     """Runs jobs, each in a process of its own, `parallel` at a time.
 
     lock: the processes inherit it. threads: those of each job; its share of the cores if None.
-    line_seconds: between two lines of a log that say how far the jobs are.
+    first_seconds: between two lines of a log that say how far the jobs are, at first.
     """
 
     jobs: Sequence[Job]
     parallel: int
     lock: IO[str]
     threads: int | None = None
-    line_seconds: float = 60.0
+    first_seconds: float = FIRST_SECONDS
 
     def __post_init__(self) -> None:
         self.waiting = deque(job for job in self.jobs if not job.is_finished())
         self.active: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}  # by slot
-        self.progress = SweepProgress(self.jobs, self.line_seconds)
+        self.progress = SweepProgress(self.jobs, self.first_seconds)
         self.outcome, self.stopping = SweepOutcome(), False
 
     def run(self) -> SweepOutcome:

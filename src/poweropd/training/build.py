@@ -103,10 +103,32 @@ class RunInputs:
         trained, held = split_holdout(prompts, config.data.holdout, config.train.seed)
         if notify:
             _show_choices(config)
-            _show_first_prompt(prompts[0], tokenizer, tokenizers[prompts[0].domain], config)
             logger.info("%s", epochs_notice(config.train, len(trained)))
         order = PromptOrder(len(trained), config.train.seed, config.data.shuffle)
-        return cls(tokenizer, trained, order, stop_ids, teachers, context, held)
+        inputs = cls(tokenizer, trained, order, stop_ids, teachers, context, held)
+        if notify:
+            inputs.show_first_prompt(config)
+        return inputs
+
+    def first_prompt(self, config: Config) -> Prompt:
+        """Returns the first prompt of the first step."""
+        return self.prompts[self.order.at_step(0, config.train.prompts_per_step)[0]]
+
+    def opening(self, config: Config) -> list[str]:
+        """Returns the first prompt, as each model reads it, as lines for people."""
+        prompt = self.first_prompt(config)
+        teacher = self.teachers[prompt.domain].tokenizer
+        return preview.prompt_lines(prompt, self.tokenizer, teacher)
+
+    def show_first_prompt(self, config: Config) -> None:
+        """Shows the first prompt as each model reads it; warns if the templates differ."""
+        prompt = self.first_prompt(config)
+        for line in self.opening(config):
+            logger.info("%s", line)
+        teacher = self.teachers[prompt.domain].tokenizer
+        notice = preview.template_notice(prompt, self.tokenizer, teacher, config.data)
+        if notice is not None:
+            logger.warning("%s", notice)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -154,20 +176,6 @@ def _filtered(
     if notify:
         logger.warning("%s", notice)
     return kept
-
-
-def _show_first_prompt(
-    prompt: Prompt,
-    tokenizer: PreTrainedTokenizerBase,
-    teacher_tokenizer: PreTrainedTokenizerBase,
-    config: Config,
-) -> None:
-    """Shows the first prompt as each model reads it; warns if the templates differ."""
-    for line in preview.prompt_lines(prompt, tokenizer, teacher_tokenizer):
-        logger.info("%s", line)
-    notice = preview.template_notice(prompt, tokenizer, teacher_tokenizer, config.data)
-    if notice is not None:
-        logger.warning("%s", notice)
 
 
 def input_fingerprints(

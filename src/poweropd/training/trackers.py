@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from accelerate import Accelerator
+
 from poweropd.errors import UsageError
 
 #: Keyword arguments for the start of a tracker.
@@ -37,6 +39,16 @@ def tracker_options(names: Sequence[str], run: Path) -> dict[str, Options]:
 def _tensorboard(run: Path) -> Options:
     """Returns nothing: the accelerator's project configuration names its folder."""
     return {}
+
+
+def end_trackers(accelerator: Accelerator, engine: str) -> None:
+    """Ends the trackers without ending process groups that vLLM still needs."""
+    if accelerator.num_processes > 1 and engine != "vllm":
+        accelerator.end_training()
+        return
+    # `end_training` would end process groups, too, which vLLM here shares and ends at exit.
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 def _wandb(run: Path) -> Options:

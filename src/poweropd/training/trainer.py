@@ -68,13 +68,14 @@ class Trainer:
             log_with=config.log.trackers or None,
             project_config=ProjectConfiguration(config.run.dir, f"{config.run.dir}/trackers"),
         )
-        self.progress = progress and self.accelerator.is_main_process
+        main = self.accelerator.is_main_process
         self.reward = config.reward.create()
-        self.inputs = RunInputs.load(config, notify=self.progress)
+        self.inputs = RunInputs.load(config, notify=progress and main)
         self.config = config = config.with_steps(len(self.inputs.prompts))
         self.validation = build.make_validation(config, self.accelerator, self.inputs)
         with self.accelerator.main_process_first():
             self.run = RunDirectory.open(config)
+        self.progress = TrainingProgress(config, self.run, progress, main)
         with self._alone():
             if self.accelerator.is_main_process:
                 judged = [] if self.validation is None else self.validation.judged
@@ -112,10 +113,10 @@ class Trainer:
         end = steps if until is None else min(until, steps)
         if self.run.is_complete:
             logger.info("%s is complete: nothing to do", self.run.path)
-            return Result(self.run.path, self.steps_done, self.run.final)
-        progress = TrainingProgress(steps, self.steps_done, self.run.path.name, self.progress)
-        with self._alone(), progress, self.recorder, signals.deferred() as received:
+            return Result(self.run.path, self.run.steps_done(), self.run.final)
+        with self._alone(), self.progress, self.recorder, signals.deferred() as received:
             self._check_place()
+            self.progress.begin(self.steps_done, self.inputs.opening(self.config))
             self._evaluate_teacher()
             if not self.steps_done and (before := self._validate()):
                 self.accelerator.log(before, step=0)  # and no row of metrics.jsonl
@@ -125,17 +126,19 @@ class Trainer:
                 metrics |= self._validate()
                 self._record(metrics)
                 self._hint()
-                progress.update(self.steps_done, metrics)
+                self.progress.update(self.steps_done, metrics)
                 interrupted = any(gather_object([bool(received)]))
                 if interrupted or self.steps_done % every == 0 or self.steps_done == end:
                     self._save_checkpoint()
                 if interrupted and self.steps_done < steps:
+                    self.progress.stopped(self.steps_done)
                     number = received[0] if received else signal.SIGTERM  # another process's
                     return Result(self.run.path, self.steps_done, None, number)
             if self.steps_done < steps:
                 return Result(self.run.path, self.steps_done, None)
             self._export(self.run.final)
-        self._end_trackers()
+            self.progress.finished(self.steps_done)
+        trackers.end_trackers(self.accelerator, self.config.rollout.engine)
         return Result(self.run.path, self.steps_done, self.run.final)
 
     def _alone(self) -> AbstractContextManager[object]:
@@ -155,6 +158,7 @@ class Trainer:
         clock = StepClock(self.accelerator.device)
         with clock.phase("rollout"):
             rollouts = self._sample_and_submit(step)
+            self.progress.sampled(step, rollouts, self.inputs.tokenizer)
         with clock.phase("score"):
             examples = self._collect()
         with clock.phase("update"):
@@ -309,7 +313,9 @@ class Trainer:
             return
         own = (self.inputs.teachers[""], self.models.teachers.get(""), self.accelerator.device)
         with self._failing_together(), teacher_subject(self.config, *own) as subject:
-            self.accelerator.log(self.validation.evaluate_teacher(subject), step=0)
+            metrics = self.validation.evaluate_teacher(subject, self.progress.say)
+            self.accelerator.log(metrics, step=0)
+            self.progress.evaluated_teacher()
         self.accelerator.wait_for_everyone()
 
     def _validate(self) -> dict[str, float]:
@@ -317,7 +323,9 @@ class Trainer:
         last = self.steps_done == self.config.train.steps
         if self.validation is None or not self.validation.due(self.steps_done, last):
             return {}
-        metrics = self.validation.evaluate(self.subject(), self.steps_done, self.judges)
+        say = self.progress.say
+        metrics = self.validation.evaluate(self.subject(), self.steps_done, self.judges, say)
+        self.progress.evaluated(self.steps_done)
         if self.steps_done and self.validation.is_best(metrics, self.steps_done):
             self._export(self.run.best_student)
         return metrics
@@ -334,15 +342,6 @@ class Trainer:
         if self.steps_done == judged and self.accelerator.is_main_process:
             for text in hints(self.run.metrics(), self.config):
                 logger.warning("%s", text)
-
-    def _end_trackers(self) -> None:
-        """Ends the trackers without ending process groups that vLLM still needs."""
-        if self.accelerator.num_processes > 1 and self.config.rollout.engine != "vllm":
-            self.accelerator.end_training()
-            return
-        # `end_training` would end process groups, too, which vLLM here shares and ends at exit.
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
 
     # Saving and resuming.
 
@@ -376,7 +375,8 @@ class Trainer:
             self.rollouts.restore(state["rollouts"], self.requests(steps))
             logger.info("resuming %s at step %d", self.run.path, steps)
         with self._alone():
-            if self.accelerator.is_main_process:
+            # A complete run is kept as it is, also if its checkpoints were removed.
+            if self.accelerator.is_main_process and not self.run.is_complete:
                 self.run.truncate_metrics(steps)
                 self.recorder.truncate(steps)
         self.accelerator.wait_for_everyone()

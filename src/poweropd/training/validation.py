@@ -40,6 +40,7 @@ from poweropd.rollouts.transformers import TransformersEngine
 from poweropd.runs.directory import TEACHER, BestStep, RunDirectory
 from poweropd.runs.files import JsonObject
 from poweropd.runs.metrics import OF_BENCHMARKS, OF_DIVERGENCE, OF_SCORES
+from poweropd.runs.pace import Say, silent
 from poweropd.teachers.factory import TeacherProfile
 
 logger = logging.getLogger("poweropd")
@@ -134,30 +135,33 @@ class Validation:
         return last or steps_done % (self.section.every or 1) == 0
 
     def evaluate(
-        self, subject: Subject, steps_done: int, judges: Judges | None
+        self, subject: Subject, steps_done: int, judges: Judges | None, say: Say = silent
     ) -> dict[str, float]:
-        """Returns metrics "eval/NAME/METRIC"; every process takes its share of the problems."""
+        """Returns metrics "eval/NAME/METRIC"; every process takes its share of the problems.
+
+        `say` gets lines, by time, of how far the evaluation is.
+        """
         folder = self.run.evaluation_folder(steps_done)
         metrics: dict[str, float] = {}
         found: dict[str, JsonObject] = {}
-        for name, summary in self._on_benchmarks(subject, folder).items():
+        for name, summary in self._on_benchmarks(subject, folder, say).items():
             found[name] = asdict(summary)
             metrics |= {m.of(name): found[name][key]["mean"] for key, m in OF_BENCHMARKS.items()}
             metrics |= {OF_SCORES.of(name, key): e.mean for key, e in summary.scores.items()}
         divergence: JsonObject = {}
         if judges is not None:
-            divergence = self._divergence(subject, folder, judges)
+            divergence = self._divergence(subject, folder, judges, say)
             metrics |= {m.key: divergence[DIVERGENCE][k]["mean"] for k, m in OF_DIVERGENCE.items()}
         if self.accelerator.is_main_process:
             self.run.write_evaluation(steps_done, found, divergence)
         return metrics
 
-    def evaluate_teacher(self, subject: Subject) -> dict[str, float]:
+    def evaluate_teacher(self, subject: Subject, say: Say = silent) -> dict[str, float]:
         """Evaluates the teacher on the benchmarks, once in a run; returns its metrics.
 
         They are named "eval/teacher/BENCHMARK/METRIC". Every process takes its share of problems.
         """
-        summaries = self._on_benchmarks(subject, self.run.evaluations_path / TEACHER)
+        summaries = self._on_benchmarks(subject, self.run.evaluations_path / TEACHER, say)
         found: dict[str, JsonObject] = {name: asdict(one) for name, one in summaries.items()}
         if self.accelerator.is_main_process:
             self.run.write_teacher_evaluation(found)
@@ -172,9 +176,9 @@ class Validation:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         return folder if world == 1 else folder / f"rank-{rank}-of-{world}", (rank, world)
 
-    def _on_benchmarks(self, subject: Subject, folder: Path) -> dict[str, Summary]:
+    def _on_benchmarks(self, subject: Subject, folder: Path, say: Say) -> dict[str, Summary]:
         own, share = self._own(folder)
-        done = run_benchmarks(subject, self.problem_sets, own, progress=False, share=share)
+        done = run_benchmarks(subject, self.problem_sets, own, share=share, say=say)
         found = {}
         for name, one in self.problem_sets.items():
             rows = gather_object(done[name].rows)
@@ -187,11 +191,11 @@ class Validation:
                 logger.warning("%s", unanswered_note(name, summary))
         return found
 
-    def _divergence(self, subject: Subject, folder: Path, judges: Judges) -> JsonObject:
+    def _divergence(self, subject: Subject, folder: Path, judges: Judges, say: Say) -> JsonObject:
         own, share = self._own(folder)
         models = {"model": subject.identity, "teacher": self.teacher_names}
         evaluation = DivergenceEvaluation(self.judged, self.divergence_settings, own, models, share)
-        rows = gather_object(evaluation.run(subject, judges, progress=False))
+        rows = gather_object(evaluation.run(subject, judges, say=say))
         try:
             return summarize_divergence(rows, judges.estimate).to_dict()
         except ValueError:
