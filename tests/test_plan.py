@@ -221,3 +221,15 @@ def test_an_offloaded_teacher_is_held_for_scoring_alone() -> None:
     config = Config.load(PAPER, ["teacher.offload=true"])
     parts = command.make_plan(config, command.Options()).estimates[0].memory.parts
     assert [p.phases for p in parts if p.name == "teacher weights"] == [("score",)]
+
+
+@pytest.mark.usefixtures("offline")
+def test_epochs_that_cannot_be_counted_say_why(tmp_path: Path) -> None:
+    recipe = ROOT / "recipes" / "embedded.yaml"
+    for overrides, why in [
+        (["data.holdout=9000"], "data.holdout: expected fewer than the 8192 prompts"),
+        (["model.student=Qwen/Qwen3-0.6B", "teacher.model=Qwen/Qwen3-4B"], "hub unreachable: Qwen"),
+    ]:
+        arguments = ["plan", str(recipe), "train.epochs=2", *overrides]
+        result = CliRunner().invoke(app, arguments)
+        assert str(result.exception).startswith(f"train.epochs: the prompts cannot be counted ({why}")
