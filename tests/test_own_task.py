@@ -106,9 +106,15 @@ def test_the_run_itself_tells_the_same(evening: Path, name: str) -> None:
     assert reverse_kl(last) < reverse_kl(first) / 3
 
 
-def test_its_recipe_is_valid_and_names_the_files(evening: Path) -> None:
-    config = Config.load(evening / "own-task.yaml")
-    assert (config.data.prompts, config.data.column) == ("train.jsonl", "ticket")
+def test_tune_recommends_one_of_its_settings_for_the_same_run(evening: Path) -> None:
+    own = Config.load(evening / "own-task.yaml")
+    found = Config.load(evening / "runs" / "own-task-tune" / "recommended.yaml")
+    changed = {difference.partition(":")[0] for difference in found.differences(own)}
+    assert changed <= {"reward.name", "reward.alpha", "reward.scale", "train.learning_rate"}
+    assert found.train.learning_rate in (1e-4, 4e-4)
+    tuned = figures(evening / "runs" / "own-task-tune" / "tune.json")
+    assert len(tuned["trials"]) == 6
+    assert tuned["reason"] in " ".join((evening / "log").read_text().split())
 
 
 def test_the_student_is_served(evening: Path) -> None:
