@@ -232,4 +232,6 @@ def test_epochs_that_cannot_be_counted_say_why(tmp_path: Path) -> None:
     ]:
         arguments = ["plan", str(recipe), "train.epochs=2", *overrides]
         result = CliRunner().invoke(app, arguments)
-        assert str(result.exception).startswith(f"train.epochs: the prompts cannot be counted ({why}")
+        assert str(result.exception).startswith(
+            f"train.epochs: the prompts cannot be counted ({why}"
+        )

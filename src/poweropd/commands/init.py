@@ -56,7 +56,9 @@ def init(
     typer.echo(f"{found.source}: {found.count} prompts in {found.column!r}, {answers}")
     if tested is not None:
         typer.echo(f"{test}: {tested.count} problems, graded by {tested.grader}")
-    typer.echo(f"recipe: {out}\nnext: poweropd plan {out}, then poweropd train {out}")
+    typer.echo(
+        f"recipe: {out}\nnext: poweropd plan {out}, poweropd tune {out}, poweropd train {out}"
+    )
 
 
 def check_places(

@@ -103,7 +103,9 @@ def make_plan(config: Config, options: Options) -> Plan:
     if config.train.epochs is not None:
         if not found.prompt_lengths:
             why = next(check.detail for check in found.checks if check.name == "prompts")
-            raise UsageError(f"train.epochs: the prompts cannot be counted ({why}); set train.steps")
+            raise UsageError(
+                f"train.epochs: the prompts cannot be counted ({why}); set train.steps"
+            )
         config = config.with_steps(len(found.prompt_lengths) - config.data.holdout)
     measured = Measured.read(options.measured) if options.measured else None
     completion = options.completion_tokens or (measured.mean_length if measured else None)
