@@ -221,7 +221,7 @@ def log_probs_of(ids: list[int]) -> list[float]:
 def connect_engine(server: Attacked, folder: Path) -> CheckedEngine:
     options: dict[str, Any] = {"timeout": TIMEOUT, "patience": PATIENCE}
     client = JsonClient("rollout.server.url", server.url, api_key_env="ATTACKED_KEY", **options)
-    engine = VllmServerEngine(client, lambda: [("head", torch.ones(2))], folder, 2)
+    engine = VllmServerEngine(client, lambda: [("head", torch.ones(2))], folder, 2, VOCAB)
     return CheckedEngine(engine, "vllm_server", VOCAB, 100)
 
 

@@ -163,6 +163,7 @@ def engine(scripted: Scripted, folder: Path) -> VllmServerEngine:
         lambda: [("head", torch.ones(2))],
         folder,
         1,
+        8,
     )
 
 
@@ -172,7 +173,7 @@ def test_what_lists_no_models_is_not_a_vllm_server(
 ) -> None:
     scripted.answers = [(200, body)]
     with pytest.raises(UsageError, match=rf"rollout.server.url: {scripted.url} is not a vLLM"):
-        VllmServerEngine(client(scripted.url), lambda: [], tmp_path, 1)
+        VllmServerEngine(client(scripted.url), lambda: [], tmp_path, 1, 8)
 
 
 def test_malformed_answers_are_asked_for_again(scripted: Scripted, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import random
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from teacher_server import FAULTS, NAME, TeacherServer, echoing_401
+from transformers import AutoTokenizer
 
 from poweropd import Config, Trainer, net
 from poweropd.config.sections import TeacherConfig
@@ -179,6 +182,26 @@ def test_a_server_with_a_smaller_vocabulary_is_refused(
         Trainer(remote(), progress=False)
 
 
+def test_a_student_with_added_tokens_trains_on_those_that_the_server_has(
+    remote: MAKES, student_dir: Path, student_rows: Callable[[int], str], tmp_path: Path
+) -> None:
+    padded = Path(student_rows(128))
+    tokenizer = AutoTokenizer.from_pretrained(student_dir)
+    tokenizer.add_tokens(["<new>", "<newer>"])
+    wide = tmp_path / "wide"
+    shutil.copytree(padded, wide)
+    tokenizer.save_pretrained(wide)
+    trainer = Trainer(remote(**{"model.student": str(wide)}), progress=False)
+    assert trainer.inputs.unshared == {103, 104}
+    assert trainer.student.vocab_size == trainer.engine.vocab_size == 103
+    trainer.train()
+    tokenizer.save_pretrained(tmp_path / "teacher")  # and the server has fewer rows
+    teacher = {"teacher.tokenizer": str(tmp_path / "teacher"), "run.dir": str(tmp_path / "other")}
+    served = remote(**{"model.student": str(wide), **teacher})
+    with pytest.raises(UsageError, match="does not know id 104, but the student's vocabulary has"):
+        Trainer(served, progress=False)
+
+
 def test_servers_of_different_weights_are_refused(
     remote: MAKES, server: TeacherServer, teacher_dir: Path
 ) -> None:
@@ -315,3 +338,9 @@ def test_delays_double_to_a_limit_and_differ(monkeypatch: pytest.MonkeyPatch) ->
     for failures, longest in ((0, 0.5), (1, 1.0), (4, 8.0), (5, 10.0), (10_000, 10.0)):
         delays = {net.backoff(failures) for _ in range(20)}
         assert longest / 2 <= min(delays) < max(delays) <= longest
+
+
+def test_a_pause_leaves_the_users_random_numbers_as_they_are() -> None:
+    before = random.getstate()
+    net.backoff(3)
+    assert random.getstate() == before

@@ -43,6 +43,7 @@ MALFORMED = (KeyError, IndexError, TypeError, ValueError)  # what reading a wron
 MAX_ANSWER_BYTES = 2**26  # of one answer; no protocol here comes near
 SHOWN_OF_KEY = 5  # characters of a key that a message may hold in a row
 NO_LOG_PROB = -9999.0  # what vLLM writes for minus infinity
+_jitter = random.Random()  # of its own: a pause must not change what a user seeded
 ROUNDING = 1e-3  # nats by which a log-prob may be above 0
 
 
@@ -303,7 +304,7 @@ def backoff(failures: int) -> float:
     So the requests of several runs do not come back together.
     """
     longest = min(FIRST_DELAY * 2.0 ** min(failures, 16), LONGEST_DELAY)
-    return random.uniform(longest / 2, longest)
+    return _jitter.uniform(longest / 2, longest)
 
 
 def retry_after(value: str) -> float:

@@ -5,7 +5,7 @@ completion's last token is part of the method. The last valid token of a complet
 *terminal* if it is a stop id of either model.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from poweropd.errors import UsageError
@@ -146,6 +146,34 @@ def _rendered_turns(tokenizer: "Tokenizer") -> Iterator[str]:
                 )
             except (TypeError, jinja2.TemplateError):  # it refuses this form
                 continue
+
+
+def shared_stops(
+    student: Sequence[int],
+    teacher: Sequence[int],
+    unshared: Collection[int],
+    policy: str,
+    tokenizer: "Tokenizer",
+) -> tuple[list[int], list[int]]:
+    """Returns the stop ids of both models, less those that are not the same token to both.
+
+    A teacher without any counts as one with the student's. Raises UsageError if the student could
+    never stop, or if the policy is about a stop of the teacher that the student does not have.
+    `tokenizer` is the student's.
+    """
+    own, other = ([i for i in ids if i not in unshared] for ids in (student, teacher))
+    if not own:
+        raise UsageError(
+            f"the student ends a turn with {tokenizer.convert_ids_to_tokens(student[0])} (id "
+            f"{student[0]}), which is not that token to the teacher, so that it cannot be trained "
+            "to end a turn: give both models the tokenizer files of one of them"
+        )
+    if teacher[0] in unshared and POLICIES[policy].teacher_replaced:
+        raise UsageError(
+            f"objective.stop: {policy} scores the teacher's own stop token, id {teacher[0]}, which "
+            "is not the same token to the student: set objective.stop=mask"
+        )
+    return own, other or own
 
 
 def difference(

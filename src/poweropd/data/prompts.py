@@ -262,6 +262,27 @@ def check_ids(
                 )
 
 
+def check_shared(
+    prompts: Sequence[Prompt],
+    unshared: Collection[int],
+    tokenizer: "PreTrainedTokenizerBase",
+    source: str = "data.prompts",
+) -> None:
+    """Raises UsageError for a prompt of the student with an id that the models do not share.
+
+    A teacher's prompt of its own column is in the teacher's own tokens.
+    """
+    for prompt in prompts if unshared else ():
+        held = next((i for i in prompt.prompt_ids if i in unshared), None)
+        if held is not None:
+            raise UsageError(
+                f"{source} row {prompt.index}: its prompt holds "
+                f"{tokenizer.convert_ids_to_tokens(held)} (id {held}), which is not the same token "
+                "to student and teacher: drop the row, or change what writes it (data.chat, the "
+                "student's chat template)"
+            )
+
+
 def split_holdout(
     prompts: Sequence[Prompt], count: int, seed: int
 ) -> tuple[list[Prompt], list[Prompt]]:

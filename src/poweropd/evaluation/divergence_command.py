@@ -14,7 +14,7 @@ from poweropd import stops
 from poweropd.config.data import DataConfig
 from poweropd.config.sections import TeacherConfig
 from poweropd.data.batch import collate, halved, pack
-from poweropd.data.prompts import Prompt, check_ids, load_prompts
+from poweropd.data.prompts import Prompt, check_ids, check_shared, load_prompts
 from poweropd.data.rollout import Example
 from poweropd.errors import RunError, UsageError
 from poweropd.evaluation.divergence import (
@@ -36,12 +36,18 @@ from poweropd.evaluation.runner import Subject
 from poweropd.evaluation.settings import DivergenceSettings
 from poweropd.models import devices, loading
 from poweropd.models.language_model import Student, Teacher
+from poweropd.models.vocabulary import Vocabulary, head_rows
 from poweropd.net import check_url
 from poweropd.objectives.comparison import ComparedTokens
 from poweropd.rollouts.transformers import TransformersEngine
 from poweropd.runs.files import JsonObject, read_json, write_json
 from poweropd.runs.metrics import OF_DIVERGENCE, Shown
-from poweropd.teachers.factory import TeacherProfile, load_teacher_model, profile_teacher
+from poweropd.teachers.factory import (
+    TeacherProfile,
+    load_teacher_model,
+    profile_teacher,
+    unshared_with,
+)
 from poweropd.terminal import make_console
 
 logger = logging.getLogger("poweropd")
@@ -161,23 +167,29 @@ def measure_divergence(
     """Measures how far a model is from a teacher on prompts, and keeps the rows in `folder`."""
     tokenizer = loading.load_tokenizer(model, options.trust_remote_code)
     profile = profile_teacher(teacher)
-    loading.check_vocabularies(tokenizer, profile.tokenizer)
+    unshared = unshared_with(tokenizer, {"": profile}, notify=True)
     prompts = load_prompts(data, tokenizer, {"": profile.tokenizer})[:limit]
     config = loading.load_config(model, options.trust_remote_code)
     check_ids(prompts, loading.vocab_rows(config), None, "--prompts")
+    check_shared(prompts, unshared, tokenizer, "--prompts")
     logger.info("%s beside %s on %d prompts", model, teacher.model, len(prompts))
     context = min(loading.context_length(config), profile.context)
     settings = _within_context(prompts, settings, context)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = loading.load_model(model, options.dtype, options.trust_remote_code).to(device)
-    own_stops = stops.stop_ids(tokenizer, loaded.generation_config)
+    both = (stops.stop_ids(tokenizer, loaded.generation_config), profile.stop_ids)
+    own_stops, its_stops = stops.shared_stops(*both, unshared, "semantic", tokenizer)
     identity = f"{loading.fingerprint(model, loaded)} {options.dtype}"
-    judge, student = _judge(loaded, options, teacher, profile, prompts, device)
+    shared = Vocabulary.shared(head_rows(loaded), tokenizer, unshared)
+    judge, student = _judge(loaded, shared, options, teacher, profile, prompts, device)
     engine = TransformersEngine(
-        loaded, vocab_size=student.vocab_size, batch_size=options.batch_size
+        loaded,
+        vocab_size=student.vocab_size,
+        batch_size=options.batch_size,
+        masked_ids=student.masked_ids,
     )
     engine.check_decoding()
-    stop_ids = tuple(dict.fromkeys([*own_stops, *profile.stop_ids]))
+    stop_ids = tuple(dict.fromkeys([*own_stops, *its_stops]))
     subject = Subject(engine, tokenizer, stop_ids, context, identity)
     models = {"model": identity, "teacher": f"{teacher.model} {judge.estimate}"}
     evaluation = DivergenceEvaluation(prompts, settings, folder, models)
@@ -201,6 +213,7 @@ def measure_divergence(
 
 def _judge(
     loaded: loading.PreTrainedModel,
+    shared: Vocabulary,
     options: ModelOptions,
     teacher: TeacherConfig,
     profile: TeacherProfile,
@@ -209,16 +222,16 @@ def _judge(
 ) -> tuple[Judge, Student]:
     """Returns the teacher as a judge, and the loaded model over the vocabulary that both have."""
     dtype = devices.torch_dtype(options.dtype)
-    rows = loaded.get_output_embeddings().weight.shape[0]
     if profile.server is not None:
-        size = profile.server.vocab_size(rows, len(profile.tokenizer))
+        tokens = min(shared.size, len(profile.tokenizer))
+        shared = shared.cut(profile.server.vocab_size(shared.size, tokens))
         profile.server.check([prompt.teacher_prompt_ids for prompt in prompts])
-        student = Student(loaded, size, dtype)
+        student = Student(loaded, shared.size, dtype, masked_ids=shared.masked)
         return ServedJudge(profile.server, LoneStudent(student)), student
     other = load_teacher_model(teacher, device)
-    size = loading.shared_vocab_size(loaded, other)
-    student = Student(loaded, size, dtype)
-    judge = Teacher(other, size, devices.torch_dtype(teacher.dtype))
+    shared = shared.cut(head_rows(other))
+    student = Student(loaded, shared.size, dtype, masked_ids=shared.masked)
+    judge = Teacher(other, shared.size, devices.torch_dtype(teacher.dtype), shared.masked)
     return LocalJudge(judge, LoneStudent(student)), student
 
 

@@ -33,8 +33,9 @@ class Head:
     """An LM head: logits = softcap(scale * (hidden @ weight.T + bias)) / temperature.
 
     softcap(x) = softcap * tanh(x / softcap), or x if `softcap` is None. A bias of -inf masks an id,
-    whose log-probability is then about -1e30. The weight may have another dtype than the
-    hidden states: it is cast for the matmuls, and the gradient of float32 weights is not rounded.
+    also behind a soft-cap; its log-probability is then about -1e30. The weight may have another
+    dtype than the hidden states: it is cast for the matmuls, and the gradient of float32 weights is
+    not rounded.
     """
 
     weight: Tensor  # [V, H]
@@ -89,6 +90,8 @@ class Head:
             if slope is not None:
                 torch.mul(out, out, out=slope).neg_().add_(1.0)
             out.mul_(cap / self.temperature)
+            if self.bias is not None:  # the cap has made a masked id's logit a moderate one
+                out.masked_fill_(self.bias <= LOWEST, LOWEST)
         return out
 
 

@@ -19,6 +19,8 @@ def logits(hidden: Tensor, head: Head) -> Tensor:
     x = head.scale * x
     if head.softcap is not None:
         x = head.softcap * torch.tanh(x / head.softcap)
+        if head.bias is not None:
+            x = x.masked_fill(head.bias == -torch.inf, -torch.inf)
     return x / head.temperature
 
 

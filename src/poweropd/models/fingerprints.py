@@ -56,6 +56,11 @@ def of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     )
 
 
+def of_ids(ids: Iterable[int]) -> str:
+    """Returns a fingerprint of a set of ids."""
+    return _hash_of([array("q", sorted(ids)).tobytes()])
+
+
 def _hash_of(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
     for part in parts:

@@ -5,7 +5,7 @@ that predict trained tokens; objectives run the head over chunks of them.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ class LanguageModel(nn.Module):
     """A transformers causal LM (or a peft model of one) as a backbone and a head.
 
     `model` holds the weights; computing happens in `compute_dtype`, by autocast where the weights
-    have another dtype.
+    have another dtype. Its distributions are over the ids below `vocab_size`, less `masked_ids`.
     """
 
     def __init__(
@@ -62,10 +62,12 @@ class LanguageModel(nn.Module):
         vocab_size: int,
         compute_dtype: torch.dtype,
         lora: bool = False,
+        masked_ids: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.model, self.lora = model, lora
         self.vocab_size, self.compute_dtype = vocab_size, compute_dtype
+        self.masked_ids = tuple(masked_ids)
         self.flat = False  # whether its micro-batches are flat rows, see `data.batch`
         options = model.config.to_dict()
         # Cohere multiplies logits, Granite divides them, Gemma 2 and 3 soft-cap them.
@@ -91,6 +93,11 @@ class LanguageModel(nn.Module):
         kinds = self.causal_lm._no_split_modules or ()
         return [m for m in self.causal_lm.modules() if type(m).__name__ in kinds]
 
+    def kept_ids(self) -> list[int]:
+        """Returns the ids of its distributions."""
+        masked = {*self.masked_ids}
+        return [i for i in range(self.vocab_size) if i not in masked]
+
     @property
     def device(self) -> torch.device:
         """Returns the device of the weights."""
@@ -115,9 +122,14 @@ class LanguageModel(nn.Module):
         """
         layer = self.causal_lm.get_output_embeddings()
         ids = slice(self.vocab_size) if layer.weight.shape[0] > self.vocab_size else slice(None)
+        weight, bias = layer.weight[ids], None if layer.bias is None else layer.bias[ids]
+        if self.masked_ids:
+            mask = weight.new_zeros(self.vocab_size)
+            mask[list(self.masked_ids)] = -torch.inf
+            bias = mask if bias is None else bias + mask
         return Head(
-            weight=layer.weight[ids],
-            bias=None if layer.bias is None else layer.bias[ids],
+            weight=weight,
+            bias=bias,
             scale=self.scale,
             softcap=self.softcap,
         )
@@ -137,8 +149,9 @@ class Student(LanguageModel):
         compute_dtype: torch.dtype,
         lora: bool = False,
         dropout: "Rates | None" = None,
+        masked_ids: Sequence[int] = (),
     ) -> None:
-        super().__init__(model, vocab_size, compute_dtype, lora)
+        super().__init__(model, vocab_size, compute_dtype, lora, masked_ids)
         self.dropout = dropout or {}
 
     def forward(
@@ -240,8 +253,15 @@ class Student(LanguageModel):
 class Teacher(LanguageModel):
     """The frozen model."""
 
-    def __init__(self, model: PreTrainedModel, vocab_size: int, compute_dtype: torch.dtype) -> None:
-        super().__init__(model.requires_grad_(False).eval(), vocab_size, compute_dtype)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        vocab_size: int,
+        compute_dtype: torch.dtype,
+        masked_ids: Sequence[int] = (),
+    ) -> None:
+        frozen = model.requires_grad_(False).eval()
+        super().__init__(frozen, vocab_size, compute_dtype, masked_ids=masked_ids)
 
     @torch.inference_mode()
     def score(self, sequences: Sequences) -> TokenStatistics:

@@ -160,30 +160,6 @@ def _load(kind: Any, name: str, **options: Any) -> Any:
         raise UsageError(f"{name}: cannot load it as a model: {reason}") from error
 
 
-def check_vocabularies(
-    student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Raises UsageError unless each id is the same token to both tokenizers.
-
-    The teacher scores the ids that the student sampled.
-    """
-    student, teacher = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
-    if student == teacher:
-        return
-    student_tokens = {i: token for token, i in student.items()}
-    teacher_tokens = {i: token for token, i in teacher.items()}
-    ids = sorted({*student_tokens, *teacher_tokens})
-    differing = [i for i in ids if student_tokens.get(i) != teacher_tokens.get(i)]
-    shown = ", ".join(
-        f"{i} ({student_tokens.get(i)!r} / {teacher_tokens.get(i)!r})" for i in differing[:5]
-    )
-    raise UsageError(
-        f"student and teacher must share one vocabulary: the student has {len(student)} tokens, "
-        f"the teacher {len(teacher)}; {len(differing)} ids differ: {shown}"
-        f"{', ...' if len(differing) > 5 else ''}"
-    )
-
-
 def fingerprint(name: str, model: PreTrainedModel) -> str:
     """Returns a model's name with its Hub commit, or with a hash of its files' sizes and times."""
     path = Path(resolve(name))
@@ -206,11 +182,6 @@ def vocab_rows(config: PreTrainedConfig) -> int | None:
     """Returns how many ids the model's embedding has by its config; None if it does not say."""
     rows = config.get_text_config().to_dict().get("vocab_size")
     return None if rows is None else int(rows)
-
-
-def shared_vocab_size(*models: PreTrainedModel) -> int:
-    """Returns how many ids all heads have; ids past them are padding, left out of each softmax."""
-    return min(m.get_output_embeddings().weight.shape[0] for m in models)
 
 
 def add_lora(model: PreTrainedModel, lora: "LoraConfig") -> PreTrainedModel:

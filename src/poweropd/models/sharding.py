@@ -3,6 +3,7 @@
 Everything here works on a plain module as well, where a tensor is its own whole.
 """
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch.distributed import get_world_size
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from poweropd.errors import UsageError
 
 
 def shard(module: nn.Module, layers: Sequence[nn.Module], compute_dtype: torch.dtype) -> None:
@@ -72,3 +75,16 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, found: dict[str, Any]
         for i, values in found["state"].items()
     }
     optimizer.load_state_dict({**found, "state": state})
+
+
+def check_launch() -> None:
+    """Raises UsageError if accelerate was told to shard the student.
+
+    It would do so its own way or, on a CPU, not at all without a word.
+    """
+    for plugin in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{plugin}", "false") == "true":
+            raise UsageError(
+                f"accelerate launch: expected plain data parallelism, got --use_{plugin.lower()} "
+                "(or an accelerate config that says so): leave it out and set train.sharding=fsdp2"
+            )

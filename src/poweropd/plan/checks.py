@@ -24,7 +24,7 @@ from poweropd.data.chat import encode_chat
 from poweropd.data.sources import is_file_name
 from poweropd.embedded import EMBEDDED_PREFIX
 from poweropd.errors import UsageError
-from poweropd.models import loading, places
+from poweropd.models import loading, places, vocabulary
 from poweropd.models.geometry import KNOWN, Geometry
 
 Status = Literal["ok", "warning", "failed", "not checked"]
@@ -161,17 +161,21 @@ def _run_check(name: str, check: Callable[[], tuple[Status, str]]) -> PlanCheck:
 
 
 def check_vocabulary(tokenizers: Tokenizers) -> tuple[Status, str]:
-    loading.check_vocabularies(*tokenizers)
+    unshared = vocabulary.unshared_ids(*tokenizers)
+    if unshared:
+        return "warning", vocabulary.unshared_notice(unshared, *tokenizers)
     return "ok", f"{len(tokenizers[0]):,} tokens, the same in both models"
 
 
 def check_stop_ids(config: Config, tokenizers: Tokenizers) -> tuple[Status, str]:
-    names = (config.model.student, config.only_teacher.model)
+    names, policy = (config.model.student, config.only_teacher.model), config.objective.stop
     own, other = (
         stops.stop_ids(tokenizer, loading.load_generation_config(name))
         for tokenizer, name in zip(tokenizers, names, strict=True)
     )
-    notice = stops.difference(own, other, config.objective.stop, tokenizers[0])
+    unshared = vocabulary.unshared_ids(*tokenizers)
+    own, other = stops.shared_stops(own, other, unshared, policy, tokenizers[0])
+    notice = stops.difference(own, other, policy, tokenizers[0])
     if notice:
         return "warning", notice
     return "ok", f"both end a turn with {tokenizers[0].convert_ids_to_tokens(own[0])}"
@@ -204,6 +208,11 @@ def check_prompts(
         data_prompts.split_holdout(prompts, config.data.holdout, config.train.seed)
     except UsageError as error:
         return None, PlanCheck("prompts", "failed", str(error))
+    try:
+        unshared = {*vocabulary.unshared_ids(*tokenizers)}
+        data_prompts.check_shared(prompts, unshared, tokenizers[0])
+    except UsageError as error:
+        return prompts, PlanCheck("prompts", "failed", str(error))
     lengths = [len(prompt.prompt_ids) for prompt in prompts]
     detail = f"{len(prompts):,} of {fmean(lengths):.0f} tokens on average, at most {max(lengths)}"
     return prompts, PlanCheck("prompts", "ok", detail)

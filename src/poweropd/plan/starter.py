@@ -16,6 +16,7 @@ from poweropd.config.recipe_file import parse_yaml
 from poweropd.data.chat import encode_chat
 from poweropd.errors import UsageError
 from poweropd.models import loading
+from poweropd.models.vocabulary import unshared_ids
 from poweropd.plan.survey import Survey
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def write_recipe(
         )
     tokenizer = loading.load_tokenizer(models.student)
     if models.server is None:
-        loading.check_vocabularies(tokenizer, loading.load_tokenizer(models.teacher))
+        unshared_ids(tokenizer, loading.load_tokenizer(models.teacher))
     context = loading.context_length(loading.load_config(models.student))
     longest = _longest_prompt(found, tokenizer, system)
     room = max(FEWEST_NEW_TOKENS, min(MAX_NEW_TOKENS, context // 2, context - longest))

@@ -11,16 +11,18 @@ class EngineFacts:
     concurrent: bool = False  # it may sample while the student is trained
     checked: bool = False  # its rollouts come from outside this process and are checked
     verified: bool = False  # its weights are a copy, which is compared with the student
+    renumbered: bool = False  # it knows the ids that the models share alone, without gaps
 
 
 ENGINES = {
     "transformers": EngineFacts("poweropd.rollouts.transformers:TransformersEngine"),
-    "vllm": EngineFacts("poweropd.rollouts.vllm:VllmEngine", verified=True),
+    "vllm": EngineFacts("poweropd.rollouts.vllm:VllmEngine", verified=True, renumbered=True),
     "vllm_server": EngineFacts(
         "poweropd.rollouts.vllm_server:VllmServerEngine",
         concurrent=True,
         checked=True,
         verified=True,
+        renumbered=True,
     ),
 }
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from poweropd.data.rollout import Request, Rollout
@@ -59,12 +60,13 @@ def completion_seed(seed: int, step: int, prompt_index: int, sample_index: int) 
 def shared_weights(student: Student) -> Iterator[tuple[str, Tensor]]:
     """Yields the gathered weights in the checkpoint's names, without padding.
 
-    Embeddings and head are cut to the vocabulary that the student shares with the teacher.
+    Embeddings and head are cut to the ids that the student shares with the teacher.
     """
+    kept = torch.tensor(student.kept_ids()) if student.masked_ids else slice(student.vocab_size)
     causal_lm = student.causal_lm
     tables = (causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
     cut = {id(parameter) for table in tables for parameter in table.parameters()}
     named = causal_lm.named_parameters(remove_duplicate=False)
     names = {name for name, parameter in named if id(parameter) in cut}
     for name, tensor in student.gathered_weights():
-        yield name, tensor[: student.vocab_size] if name in names else tensor
+        yield name, tensor[kept] if name in names else tensor

@@ -14,6 +14,7 @@ from poweropd.models.language_model import Student
 from poweropd.rollouts import ENGINES
 from poweropd.rollouts.base import RolloutEngine, Sampling
 from poweropd.rollouts.guards import TOLERANCES, CheckedEngine, VerifiedEngine
+from poweropd.rollouts.renumbered import RenumberedEngine
 
 PROBES, PROBE_TOKENS = 4, 16  # what a verification samples
 
@@ -43,8 +44,10 @@ def build_engine(
         room = longest if longest < loading.UNLIMITED else None
         kind = import_object("rollout.engine", facts.engine)
         engine = kind.build(student, config, accelerator, room)
+        if facts.renumbered and student.masked_ids:
+            engine = RenumberedEngine(engine, student.kept_ids())
     if facts is None or facts.checked:
-        engine = CheckedEngine(engine, name, student.vocab_size, context)
+        engine = CheckedEngine(engine, name, student.vocab_size, context, student.masked_ids)
     if facts is None or not facts.verified:
         return engine
 

@@ -19,9 +19,17 @@ class CheckedEngine:
     protocol.
     """
 
-    def __init__(self, engine: RolloutEngine, name: str, vocab_size: int, context: int) -> None:
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        name: str,
+        vocab_size: int,
+        context: int,
+        masked_ids: Sequence[int] = (),
+    ) -> None:
         self.engine, self.name, self.concurrent = engine, name, engine.concurrent
         self.vocab_size, self.context = vocab_size, context
+        self.masked_ids = frozenset(masked_ids)
 
     def sync(self) -> None:
         self.engine.sync()
@@ -63,6 +71,8 @@ class CheckedEngine:
         if not all(0 <= i < self.vocab_size for i in ids):
             bad = next(i for i in ids if not 0 <= i < self.vocab_size)
             return f"token id {bad}, outside the vocabulary of {self.vocab_size}"
+        if masked := self.masked_ids.intersection(ids):
+            return f"token id {min(masked)}, which student and teacher do not share"
         if not all(math.isfinite(x) for x, own in zip(log_probs, mask, strict=True) if own):
             return "a sampling log-prob that is not finite"
         if len(request.prompt_ids) + len(ids) > self.context:

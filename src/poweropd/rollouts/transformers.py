@@ -7,6 +7,7 @@ where the cumulative probability passes it, so a completion does not depend on i
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -32,7 +33,7 @@ class TransformersEngine:
     """Samples from `model`, in chunks of at most `batch_size` completions.
 
     `sync` brings the model up to date with the student, and does nothing if it is the student's.
-    Ids from `vocab_size` on (padded embeddings) are never sampled.
+    Ids from `vocab_size` on (padded embeddings) and `masked_ids` are never sampled.
     """
 
     concurrent = False
@@ -43,9 +44,11 @@ class TransformersEngine:
         *,
         vocab_size: int,
         batch_size: int = 128,
+        masked_ids: Sequence[int] = (),
         sync: Callable[[], None] = lambda: None,
     ) -> None:
         self.model, self.vocab_size, self.batch_size = model, vocab_size, batch_size
+        self.masked_ids = list(masked_ids)
         self._sync = sync
 
     @classmethod
@@ -56,12 +59,18 @@ class TransformersEngine:
 
         The copy is in the compute dtype. The `longest` sequence does not matter here.
         """
-        model, sizes = student.model, (student.vocab_size, config.rollout.batch_size)
+        model = student.model
+        make = partial(
+            cls,
+            vocab_size=student.vocab_size,
+            batch_size=config.rollout.batch_size,
+            masked_ids=student.masked_ids,
+        )
         sharded = config.train.sharding != "none" and accelerator.num_processes > 1
         as_it_is = not sharded and not config.model.compile
         decodes = attention.implementation(student) in attention.PADDED
         if model.dtype == student.compute_dtype and as_it_is and decodes:
-            engine = cls(model, vocab_size=sizes[0], batch_size=sizes[1])
+            engine = make(model)
             engine.check_decoding()
             return engine
         twin = copy.deepcopy(model).requires_grad_(False)
@@ -78,7 +87,7 @@ class TransformersEngine:
             for name, tensor in student.gathered_weights():
                 own[name].copy_(tensor)
 
-        engine = cls(twin, vocab_size=sizes[0], batch_size=sizes[1], sync=sync)
+        engine = make(twin, sync=sync)
         engine.check_decoding()
         return engine
 
@@ -110,6 +119,7 @@ class TransformersEngine:
         """Returns the largest difference of a rollout's log-probs from those of one forward."""
         ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids], device=self.model.device)
         logits = self.model(input_ids=ids, use_cache=False).logits[0, :, : self.vocab_size].float()
+        logits[:, self.masked_ids] = -torch.inf
         log_probs = logits[:-1].log_softmax(1).gather(1, ids[0, 1:, None]).squeeze(1)
         own = torch.tensor(rollout.sampling_log_probs, device=ids.device)
         return (log_probs[-len(own) :] - own).abs().max().item()
@@ -130,7 +140,8 @@ class TransformersEngine:
         try:
             for start in range(0, len(order), self.batch_size):
                 chunk = [requests[i] for i in order[start : start + self.batch_size]]
-                yield from _Decoder(self.model, self.vocab_size, chunk, sampling).run()
+                sizes = self.vocab_size, self.masked_ids
+                yield from _Decoder(self.model, *sizes, chunk, sampling).run()
         finally:
             self.model.train(was_training)
 
@@ -142,11 +153,13 @@ class _Decoder:
         self,
         model: PreTrainedModel,
         vocab_size: int,
+        masked_ids: list[int],
         requests: Sequence[Request],
         sampling: Sampling,
     ) -> None:
         self.model, self.requests, self.sampling = model, requests, sampling
         self.device, self.vocab_size = model.device, vocab_size
+        self.masked_ids = torch.tensor(masked_ids, dtype=torch.int64, device=self.device)
         self.stop_ids = torch.tensor(sampling.stop_ids, device=self.device)
         self.cache = DynamicCache(config=model.config)
         self.input_ids, self.mask = self._left_padded([r.prompt_ids for r in requests])
@@ -202,6 +215,7 @@ class _Decoder:
             logits_to_keep=1,
         ).logits[:, -1, : self.vocab_size]
         logits = logits.float()
+        logits[:, self.masked_ids] = -torch.inf
         tokens = draw(logits, self.uniforms[:, position], self.sampling)
         tokens = tokens.clamp(max=self.vocab_size - 1)  # beyond it if the logits are NaN
         chosen = logits.gather(1, tokens[:, None]).squeeze(1)

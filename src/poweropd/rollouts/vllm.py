@@ -1,7 +1,7 @@
 """Sampling with vLLM in this process, on the device that trains.
 
 vLLM starts with random weights and is given the student's at the first sync, cut to the vocabulary
-that student and teacher share: ids past it do not exist for it. Where the platform can, it sleeps
+that student and teacher share: other ids do not exist for it. Where the platform can, it sleeps
 between rollouts (its weights moved to the host, its KV cache freed).
 """
 
@@ -48,8 +48,9 @@ class VllmEngine:
             "dtype": name_of(student.compute_dtype),
             "trust_remote_code": config.model.trust_remote_code,
         }
-        if student.causal_lm.get_output_embeddings().weight.shape[0] > student.vocab_size:
-            options["hf_overrides"] = {"vocab_size": student.vocab_size}
+        shared = len(student.kept_ids())
+        if student.causal_lm.get_output_embeddings().weight.shape[0] > shared:
+            options["hf_overrides"] = {"vocab_size": shared}
         if accelerator.num_processes > 1:  # each process has an engine, on its own device
             options["distributed_executor_backend"] = "external_launcher"
         options |= config.rollout.vllm.model_dump()

@@ -34,11 +34,13 @@ class StudentServer:
     """A vLLM server that samples by the weights in `folder / version`.
 
     At most `concurrency` completions are asked for at once. Its coroutines run in the event loop of
-    all requests.
+    all requests. `vocab_size` is that of the weights.
     """
 
-    def __init__(self, client: JsonClient, model: str, folder: Path, concurrency: int) -> None:
-        self.client, self.model, self.folder = client, model, folder
+    def __init__(
+        self, client: JsonClient, model: str, folder: Path, concurrency: int, vocab_size: int
+    ) -> None:
+        self.client, self.model, self.folder, self.vocab_size = client, model, folder, vocab_size
         self.version = FIRST_VERSION  # of the last sync
         self._places = asyncio.Semaphore(concurrency)
 
@@ -73,8 +75,9 @@ class StudentServer:
             raise RunError(
                 f"{self.client.name}: {method} failed ({reason}): the server must serve the "
                 f"student's architecture and see {self.target} under that path; start it again. "
-                "If the student's embeddings have more rows than the teacher's, start it with "
-                """--hf-overrides '{"vocab_size": ROWS_OF_THE_SMALLER}' --load-format dummy"""
+                f"If the student's embeddings have more than {self.vocab_size} rows, which is what "
+                "the models share, start it with --load-format dummy "
+                f"""--hf-overrides '{{"vocab_size": {self.vocab_size}}}'"""
             ) from None
 
     async def current_version(self) -> str:
@@ -119,12 +122,12 @@ class StudentServer:
 class VllmServerEngine:
     """Samples from the vLLM server that `client` reaches.
 
-    `weights()` yields the student's weights as `VllmEngine` takes them. The main process writes
-    them to a folder of the run's own in `folder`, which is deleted with the engine, and tells the
-    server. `barrier()` waits for all processes, each of which samples its own requests,
-    `concurrency` at once. A server that was restarted is given the weights again. Raises UsageError
-    if there is no vLLM server; RunError if it stays away, holds another run's weights, or refuses
-    something.
+    `weights()` yields the student's weights as `VllmEngine` takes them, for `vocab_size` ids. The
+    main process writes them to a folder of the run's own in `folder`, which is deleted with the
+    engine, and tells the server. `barrier()` waits for all processes, each of which samples its own
+    requests, `concurrency` at once. A server that was restarted is given the weights again. Raises
+    UsageError if there is no vLLM server; RunError if it stays away, holds another run's weights,
+    or refuses something.
     """
 
     concurrent = True
@@ -135,6 +138,7 @@ class VllmServerEngine:
         weights: Weights,
         folder: Path,
         concurrency: int,
+        vocab_size: int,
         is_main: bool = True,
         barrier: Callable[[], None] = lambda: None,
     ) -> None:
@@ -147,7 +151,7 @@ class VllmServerEngine:
                 f"{client.key}: no vLLM server answers at {client.url} ({error}); start one: "
                 "VLLM_SERVER_DEV_MODE=1 vllm serve STUDENT"
             ) from None
-        self.server = StudentServer(client, model, folder.absolute(), concurrency)
+        self.server = StudentServer(client, model, folder.absolute(), concurrency, vocab_size)
         if is_main:
             own = self.server.folder / self.run
             weakref.finalize(self, shutil.rmtree, own, ignore_errors=True)
@@ -172,6 +176,7 @@ class VllmServerEngine:
             partial(shared_weights, student),
             Path(section.weights_dir or f"{config.run.dir}/weights"),
             section.concurrency,
+            len(student.kept_ids()),
             accelerator.is_main_process,
             accelerator.wait_for_everyone,
         )

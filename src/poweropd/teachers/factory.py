@@ -1,7 +1,8 @@
 """Builds the teachers of a recipe: first what is known without weights, then their scorers."""
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from transformers.quantizers import AutoQuantizationConfig
 from poweropd import stops
 from poweropd.config.sections import TeacherConfig
 from poweropd.errors import UsageError
-from poweropd.models import devices, language_model, loading
+from poweropd.models import devices, language_model, loading, vocabulary
 from poweropd.teachers.local import LocalTeacher
 from poweropd.teachers.server import ServerTeacher
+
+logger = logging.getLogger("poweropd")
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class TeacherProfile:
     stop_ids: list[int]
     context: int  # tokens of the longest sequence that it reads
     server: ServerTeacher | None  # None for a teacher in this process
+    shared_stop_ids: list[int] = field(default_factory=list)  # those with which the student ends
 
 
 def profile_teacher(section: TeacherConfig) -> TeacherProfile:
@@ -48,6 +52,24 @@ def profile_teacher(section: TeacherConfig) -> TeacherProfile:
         context = server.context()
     stop_ids = stops.stop_ids(tokenizer, loading.load_generation_config(name))
     return TeacherProfile(tokenizer, stop_ids, context, server)
+
+
+def unshared_with(
+    tokenizer: PreTrainedTokenizerBase, teachers: Mapping[str, TeacherProfile], notify: bool
+) -> frozenset[int]:
+    """Returns the ids that are not the same token to the student and to every teacher.
+
+    `tokenizer` is the student's; it notifies the user of such ids. Raises UsageError if more than
+    added tokens differ.
+    """
+    found: set[int] = set()
+    for name, teacher in teachers.items():
+        ids = vocabulary.unshared_ids(tokenizer, teacher.tokenizer)
+        found.update(ids)
+        if ids and notify:
+            notice = vocabulary.unshared_notice(ids, tokenizer, teacher.tokenizer)
+            logger.warning("%s%s", f"teacher.{name}: " if name else "", notice)
+    return frozenset(found)
 
 
 def load_teacher_model(section: TeacherConfig, device: torch.device) -> PreTrainedModel:
@@ -90,11 +112,14 @@ def local_teacher(
 
 
 def unquantized_teacher(
-    section: TeacherConfig, vocab_size: int, device: torch.device
+    section: TeacherConfig, student: language_model.Student, device: torch.device
 ) -> LocalTeacher:
-    """Loads the same teacher as it was before it was quantized."""
+    """Loads the same teacher as it was before it was quantized, over the student's vocabulary."""
     plain = section.model_copy(update={"quantization": None})
-    dtype = devices.torch_dtype(section.dtype)
-    return local_teacher(
-        plain, language_model.Teacher(load_teacher_model(plain, device), vocab_size, dtype), device
+    teacher = language_model.Teacher(
+        load_teacher_model(plain, device),
+        student.vocab_size,
+        devices.torch_dtype(section.dtype),
+        student.masked_ids,
     )
+    return local_teacher(plain, teacher, device)

@@ -1,9 +1,8 @@
 """The parts of a run, built from its recipe: what can be checked cheaply first, then weights."""
 
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +19,7 @@ from poweropd.data.prompts import (
     PromptOrder,
     check_ids,
     check_lengths,
+    check_shared,
     epochs_notice,
     filter_notice,
     fits,
@@ -29,7 +29,7 @@ from poweropd.data.prompts import (
 from poweropd.data.rollout import Example
 from poweropd.errors import UsageError, import_object
 from poweropd.kernels import Support
-from poweropd.models import AUTO_DTYPE, attention, devices, fingerprints, loading
+from poweropd.models import AUTO_DTYPE, attention, devices, fingerprints, loading, vocabulary
 from poweropd.models.language_model import Student, Teacher, dropout_rates
 from poweropd.objectives import OBJECTIVES, SELECTIONS
 from poweropd.objectives.base import Objective
@@ -45,6 +45,7 @@ from poweropd.teachers.factory import (
     local_teacher,
     profile_teacher,
     unquantized_teacher,
+    unshared_with,
 )
 from poweropd.teachers.measured import MeasuredTeacher
 from poweropd.teachers.routed import RoutedTeacher
@@ -66,6 +67,7 @@ class RunInputs:
     student_stop_ids: list[int]
     teachers: dict[str, TeacherProfile]  # by domain; a single one under ""
     student_context: int  # tokens
+    unshared: frozenset[int]  # ids that are not the same token to all models
     holdout: list[Prompt] = field(default_factory=list)  # kept out of training
 
     @classmethod
@@ -74,15 +76,16 @@ class RunInputs:
         student = (config.model.student, config.model.trust_remote_code)
         tokenizer = loading.load_tokenizer(*student)
         teachers = {name: profile_teacher(section) for name, section in config.teachers.items()}
-        for teacher in teachers.values():
-            loading.check_vocabularies(tokenizer, teacher.tokenizer)
+        unshared = unshared_with(tokenizer, teachers, notify)
         tokenizers = {name: teacher.tokenizer for name, teacher in teachers.items()}
         prompts = load_prompts(config.data, tokenizer, tokenizers, config.teacher.by)
         model_config = loading.load_config(*student)
         context, vocab_size = loading.context_length(model_config), loading.vocab_rows(model_config)
         if config.data.filter_longer:
             prompts = _filtered(prompts, context, teachers, config, notify)
-        stop_ids = stops.stop_ids(tokenizer, loading.load_generation_config(student[0]))
+        check_shared(prompts, unshared, tokenizer)
+        found_stops = stops.stop_ids(tokenizer, loading.load_generation_config(student[0]))
+        stop_ids = found_stops
         for name, teacher in teachers.items():
             own = [prompt for prompt in prompts if prompt.domain == name]
             check_lengths(own, context, teacher.context, config.rollout.max_new_tokens)
@@ -97,7 +100,10 @@ class RunInputs:
             if teacher.server is not None and own:
                 teacher.server.check([prompt.teacher_prompt_ids for prompt in own])
             policy = config.objective.stop
-            notice = stops.difference(stop_ids, teacher.stop_ids, policy, tokenizer)
+            both = (found_stops, teacher.stop_ids, unshared, policy, tokenizer)
+            stop_ids, shared_stop_ids = stops.shared_stops(*both)
+            teachers[name] = replace(teacher, shared_stop_ids=shared_stop_ids)
+            notice = stops.difference(stop_ids, shared_stop_ids, policy, tokenizer)
             if notice and notify:
                 logger.warning("%s%s", f"teacher.{name}: " if name else "", notice)
         trained, held = split_holdout(prompts, config.data.holdout, config.train.seed)
@@ -105,7 +111,7 @@ class RunInputs:
             _show_choices(config)
             logger.info("%s", epochs_notice(config.train, len(trained)))
         order = PromptOrder(len(trained), config.train.seed, config.data.shuffle)
-        inputs = cls(tokenizer, trained, order, stop_ids, teachers, context, held)
+        inputs = cls(tokenizer, trained, order, stop_ids, teachers, context, unshared, held)
         if notify:
             inputs.show_first_prompt(config)
         return inputs
@@ -137,8 +143,8 @@ class RunInputs:
 
     def teacher_stop_ids(self, domain: str) -> list[int]:
         """Returns the stop ids of all teachers, those of the domain's teacher first."""
-        others = [i for teacher in self.teachers.values() for i in teacher.stop_ids]
-        own = self.teachers[domain].stop_ids if domain else []
+        others = [i for teacher in self.teachers.values() for i in teacher.shared_stop_ids]
+        own = self.teachers[domain].shared_stop_ids if domain else []
         return list(dict.fromkeys([*own, *others]))
 
 
@@ -194,6 +200,8 @@ def input_fingerprints(
         found["the held-out prompts of data.prompts"] = fingerprints.of_prompts(inputs.holdout)
     if judged:
         found[PROMPTS_KEY] = fingerprints.of_prompts(judged)
+    if inputs.unshared:
+        found["the tokens that student and teacher share"] = fingerprints.of_ids(inputs.unshared)
     for name, section in config.teachers.items():
         if not section.servers:
             where = f"teacher.{name}.model" if name else "teacher.model"
@@ -222,21 +230,26 @@ def load_models(config: Config, inputs: RunInputs, device: torch.device) -> RunM
     model = loading.load_trained(config.model).to(device)
     local = {name: section for name, section in config.teachers.items() if not section.servers}
     loaded = {name: load_teacher_model(section, device) for name, section in local.items()}
-    vocab_size = loading.shared_vocab_size(model, *loaded.values())
+    rows = vocabulary.head_rows(model, *loaded.values())
+    shared = vocabulary.Vocabulary.shared(rows, inputs.tokenizer, inputs.unshared)
     for profile in inputs.teachers.values():
         if profile.server is not None:
-            vocab_size = profile.server.vocab_size(vocab_size, len(inputs.tokenizer))
+            tokens = min(shared.size, len(inputs.tokenizer))
+            shared = shared.cut(profile.server.vocab_size(shared.size, tokens))
     own = loading.load_config(config.model.student, config.model.trust_remote_code).to_dict()
     made = RunModels(
         Student(
             model,
-            vocab_size,
+            shared.size,
             devices.torch_dtype(config.model.dtype),
             lora=config.model.lora is not None,
             dropout=dropout_rates(own),
+            masked_ids=shared.masked,
         ),
         {
-            name: Teacher(loaded[name], vocab_size, devices.torch_dtype(section.dtype))
+            name: Teacher(
+                loaded[name], shared.size, devices.torch_dtype(section.dtype), shared.masked
+            )
             for name, section in local.items()
         },
     )
@@ -269,7 +282,7 @@ def make_teacher(
             section, loaded.teachers[name], device
         )
         if section.measure_quantization and accelerator.is_main_process:
-            load = partial(unquantized_teacher, section, loaded.student.vocab_size, device)
+            load = partial(unquantized_teacher, section, loaded.student, device)
             scorers[name] = MeasuredTeacher(scorers[name], load, reward, run, name)
     return RoutedTeacher(scorers) if config.teacher.by else scorers[""]
 
@@ -383,17 +396,6 @@ def make_validation(
         return None
     tokenizer, context = inputs.tokenizer, inputs.student_context
     judged = judged_prompts(config, inputs.holdout, tokenizer, inputs.teachers, context)
-    return Validation(config, config.evaluate, accelerator, tokenizer, context, judged)
-
-
-def check_launch() -> None:
-    """Raises UsageError if accelerate was told to shard the student.
-
-    It would do so its own way or, on a CPU, not at all without a word.
-    """
-    for plugin in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{plugin}", "false") == "true":
-            raise UsageError(
-                f"accelerate launch: expected plain data parallelism, got --use_{plugin.lower()} "
-                "(or an accelerate config that says so): leave it out and set train.sharding=fsdp2"
-            )
+    check_shared(judged, inputs.unshared, tokenizer, PROMPTS_KEY)
+    section, unshared = config.evaluate, inputs.unshared
+    return Validation(config, section, accelerator, tokenizer, context, judged, unshared)

@@ -55,10 +55,11 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         ) from error
 
 
-def make_probe(prompt_ids: list[int], vocab_size: int) -> Example:
+def make_probe(prompt_ids: list[int], student: Student) -> Example:
     """Makes an example of fixed tokens, spread over the vocabulary, behind a prompt."""
     prompt = Prompt(0, prompt_ids[-PROBE_TOKENS:], prompt_ids[-PROBE_TOKENS:])
-    tokens = torch.linspace(0, vocab_size - 1, PROBE_TOKENS).long().tolist()
+    kept = student.kept_ids()
+    tokens = [kept[i] for i in torch.linspace(0, len(kept) - 1, PROBE_TOKENS).long().tolist()]
     rollout = Request(prompt, 0, 0, seed=0).rollout(tokens, [], stopped=False)
     example = make_example(rollout, (), (0,), "raw")
     assert example is not None  # every token of it counts
@@ -77,7 +78,8 @@ def verify(
         loaded = loading.load_model(str(folder), config.dtype, config.trust_remote_code)
     except UsageError as error:
         raise _refused(folder, f"cannot be loaded again ({error})") from error
-    exported = Teacher(loaded, student.vocab_size, student.compute_dtype)
+    sizes = (student.vocab_size, student.compute_dtype, student.masked_ids)
+    exported = Teacher(loaded, *sizes)
     differences = [
         (example.teacher_log_probs - torch.tensor(own)).abs()
         for example, own in zip(

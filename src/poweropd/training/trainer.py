@@ -15,6 +15,7 @@ from poweropd.data.prompts import Prompt
 from poweropd.data.rollout import Example, Request, Rollout, make_example
 from poweropd.errors import RunError, UsageError
 from poweropd.evaluation.runner import Subject
+from poweropd.models import sharding
 from poweropd.models.loading import context_length
 from poweropd.models.sharding import collected, load_optimizer_state, optimizer_state
 from poweropd.rollouts.base import completion_seed
@@ -62,7 +63,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, progress: bool = True) -> None:
-        build.check_launch()
+        sharding.check_launch()
         trackers.check_trackers(config.log.trackers)
         self.accelerator = Accelerator(
             log_with=config.log.trackers or None,
@@ -386,7 +387,7 @@ class Trainer:
         """Writes the student as a plain Hugging Face model directory, whole or not at all."""
         lora, main = self.config.model.lora, self.accelerator.is_main_process
         merge = lora is not None and lora.merge
-        probe = export.make_probe(self.inputs.prompts[0].prompt_ids, self.student.vocab_size)
+        probe = export.make_probe(self.inputs.prompts[0].prompt_ids, self.student)
         log_probs = self.student_log_probs([probe])
         weights = collected(self.student.exported(merge), keep=main)
         with self._failing_together():

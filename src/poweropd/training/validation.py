@@ -1,7 +1,7 @@
 """Evaluations during training: of the current student, with the engine that is loaded already."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from poweropd.config import Config
 from poweropd.config.benchmarks import BenchmarkConfig
 from poweropd.config.evaluate import HELD_OUT, EvaluateConfig
-from poweropd.data.prompts import Prompt, check_ids, check_lengths, load_prompts
+from poweropd.data.prompts import Prompt, check_ids, check_lengths, check_shared, load_prompts
 from poweropd.errors import RunError, UsageError
 from poweropd.evaluation import benchmarks
 from poweropd.evaluation.benchmarks import ProblemSet
@@ -98,7 +98,8 @@ def _problem_set(
 class Validation:
     """The recipe's `evaluate` section. Problems are loaded, and checked, on creation.
 
-    `judged` are the prompts of its divergence; none if it has no divergence.
+    `judged` are the prompts of its divergence; none if it has no divergence. No problem may hold
+    an id that is `unshared`, which rollout engines need not have.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Validation:
         tokenizer: Any,
         context_length: int,
         judged: Sequence[Prompt] = (),
+        unshared: Collection[int] = (),
     ) -> None:
         self.section, self.accelerator, self.judged = section, accelerator, judged
         self.run = RunDirectory(config.run.dir)
@@ -124,7 +126,10 @@ class Validation:
             known, got = ", ".join(self.better), self.section.best
             raise UsageError(f"evaluate.best: expected one of {known}, got {got!r}")
         for name, one in self.problem_sets.items():
-            check_room(name, prompt_ids(one.problems, one.settings, tokenizer), context_length)
+            asked = prompt_ids(one.problems, one.settings, tokenizer)
+            check_room(name, asked, context_length)
+            prompts = [Prompt(number, ids, ids) for number, ids in enumerate(asked)]
+            check_shared(prompts, unshared, tokenizer, f"evaluate.benchmarks: {name}")
         self.divergence_settings = _divergence_settings(config, section)
         self.teacher_names = " and ".join(one.model for one in config.teachers.values())
 
