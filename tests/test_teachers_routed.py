@@ -153,7 +153,11 @@ TEACHERS = "  by: domain\n  math: {model: x}\n  code: {model: y, servers: [http:
         ),
         ("  by: domain\n  math: 3\n", [], "r.yaml:5: teacher.math: expected a section, got 3"),
         ("  by: domain\n", [], "r.yaml:4: teacher.by: expected a teacher for each value of"),
-        (TEACHERS, ["teacher.math.dtype=3"], "override teacher.math.dtype: expected 'auto', 'bfloat16'"),
+        (
+            TEACHERS,
+            ["teacher.math.dtype=3"],
+            "override teacher.math.dtype: expected 'auto', 'bfloat16'",
+        ),
         (TEACHERS, ["objective.kind=full_vocab"], "teacher: objective.kind=full_vocab needs"),
         (TEACHERS, ["objective.baseline=value"], "teacher: objective.baseline=value needs"),
         (

@@ -56,11 +56,12 @@ def unshared_ids(
     if student == teacher:
         return []
     own, other = _differing(student, teacher), _differing(teacher, student)
-    ids = sorted({*own, *other})
-    added = {*student_tokenizer.added_tokens_decoder}, {*teacher_tokenizer.added_tokens_decoder}
-    if {*own} <= added[0] and {*other} <= added[1]:
-        return ids
-    inherent = [i for i in ids if i in {*own} - added[0] or i in {*other} - added[1]]
+    inherent = sorted(
+        ({*own} - {*student_tokenizer.added_tokens_decoder})
+        | ({*other} - {*teacher_tokenizer.added_tokens_decoder})
+    )
+    if not inherent:
+        return sorted({*own, *other})
     raise UsageError(
         "student and teacher must share one vocabulary, but for added tokens: the student has "
         f"{len(student)} tokens, the teacher {len(teacher)}; {len(inherent)} ids differ that are "
