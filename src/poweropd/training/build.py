@@ -378,10 +378,7 @@ def make_task_rewards(config: Config, inputs: RunInputs) -> TaskRewards | None:
 
 
 def make_utilization(config: Config, loaded: RunModels) -> Utilization | None:
-    """Returns the accounting of FLOPs; None if they are not known.
-
-    They are not if other machines or several teachers score.
-    """
+    """Returns the accounting of FLOPs; None if other machines or several teachers score."""
     if config.teacher.place != "in process":
         return None
     needs_statistics = config.reward.create().needs_statistics
