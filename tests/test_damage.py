@@ -394,8 +394,12 @@ def test_an_export_that_lacks_weights_is_not_kept(
     assert not (tmp_path / "run" / "final").exists()
 
 
-def test_the_probe_of_an_export_spans_the_vocabulary() -> None:
-    probe = export.make_probe([1] * 100, 1000)
-    assert probe.num_tokens == export.PROBE_TOKENS
-    assert probe.student_targets.max() == 999
+def test_the_probe_of_an_export_spans_the_vocabulary(recipe: MAKES) -> None:
+    student = Trainer(recipe(), progress=False).student
+    last = student.vocab_size - 1
+    for masked, expected in ((), last), ((last,), last - 1):
+        student.masked_ids = masked
+        probe = export.make_probe([1] * 100, student)
+        assert probe.num_tokens == export.PROBE_TOKENS
+        assert probe.student_targets.max() == expected
     assert len(probe.prompt.prompt_ids) == export.PROBE_TOKENS
