@@ -1,8 +1,8 @@
 """The LM head on a chunk of tokens: logits forward, and how large a chunk is."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -26,6 +26,21 @@ class HeadOptions(TypedDict, total=False):
     scale: float
     softcap: float | None
     temperature: float
+
+
+def head_options(config: Mapping[str, Any]) -> HeadOptions:
+    """Returns what a transformers config, as a dict, does to the logits of its model.
+
+    Cohere multiplies them and Granite divides them, Falcon-H1 and Muse have names of their own for
+    a factor, HyperCLOVA X multiplies by what others divide by, and Gemma 2 and 3 soft-cap them.
+    """
+    factors = (config.get(name) for name in ("logit_scale", "output_multiplier"))
+    scale = next((f for f in factors if f is not None), config.get("lm_head_multiplier"))
+    divisor = config.get("logits_scaling")
+    if scale is None and divisor is not None:
+        scale = divisor if config.get("model_type") == "hyperclovax" else 1.0 / divisor
+    options: HeadOptions = {"softcap": config.get("final_logit_softcapping")}
+    return options if scale is None else {**options, "scale": float(scale)}
 
 
 @dataclass(frozen=True)

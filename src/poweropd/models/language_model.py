@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from poweropd.data.batch import Batch, Sequences
 from poweropd.kernels import Head, TokenStatistics, score_tokens
+from poweropd.kernels.head import head_options
 from poweropd.models.sharding import like, whole
 from poweropd.objectives.base import Objective, TokenRecord
 from poweropd.rewards import Reward
@@ -69,10 +70,7 @@ class LanguageModel(nn.Module):
         self.vocab_size, self.compute_dtype = vocab_size, compute_dtype
         self.masked_ids = tuple(masked_ids)
         self.flat = False  # whether its micro-batches are flat rows, see `data.batch`
-        options = model.config.to_dict()
-        # Cohere multiplies logits, Granite divides them, Gemma 2 and 3 soft-cap them.
-        self.scale = (options.get("logit_scale") or 1.0) / (options.get("logits_scaling") or 1.0)
-        self.softcap = options.get("final_logit_softcapping")
+        self.head_options = head_options(model.config.to_dict())
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -127,12 +125,7 @@ class LanguageModel(nn.Module):
             mask = weight.new_zeros(self.vocab_size)
             mask[list(self.masked_ids)] = -torch.inf
             bias = mask if bias is None else bias + mask
-        return Head(
-            weight=weight,
-            bias=bias,
-            scale=self.scale,
-            softcap=self.softcap,
-        )
+        return Head(weight, bias=bias, **self.head_options)
 
 
 class Student(LanguageModel):

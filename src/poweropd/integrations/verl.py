@@ -1,0 +1,157 @@
+"""verl: distillation losses by the entry-point group `verl.plugins`.
+
+`import verl` imports `verl_plugin`, which calls `register`, in the driver and in every Ray worker.
+The loss modes `poweropd...` are then known to verl.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poweropd.errors import UsageError
+from poweropd.integrations.core import (
+    Advantages,
+    check_temperature,
+    reward_from_environment,
+    reward_of,
+)
+from poweropd.integrations.peers import PROBE_STUDENT, PROBE_TEACHER, Peer, Probe
+from poweropd.rewards import Reward
+
+ALPHAS = (0.1, 0.5, 1, 2, 5, 10, 20, 50, 100, 500)
+#: Loss mode -> its reward. verl's configuration has no field for a parameter, so alpha is in the
+#: name; the plain name follows POWEROPD_REWARD.
+MODES: dict[str, Callable[[], Reward]] = {
+    "poweropd": reward_from_environment,
+    **{
+        f"poweropd_a{alpha:g}": partial(reward_of, {"name": "power", "alpha": float(alpha)})
+        for alpha in ALPHAS
+    },
+    "poweropd_clip": partial(reward_of, {"name": "clip"}),
+    "poweropd_tanh": partial(reward_of, {"name": "tanh"}),
+    "poweropd_log_ratio": partial(reward_of, {"name": "log_ratio"}),
+}
+
+Losses = tuple[Tensor, dict[str, Any]]
+logger = logging.getLogger(__name__)
+
+
+class Verl(Peer):
+    """verl, as far as this adapter depends on it."""
+
+    distribution = "verl"
+    module = "verl"
+    tested = "0.9.1"
+    flag = "distillation.distillation_loss.loss_mode=poweropd"
+
+    def probe(self) -> Probe:
+        """Runs the registered loss through verl's registry, on verl's own data structures."""
+        import verl
+        from tensordict import TensorDict
+        from verl.trainer.distillation.losses import get_distillation_loss_fn
+
+        ones = torch.ones(1, 2, dtype=torch.int64)
+        data = TensorDict(
+            {
+                "prompts": ones[:, :1],
+                "responses": ones,
+                "attention_mask": torch.ones(1, 3, dtype=torch.int64),
+                "response_mask": ones,
+                "teacher_logprobs": torch.tensor([*PROBE_TEACHER, 0.0])[:, None],
+                "temperature": torch.ones(1),
+            },
+            batch_size=[],
+        )
+        loss, _ = get_distillation_loss_fn("poweropd_a5")(
+            config=None,
+            distillation_config=None,
+            model_output={"log_probs": torch.tensor([*PROBE_STUDENT, 0.0])},
+            data=data,
+        )
+        found = tuple((-loss[0]).tolist())
+        return Probe(found, f"loss mode poweropd_a5 of verl {verl.__version__}'s registry")
+
+
+def register() -> None:
+    """Registers every loss mode with verl.
+
+    verl hides the errors of a plugin. So they are logged and, where verl has a registry to put
+    them into, raised at the first call of a loss.
+    """
+    verl, losses = Verl(), "verl.trainer.distillation.losses"
+    try:
+        register_loss = verl.attribute(losses, "register_distillation_loss")
+        make_settings = verl.attribute(losses, "DistillationLossSettings")
+        verl.check_parameters(register_loss, ["loss_settings"])
+        verl.check_parameters(make_settings, ["names", "use_topk", "use_estimator"])
+    except UsageError as error:
+        logger.error("%s", error)
+        raise
+    try:
+        verl.check_parameters(
+            verl.attribute(losses, "compute_distillation_loss_reverse_kl_estimator"),
+            ["config", "distillation_config", "model_output", "data"],
+        )
+        verl.check_parameters(
+            verl.attribute("verl.workers.utils.padding", "no_padding_2_padding"), ["tensor", "data"]
+        )
+        refusal = None
+    except UsageError as error:
+        logger.error("%s", error)
+        refusal = error
+    for mode, reward in MODES.items():
+        loss = refused(refusal) if refusal else DistillationLoss(reward)
+        register_loss(make_settings(names=mode, use_estimator=True))(loss)
+
+
+def refused(error: UsageError) -> Callable[..., Losses]:
+    """Returns a loss that raises an error."""
+
+    def loss(**_: object) -> Losses:
+        raise error
+
+    return loss
+
+
+class DistillationLoss:
+    """Minus the reward of every sampled token, with the gradient of -sg[r] ln p.
+
+    With `use_policy_gradient` verl takes minus the losses, without their gradient, as advantages;
+    without it, it differentiates the losses themselves. Either way the student learns from r.
+    """
+
+    def __init__(self, reward: Callable[[], Reward]) -> None:
+        """Takes what makes the reward; it is made at the first call, so that errors are seen."""
+        self.reward = reward
+
+    def __call__(
+        self, config: Any, distillation_config: Any, model_output: Any, data: Any
+    ) -> Losses:
+        """Returns the losses [B, T] of the responses and metrics, as verl wants them."""
+        from verl.workers.utils.padding import no_padding_2_padding
+
+        for temperature in torch.as_tensor(data["temperature"]).flatten().unique().tolist():
+            check_temperature("verl: actor_rollout_ref.rollout.temperature", temperature)
+        student = no_padding_2_padding(model_output["log_probs"], data)
+        teacher = no_padding_2_padding(data["teacher_logprobs"], data).squeeze(-1)
+        mask = data["response_mask"]
+        mask = mask.to_padded_tensor(False) if mask.is_nested else mask
+        rewards = Advantages(self.reward())(teacher, student, mask)
+        # A factor of one whose gradient is that of ln p.
+        factor = (1.0 + student - student.detach()).where(mask != 0, 1.0)
+        return -rewards * factor, metrics(rewards[mask != 0])
+
+
+def metrics(rewards: Tensor) -> dict[str, Any]:
+    """Returns what verl logs of the rewards of all trained tokens."""
+    if not rewards.numel():
+        return {}
+    return {
+        "distillation/reward": rewards.mean().item(),
+        "distillation/reward_abs": rewards.abs().mean().item(),
+        "distillation/reward_zero_fraction": (rewards.abs() < 1e-6).float().mean().item(),
+    }
