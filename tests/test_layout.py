@@ -48,6 +48,7 @@ MAY_IMPORT = {
         *("config", "data", "evaluation", "grading", "kernels", "models", "objectives", "rewards"),
         *("rollouts", "runs", "stops", "teachers", "terminal"),
     },
+    "integrations": {"kernels", "net", "rewards"},
     "report": {"config", "evaluation", "rewards", "runs"},
     "tune": {"config", "evaluation", "runs", "sweep", "terminal", "training"},
     # It says what runs will cost as `plan` does, before they start.

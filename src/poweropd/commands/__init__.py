@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from poweropd import __version__
-from poweropd.commands import demo, init, plan, push, report, sweep, train, tune
+from poweropd.commands import demo, doctor, init, plan, push, report, sweep, train, tune
 from poweropd.commands import eval as evaluation
 from poweropd.errors import RunError, UsageError, one_line
 from poweropd.terminal import log_handler
@@ -33,6 +33,7 @@ app.command()(report.report)
 app.command("sweep")(sweep.sweep_command)
 app.command(hidden=True)(sweep.sweep_run)
 app.command()(push.push)
+app.command()(doctor.doctor)
 
 
 def _version(asked: bool) -> None:

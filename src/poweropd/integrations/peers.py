@@ -52,6 +52,10 @@ class Peer(ABC):
     def probe(self) -> Probe:
         """Runs the reward on two tokens by the trainer's own code; the trainer is installed."""
 
+    def probes(self) -> dict[str, Callable[[], Probe]]:
+        """Returns what `poweropd doctor` runs: what is tried -> how."""
+        return {"two tokens": self.probe}
+
     @property
     def version(self) -> str | None:
         """Returns the installed version, or None if it is not installed."""

@@ -36,6 +36,7 @@ MODES: dict[str, Callable[[], Reward]] = {
     "poweropd_log_ratio": partial(reward_of, {"name": "log_ratio"}),
 }
 
+RAY_SECONDS = 120  # a Ray worker has imported verl by then
 Losses = tuple[Tensor, dict[str, Any]]
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,10 @@ class Verl(Peer):
     module = "verl"
     tested = "0.9.1"
     flag = "distillation.distillation_loss.loss_mode=poweropd"
+
+    def probes(self) -> dict[str, Callable[[], Probe]]:
+        """Returns the probe of this process, and that of a Ray worker."""
+        return {**super().probes(), "Ray worker": probe_in_ray}
 
     def probe(self) -> Probe:
         """Runs the registered loss through verl's registry, on verl's own data structures."""
@@ -74,6 +79,22 @@ class Verl(Peer):
         )
         found = tuple((-loss[0]).tolist())
         return Probe(found, f"loss mode poweropd_a5 of verl {verl.__version__}'s registry")
+
+
+def probe_in_ray() -> Probe:
+    """Runs the probe in a Ray worker, which imports verl for itself."""
+    import ray
+
+    started = not ray.is_initialized()
+    if started:
+        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        task = ray.remote(num_cpus=1)(lambda: Verl().probe())
+        found: Probe = ray.get(task.remote(), timeout=RAY_SECONDS)
+        return found
+    finally:
+        if started:
+            ray.shutdown()
 
 
 def register() -> None:

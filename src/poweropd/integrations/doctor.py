@@ -1,0 +1,85 @@
+"""What `poweropd doctor` finds: this machine, its packages, and the trainers with an adapter."""
+
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from poweropd.errors import IMPORT_FAILURES, UsageError, one_line
+from poweropd.integrations.peers import PEERS, Probe, find_peer
+
+#: Distribution -> what it is for.
+OPTIONAL = {
+    "peft": "LoRA",
+    "vllm": "fast rollouts",
+    "flash-attn": "attention without padding on GPUs",
+    "bitsandbytes": "a teacher in 4 or 8 bits",
+    "lm-eval": "poweropd eval --harness",
+}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the screen."""
+
+    name: str
+    text: str
+    is_wrong: bool = False
+
+
+def machine_findings() -> Iterator[Finding]:
+    """Says what this machine has; nothing of it is wrong by being absent."""
+    yield Finding("python", f"{platform.python_version()} on {platform.system()}")
+    for name in ("poweropd", "torch", "transformers", "accelerate"):
+        yield Finding(name, installed(name) or "not installed", installed(name) is None)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    cuda = f"{', '.join(gpus)} (CUDA {torch.version.cuda})" if gpus else "none: the CPU is used"
+    yield Finding("GPU", cuda)
+    for name, purpose in OPTIONAL.items():
+        yield Finding(name, installed(name) or f"not installed ({purpose})")
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    yield Finding("chromium", browser or "not installed (tests of the report's page)")
+
+
+def installed(distribution: str) -> str | None:
+    """Returns the version of an installed distribution, or None."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def trainer_findings(names: Sequence[str]) -> Iterator[Finding]:
+    """Checks the trainers that were named, or all that are installed; raises UsageError."""
+    for name in names:
+        if name not in PEERS:
+            raise UsageError(f"doctor: expected some of {', '.join(PEERS)}, got {name!r}")
+    for name in names or PEERS:
+        found = installed(name)
+        if found is None:
+            yield Finding(name, "not installed", is_wrong=bool(names))
+            continue
+        try:
+            peer = find_peer(name)
+        except UsageError as error:
+            yield Finding(name, f"{found} cannot be imported: {error}", is_wrong=True)
+            continue
+        note = "" if found in peer.tested else f" (tested with {peer.tested})"
+        yield Finding(name, f"{found}{note}; {peer.flag}")
+        for what, probe in peer.probes().items():
+            yield probed(f"  {what}", probe)
+
+
+def probed(name: str, probe: Callable[[], Probe]) -> Finding:
+    """Runs one probe of a trainer, whatever it raises."""
+    try:
+        found = probe()
+    except (*IMPORT_FAILURES, ValueError, KeyError, TypeError, LookupError) as error:
+        return Finding(name, one_line(f"{type(error).__name__}: {error}"), is_wrong=True)
+    numbers = ", ".join(f"{value:.4f}" for value in found.rewards)
+    verdict = "right" if found.is_right else "WRONG"
+    return Finding(name, f"{verdict}: {numbers} by {found.how}", not found.is_right)
