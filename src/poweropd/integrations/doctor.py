@@ -2,6 +2,7 @@
 
 import platform
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -78,7 +79,7 @@ def probed(name: str, probe: Callable[[], Probe]) -> Finding:
     """Runs one probe of a trainer, whatever it raises."""
     try:
         found = probe()
-    except (*IMPORT_FAILURES, ValueError, KeyError, TypeError, LookupError) as error:
+    except (*IMPORT_FAILURES, LookupError, subprocess.TimeoutExpired) as error:
         return Finding(name, one_line(f"{type(error).__name__}: {error}"), is_wrong=True)
     numbers = ", ".join(f"{value:.4f}" for value in found.rewards)
     verdict = "right" if found.is_right else "WRONG"

@@ -4,7 +4,10 @@
 The loss modes `poweropd...` are then known to verl.
 """
 
+import json
 import logging
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poweropd.errors import UsageError
+from poweropd.errors import RunError, UsageError, one_line
 from poweropd.integrations.core import (
     Advantages,
     check_temperature,
@@ -36,7 +39,7 @@ MODES: dict[str, Callable[[], Reward]] = {
     "poweropd_log_ratio": partial(reward_of, {"name": "log_ratio"}),
 }
 
-RAY_SECONDS = 120  # a Ray worker has imported verl by then
+RAY_SECONDS = 240  # a Ray worker has imported verl by then
 Losses = tuple[Tensor, dict[str, Any]]
 logger = logging.getLogger(__name__)
 
@@ -82,19 +85,26 @@ class Verl(Peer):
 
 
 def probe_in_ray() -> Probe:
-    """Runs the probe in a Ray worker, which imports verl for itself."""
+    """Runs the probe in a Ray worker, which imports verl for itself; Ray gets a process to end."""
+    done = subprocess.run(
+        [sys.executable, "-m", __name__],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=RAY_SECONDS,
+    )
+    if done.returncode:
+        raise RunError(f"Ray: {one_line(done.stderr.strip().rpartition(chr(10))[2])}")
+    return Probe(tuple(json.loads(done.stdout.splitlines()[-1])), "loss mode poweropd_a5 in Ray")
+
+
+def print_probe_in_ray() -> None:
+    """Starts Ray, and prints what a worker's probe found as JSON."""
     import ray
 
-    started = not ray.is_initialized()
-    if started:
-        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
-        task = ray.remote(num_cpus=1)(lambda: Verl().probe())
-        found: Probe = ray.get(task.remote(), timeout=RAY_SECONDS)
-        return found
-    finally:
-        if started:
-            ray.shutdown()
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    task = ray.remote(num_cpus=1)(lambda: Verl().probe().rewards)
+    sys.stdout.write(json.dumps(ray.get(task.remote())) + "\n")
 
 
 def register() -> None:
@@ -108,7 +118,7 @@ def register() -> None:
         register_loss = verl.attribute(losses, "register_distillation_loss")
         make_settings = verl.attribute(losses, "DistillationLossSettings")
         verl.check_parameters(register_loss, ["loss_settings"])
-        verl.check_parameters(make_settings, ["names", "use_topk", "use_estimator"])
+        verl.check_parameters(make_settings, ["_target_", "names", "use_topk", "use_estimator"])
     except UsageError as error:
         logger.error("%s", error)
         raise
@@ -176,3 +186,7 @@ def metrics(rewards: Tensor) -> dict[str, Any]:
         "distillation/reward_abs": rewards.abs().mean().item(),
         "distillation/reward_zero_fraction": (rewards.abs() < 1e-6).float().mean().item(),
     }
+
+
+if __name__ == "__main__":
+    print_probe_in_ray()

@@ -115,7 +115,13 @@ class Trainer:
         if self.run.is_complete:
             logger.info("%s is complete: nothing to do", self.run.path)
             return Result(self.run.path, self.run.steps_done(), self.run.final)
-        with self._alone(), self.progress, self.recorder, signals.deferred() as received:
+        with (
+            signals.advised(),
+            self._alone(),
+            self.progress,
+            self.recorder,
+            signals.deferred() as received,
+        ):
             self._check_place()
             self.progress.begin(self.steps_done, self.inputs.opening(self.config))
             self._evaluate_teacher()
