@@ -50,6 +50,8 @@ class Handler(BaseHTTPRequestHandler):
             owner.gate.wait(10)
         if body["model"] != owner.name:
             self.answer(404, {"error": {"message": "The model does not exist."}})
+        elif isinstance(body["prompt"][0], list):  # several prompts, as TRL sends them
+            (fault or Handler.answer)(self, 200, owner.completions(body))
         elif max(body["prompt"]) >= owner.vocab_size:
             self.answer(400, {"error": {"message": "Token id is out of vocabulary"}})
         elif len(body["prompt"]) >= owner.context:
@@ -189,6 +191,12 @@ class TeacherServer:
         self.stopped.set()
         self.http.shutdown()
         self.http.server_close()
+
+    def completions(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Several completions, one for each prompt."""
+        found = [self.completion({**body, "prompt": ids}) for ids in body["prompt"]]
+        choices = [{**one["choices"][0], "index": i} for i, one in enumerate(found)]
+        return {**found[0], "choices": choices}
 
     @torch.inference_mode()
     def completion(self, body: dict[str, Any]) -> dict[str, Any]:

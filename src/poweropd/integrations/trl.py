@@ -23,6 +23,7 @@ from poweropd.kernels.head import head_options
 from poweropd.rewards import Reward
 
 RewardSpec = Reward | dict[str, Any] | str
+DEFAULT_REWARD = '{"name": "power", "alpha": 5}'
 #: What TRL's losses return: the loss, the sum of the student's entropies, and the tokens of both.
 LossParts = tuple[Tensor, Tensor, Tensor]
 
@@ -104,11 +105,30 @@ def sampled(
 class _Rewarded(DistillationTrainer):  # type: ignore[misc]
     """What the trainers with a local and with a served teacher share."""
 
-    def __init__(self, *args: Any, reward: RewardSpec, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        reward: RewardSpec = DEFAULT_REWARD,
+        train_stop: bool = False,
+        **kwargs: Any,
+    ) -> None:
         TRL().check()
-        self.reward = reward_of(reward)
+        self.reward, self.train_stop = reward_of(reward), train_stop
         Advantages(self.reward)  # refuses what a part of a step cannot have
         super().__init__(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Samples as TRL does, and leaves the stop token of a completion out of the loss."""
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if not self.train_stop:
+            ids, mask = output["completion_ids"], output["completion_mask"]
+            positions = torch.arange(ids.size(1), device=ids.device)
+            stops = torch.isin(ids, torch.tensor(self.eos_token_ids, device=ids.device))
+            is_end = stops & (positions == mask.sum(1, keepdim=True) - 1)
+            output["tool_mask"] = output.get("tool_mask", mask) * ~is_end
+            trained = loss_mask(output).sum()
+            output["num_items_in_batch"] = self.accelerator.gather(trained).sum()
+        return output
 
     def _tokens(
         self, model: nn.Module, inputs: dict[str, Tensor], mask: Tensor, hidden: Tensor
@@ -152,7 +172,10 @@ class PowerOPDTrainer(_Rewarded):
     configuration plays no part. Everything else is TRL's.
 
     Args:
-        reward: a reward of `poweropd.rewards`, or what a recipe has at `reward`.
+        reward: a reward of `poweropd.rewards`, or what a recipe has at `reward`; by default
+            PowerOPD's at alpha 5.
+        train_stop: whether the token that ends a completion is trained. The paper leaves it out,
+            since a student and a teacher often end their turns with different tokens.
         full_vocabulary: whether to take the expectation.
         args, kwargs: as TRL's class takes them.
 
@@ -163,11 +186,10 @@ class PowerOPDTrainer(_Rewarded):
     def __init__(
         self,
         *args: Any,
-        reward: RewardSpec = '{"name": "power", "alpha": 5}',
         full_vocabulary: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, reward=reward, **kwargs)
+        super().__init__(*args, **kwargs)
         self.full_vocabulary = full_vocabulary
         check_sampling(self)
 
@@ -209,10 +231,8 @@ class PowerOPDServerTrainer(_Rewarded, ServerDistillationTrainer):  # type: igno
 
     compute_loss = DistillationTrainer.compute_loss
 
-    def __init__(
-        self, *args: Any, reward: RewardSpec = '{"name": "power", "alpha": 5}', **kwargs: Any
-    ) -> None:
-        super().__init__(*args, reward=reward, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         check_sampling(self)
         check_temperature("trl: temperature", self.temperature)
 
@@ -280,12 +300,15 @@ class RewardArguments:
     """The arguments of the command line beside TRL's own."""
 
     reward: str = field(
-        default='{"name": "power", "alpha": 5}',
+        default=DEFAULT_REWARD,
         metadata={"help": "The reward, as JSON, such as {'name': 'power', 'alpha': 5}."},
     )
     full_vocabulary: bool = field(
         default=False,
         metadata={"help": "Whether to take the reward's expectation over the whole vocabulary."},
+    )
+    train_stop: bool = field(
+        default=False, metadata={"help": "Whether to train the token that ends a completion."}
     )
 
 

@@ -6,6 +6,7 @@ The loss modes `poweropd...` are then known to verl.
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -102,6 +103,7 @@ def print_probe_in_ray() -> None:
     """Starts Ray, and prints what a worker's probe found as JSON."""
     import ray
 
+    os.environ.setdefault("RAY_worker_niceness", "0")  # a busy machine would take its time
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     task = ray.remote(num_cpus=1)(lambda: Verl().probe().rewards)
     sys.stdout.write(json.dumps(ray.get(task.remote())) + "\n")
