@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def reward_from_environment() -> Reward:
     return reward_of(DEFAULT if text is None else text)
 
 
-def reward_of(spec: str | dict[str, object] | Reward) -> Reward:
+def reward_of(spec: str | dict[str, Any] | Reward) -> Reward:
     """Returns a reward from its specification: a `Reward`, a dict, or the JSON of one."""
     if isinstance(spec, Reward):
         return spec

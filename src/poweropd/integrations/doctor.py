@@ -24,7 +24,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """One line of the screen."""
 
     name: str
@@ -32,18 +32,18 @@ class Finding:
     is_wrong: bool = False
 
 
-def machine_findings() -> Iterator[Finding]:
+def machine_findings() -> Iterator[Diagnosis]:
     """Says what this machine has; nothing of it is wrong by being absent."""
-    yield Finding("python", f"{platform.python_version()} on {platform.system()}")
+    yield Diagnosis("python", f"{platform.python_version()} on {platform.system()}")
     for name in ("poweropd", "torch", "transformers", "accelerate"):
-        yield Finding(name, installed(name) or "not installed", installed(name) is None)
+        yield Diagnosis(name, installed(name) or "not installed", installed(name) is None)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     cuda = f"{', '.join(gpus)} (CUDA {torch.version.cuda})" if gpus else "none: the CPU is used"
-    yield Finding("GPU", cuda)
+    yield Diagnosis("GPU", cuda)
     for name, purpose in OPTIONAL.items():
-        yield Finding(name, installed(name) or f"not installed ({purpose})")
+        yield Diagnosis(name, installed(name) or f"not installed ({purpose})")
     browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
-    yield Finding("chromium", browser or "not installed (tests of the report's page)")
+    yield Diagnosis("chromium", browser or "not installed (tests of the report's page)")
 
 
 def installed(distribution: str) -> str | None:
@@ -54,7 +54,7 @@ def installed(distribution: str) -> str | None:
         return None
 
 
-def trainer_findings(names: Sequence[str]) -> Iterator[Finding]:
+def trainer_findings(names: Sequence[str]) -> Iterator[Diagnosis]:
     """Checks the trainers that were named, or all that are installed; raises UsageError."""
     for name in names:
         if name not in PEERS:
@@ -62,25 +62,25 @@ def trainer_findings(names: Sequence[str]) -> Iterator[Finding]:
     for name in names or PEERS:
         found = installed(name)
         if found is None:
-            yield Finding(name, "not installed", is_wrong=bool(names))
+            yield Diagnosis(name, "not installed", is_wrong=bool(names))
             continue
         try:
             peer = find_peer(name)
         except UsageError as error:
-            yield Finding(name, f"{found} cannot be imported: {error}", is_wrong=True)
+            yield Diagnosis(name, f"{found} cannot be imported: {error}", is_wrong=True)
             continue
         note = "" if found in peer.tested else f" (tested with {peer.tested})"
-        yield Finding(name, f"{found}{note}; {peer.flag}")
+        yield Diagnosis(name, f"{found}{note}; {peer.flag}")
         for what, probe in peer.probes().items():
             yield probed(f"  {what}", probe)
 
 
-def probed(name: str, probe: Callable[[], Probe]) -> Finding:
+def probed(name: str, probe: Callable[[], Probe]) -> Diagnosis:
     """Runs one probe of a trainer, whatever it raises."""
     try:
         found = probe()
     except (*IMPORT_FAILURES, LookupError, subprocess.TimeoutExpired) as error:
-        return Finding(name, one_line(f"{type(error).__name__}: {error}"), is_wrong=True)
+        return Diagnosis(name, one_line(f"{type(error).__name__}: {error}"), is_wrong=True)
     numbers = ", ".join(f"{value:.4f}" for value in found.rewards)
     verdict = "right" if found.is_right else "WRONG"
-    return Finding(name, f"{verdict}: {numbers} by {found.how}", not found.is_right)
+    return Diagnosis(name, f"{verdict}: {numbers} by {found.how}", not found.is_right)

@@ -25,7 +25,7 @@ class MsSwift(Peer):
         """Runs ms-swift's own expansion of advantages, with the reward in it."""
         from swift.rl_core import advantage
 
-        install()
+        replace_log_ratio()
         found = advantage.expand_advantage_to_per_token(
             torch.zeros(1),
             torch.ones(1, 2, dtype=torch.int64),
@@ -47,7 +47,7 @@ def teacher_reward(
     )
 
 
-def install() -> None:
+def replace_log_ratio() -> None:
     """Replaces `compute_teacher_logratio`; raises UsageError if it is not what it was."""
     from swift.rl_core import advantage
 
@@ -61,4 +61,4 @@ def install() -> None:
 
 # ms-swift runs the file as a module of its own name, and reads nothing from it.
 if __name__ not in ("poweropd.integrations.ms_swift", "__main__"):
-    install()
+    replace_log_ratio()

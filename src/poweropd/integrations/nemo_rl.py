@@ -32,7 +32,7 @@ class NeMoRL(Peer):
         """Runs the estimator as NeMo-RL makes it."""
         from nemo_rl.algorithms.advantage_estimator import OPDAdvantageEstimator
 
-        install()
+        replace_method()
         found = OPDAdvantageEstimator({"name": "opd"}, {}).compute_advantage(
             prompt_ids=None,
             rewards=None,
@@ -61,7 +61,7 @@ def compute_advantage(
     return found
 
 
-def install() -> None:
+def replace_method() -> None:
     """Replaces the estimator's method; raises UsageError if it is not what it was."""
     from nemo_rl.algorithms.advantage_estimator import OPDAdvantageEstimator
 
@@ -77,14 +77,14 @@ def install() -> None:
         OPDAdvantageEstimator.compute_advantage = compute_advantage
 
 
-def main() -> None:
+def launch() -> None:
     """Runs a script of NeMo-RL with the reward in its estimator."""
     if len(sys.argv) < 2:
         raise SystemExit(f"usage: python -m {__spec__.name} SCRIPT [ARGUMENTS]")
-    install()
+    replace_method()
     sys.argv = sys.argv[1:]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":
-    main()
+    launch()

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from poweropd.errors import UsageError, import_object
 
@@ -80,10 +80,10 @@ class Peer(ABC):
                 f"expected ({', '.join(expected)})"
             )
 
-    def attribute(self, module: str, name: str) -> Callable[..., object]:
+    def attribute(self, module: str, name: str) -> Callable[..., Any]:
         """Returns a function or class of the trainer; raises UsageError if it is not there."""
         try:
-            found: Callable[..., object] = import_object(self.distribution, f"{module}:{name}")
+            found: Callable[..., Any] = import_object(self.distribution, f"{module}:{name}")
         except UsageError as error:
             raise self.refusal(f"{module}.{name} cannot be had ({error})") from error
         return found

@@ -38,7 +38,7 @@ class PrimeRL(Peer):
         """Runs prime-rl's own sum of losses; the gradient by ln p is minus the reward."""
         from prime_rl.trainer.rl import loss as losses
 
-        install()
+        replace_loss()
         student = torch.tensor(PROBE_STUDENT, requires_grad=True)
         total, _ = losses.compute_loss(
             trainer_logprobs=[student],
@@ -84,7 +84,7 @@ def with_reward(ref_kl_loss_fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return power_ref_kl_loss_fn
 
 
-def install() -> None:
+def replace_loss() -> None:
     """Replaces the ref_kl loss; raises UsageError if it is not what it was."""
     from prime_rl.trainer.rl import loss as losses
 
@@ -101,4 +101,4 @@ def _is_ours(function: Callable[..., object]) -> bool:
 
 
 if find_spec("prime_rl") is not None:
-    install()
+    replace_loss()

@@ -37,7 +37,7 @@ class SkyRL(Peer):
         from skyrl.backends.skyrl_train.training_batch import TrainingInputBatch
         from skyrl.backends.skyrl_train.utils.ppo_utils import AdvantageEstimatorRegistry
 
-        register()
+        register_estimator()
         algorithm = SimpleNamespace(temperature=1.0)
         this = SimpleNamespace(
             cfg=SimpleNamespace(trainer=SimpleNamespace(algorithm=algorithm)), global_step=0
@@ -62,7 +62,7 @@ def advantages_are_rewards(token_level_rewards: Tensor, **_: object) -> tuple[Te
     return token_level_rewards, token_level_rewards
 
 
-def register() -> None:
+def register_estimator() -> None:
     """Registers the advantage estimator `poweropd` in this process, once."""
     from skyrl.backends.skyrl_train.utils import ppo_utils
 
@@ -71,13 +71,13 @@ def register() -> None:
         ppo_utils.register_advantage_estimator(ESTIMATOR)(advantages_are_rewards)
 
 
-def trainer_class() -> type:
+def trainer_class() -> Any:
     """Returns SkyRL's trainer with the reward; raises UsageError if it is not what it was."""
     from skyrl.train.trainer import RayPPOTrainer
 
     SkyRL().check_parameters(RayPPOTrainer.apply_reward_kl_penalty, ["self", "data"])
 
-    class PowerOPDTrainer(RayPPOTrainer):  # type: ignore[misc]
+    class PowerOPDTrainer(RayPPOTrainer):
         """RayPPOTrainer whose rewards are those of the teacher's and the student's log-probs."""
 
         def apply_reward_kl_penalty(self, data: Any) -> Any:
@@ -98,7 +98,7 @@ def run(overrides: list[str]) -> None:
     from skyrl.train.entrypoints.main_base import BasePPOExp, validate_cfg
     from skyrl.train.utils import initialize_ray
 
-    register()
+    register_estimator()
     trainer_class()  # before anything is started
     config = SkyRLTrainConfig.from_cli_overrides(overrides)
     validate_cfg(config)
@@ -106,9 +106,9 @@ def run(overrides: list[str]) -> None:
 
     @ray.remote(num_cpus=1)
     def experiment() -> None:
-        register()
+        register_estimator()
 
-        class Experiment(BasePPOExp):  # type: ignore[misc]
+        class Experiment(BasePPOExp):
             def get_trainer(self, *args: Any, **kwargs: Any) -> Any:
                 return trainer_class()(*args, **kwargs)
 

@@ -7,7 +7,7 @@ takes everything that TRL's own class takes. From the command line, with all of 
     accelerate launch -m poweropd.integrations.trl --reward '{"name": "power", "alpha": 5}' ...
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ def sampled(
     return loss, statistics, rewards
 
 
-class _Rewarded(DistillationTrainer):  # type: ignore[misc]
+class _Rewarded(DistillationTrainer):
     """What the trainers with a local and with a served teacher share."""
 
     def __init__(
@@ -206,7 +206,7 @@ class PowerOPDTrainer(_Rewarded):
                 self.teacher_model, teacher_model, self._hidden_states, teacher_model, inputs
             ).to(hidden.device)[mask]
         head = head_of(teacher_model, self.temperature)
-        weight = 1.0 / (max(1, mask.sum()) if num_items_in_batch is None else num_items_in_batch)
+        weight = token_weight(mask, num_items_in_batch)
         reward = self.reward.at(self.state.global_step)
         if not self.full_vocabulary:
             teacher = TeacherHead(teacher_hidden, head)
@@ -223,7 +223,7 @@ class PowerOPDTrainer(_Rewarded):
         return self._reported(loss, statistics, rewards)
 
 
-class PowerOPDServerTrainer(_Rewarded, ServerDistillationTrainer):  # type: ignore[misc]
+class PowerOPDServerTrainer(_Rewarded, ServerDistillationTrainer):
     """The same with a teacher behind a vLLM server, as TRL's ServerDistillationTrainer has it.
 
     A server gives the log-probs of the sampled tokens, so the objective is the sampled one.
@@ -243,7 +243,7 @@ class PowerOPDServerTrainer(_Rewarded, ServerDistillationTrainer):  # type: igno
         hidden = self._hidden_states(unwrapped_student, inputs)
         tokens = self._tokens(unwrapped_student, inputs, mask, hidden)
         scored = self._teacher_log_probs(inputs)[mask]
-        weight = 1.0 / (max(1, mask.sum()) if num_items_in_batch is None else num_items_in_batch)
+        weight = token_weight(mask, num_items_in_batch)
         reward = self.reward.at(self.state.global_step)
         return self._reported(*sampled(tokens, scored, reward, weight))
 
@@ -272,7 +272,12 @@ def loss_mask(inputs: dict[str, Tensor]) -> Tensor:
     return mask & (inputs["tool_mask"] != 0) if "tool_mask" in inputs else mask
 
 
-def head_of(model: nn.Module, temperature: float) -> Head:
+def token_weight(mask: Tensor, num_items_in_batch: Any) -> Any:
+    """Returns 1 / N, with the N that TRL counts over a whole step, or else that of this batch."""
+    return 1.0 / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
+def head_of(model: Any, temperature: float) -> Head:
     """Returns the head of a transformers model; a sharded one is gathered."""
     embeddings = model.get_output_embeddings()
     weight, bias = (
@@ -280,7 +285,7 @@ def head_of(model: nn.Module, temperature: float) -> Head:
         for part in (embeddings.weight, embeddings.bias)
     )
     options = head_options(model.config.get_text_config().to_dict())
-    return Head(weight, bias=bias, temperature=temperature, **options)
+    return replace(Head(weight, **options), bias=bias, temperature=temperature)
 
 
 def check_sampling(trainer: DistillationTrainer) -> None:

@@ -1,6 +1,6 @@
 """verl: distillation losses by the entry-point group `verl.plugins`.
 
-`import verl` imports `verl_plugin`, which calls `register`, in the driver and in every Ray worker.
+`import verl` imports `verl_plugin`, which calls `register_losses`, in the driver and in every Ray worker.
 The loss modes `poweropd...` are then known to verl.
 """
 
@@ -109,7 +109,7 @@ def print_probe_in_ray() -> None:
     sys.stdout.write(json.dumps(ray.get(task.remote())) + "\n")
 
 
-def register() -> None:
+def register_losses() -> None:
     """Registers every loss mode with verl.
 
     verl hides the errors of a plugin. So they are logged and, where verl has a registry to put

@@ -1,5 +1,5 @@
 """The entry point that verl imports: importing this registers the losses of `verl.py`."""
 
-from poweropd.integrations.verl import register
+from poweropd.integrations.verl import register_losses
 
-register()
+register_losses()

@@ -125,7 +125,7 @@ class LanguageModel(nn.Module):
             mask = weight.new_zeros(self.vocab_size)
             mask[list(self.masked_ids)] = -torch.inf
             bias = mask if bias is None else bias + mask
-        return Head(weight, bias=bias, **self.head_options)
+        return replace(Head(weight, **self.head_options), bias=bias)
 
 
 class Student(LanguageModel):

@@ -71,7 +71,7 @@ class Trainer:
         )
         main = self.accelerator.is_main_process
         self.reward = config.reward.create()
-        self.inputs = RunInputs.load(config, notify=progress and main)
+        self.inputs = inputs = RunInputs.load(config, notify=progress and main)
         self.config = config = config.with_steps(len(self.inputs.prompts))
         self.validation = build.make_validation(config, self.accelerator, self.inputs)
         with self.accelerator.main_process_first():
@@ -84,9 +84,7 @@ class Trainer:
         set_seed(config.train.seed)  # a fresh LoRA adapter is random
         self.models = build.load_models(config, self.inputs, self.accelerator.device)
         self.student = self.models.student
-        self.teacher = build.make_teacher(
-            config, self.inputs, self.models, self.run, self.accelerator
-        )
+        self.teacher = build.make_teacher(config, inputs, self.models, self.run, self.accelerator)
         self.engine = build.make_engine(
             config, self.inputs, self.student, self.accelerator, self.student_log_probs
         )
@@ -105,6 +103,7 @@ class Trainer:
         options = trackers.tracker_options(config.log.trackers, self.run.path)
         self.accelerator.init_trackers("poweropd", config.flat_text(), options)
 
+    @signals.advised()
     def train(self, until: int | None = None) -> Result:
         """Does the remaining steps, or those before step `until`.
 
@@ -115,13 +114,7 @@ class Trainer:
         if self.run.is_complete:
             logger.info("%s is complete: nothing to do", self.run.path)
             return Result(self.run.path, self.run.steps_done(), self.run.final)
-        with (
-            signals.advised(),
-            self._alone(),
-            self.progress,
-            self.recorder,
-            signals.deferred() as received,
-        ):
+        with self._alone(), self.progress, self.recorder, signals.deferred() as received:
             self._check_place()
             self.progress.begin(self.steps_done, self.inputs.opening(self.config))
             self._evaluate_teacher()
