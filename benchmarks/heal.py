@@ -25,12 +25,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from poweropd import Config, Trainer
-from poweropd.config.sections import DataConfig, TeacherConfig
+from poweropd.config.data import DataConfig
+from poweropd.config.sections import TeacherConfig
 from poweropd.data.sources import read_rows
 from poweropd.evaluation.divergence import PromptTotals, paired_differences
 from poweropd.evaluation.divergence_command import ModelOptions, measure_divergence
 from poweropd.evaluation.metrics import Estimate
 from poweropd.evaluation.settings import DivergenceSettings
+from poweropd.runs.directory import RunDirectory
 from poweropd.runs.files import JsonObject, read_json, write_json
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -150,8 +152,11 @@ def prune(model: Any, dropped: Sequence[int]) -> None:
 
 def train(arguments: argparse.Namespace, student: Path, training: Training) -> Path:
     """Does one training, or the rest of it; returns the directory of the trained student."""
+    run = RunDirectory(arguments.out / "runs" / training.name)
+    if run.is_complete:
+        return run.final
     recipe: dict[str, Any] = {
-        "run": {"dir": str(arguments.out / "runs" / training.name)},
+        "run": {"dir": str(run.path)},
         "model": {"student": str(student), "dtype": "float32"},
         "teacher": {"model": str(arguments.teacher), "dtype": "float32"},
         "data": {"prompts": str(arguments.out / "train.jsonl"), "column": "problem", "chat": {}},
