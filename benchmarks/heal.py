@@ -103,7 +103,7 @@ def shuffled(arguments: argparse.Namespace) -> list[Any]:
 
 @torch.no_grad()
 def completed(model: Any, tokenizer: Any, text: str) -> tuple[Tensor, int]:
-    """Returns the ids [1, T] of a prompt with the model's own completion, and its first position."""
+    """Returns a prompt with the model's own completion, [1, T], and where that begins."""
     turns = [{"role": "user", "content": text}]
     prompt = tokenizer.apply_chat_template(
         turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -122,7 +122,7 @@ def removal_costs(model: Any, sequences: Sequence[tuple[Tensor, int]]) -> list[f
     layers = model.model.layers
     costs = []
     for left_out in range(len(layers)):
-        model.model.layers = nn.ModuleList(l for i, l in enumerate(layers) if i != left_out)
+        model.model.layers = nn.ModuleList(layer for i, layer in enumerate(layers) if i != left_out)
         kls = [
             (p.exp() * (p - log_probs(model, ids, start))).sum(-1)
             for p, (ids, start) in zip(whole, sequences, strict=True)
