@@ -31,6 +31,8 @@ MISTAKES = {
     "sweep yaml.yaml": "yaml.yaml: not valid YAML",
     "sweep good.yaml": "an empty sweep",
     "sweep prompts.yaml --over train.seed=1": "data.prompts: nope.jsonl: no such file or folder",
+    "tune prompts.yaml": "data.prompts: nope.jsonl: no such file or folder",
+    "tune good.yaml --rates 0": "--rates: expected numbers above 0",
     "eval nothere/": "nothere/: no such model directory",
     "eval embedded:student": "--benchmark: expected one or more of gsm8k",
     "eval embedded:student --benchmark nope": "unknown benchmark 'nope'",

@@ -6,6 +6,7 @@ Whole files (config, environment, results) are written under another name and re
 
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -32,6 +33,7 @@ LOCK = ".lock"
 LOG = "train.log"
 #: The folder of the teacher's own evaluation, in that of all evaluations.
 TEACHER = "teacher"
+_TRIAL = "trial.json"
 LARGEST_NUMBER = 1e300
 _TAIL_BYTES = 1 << 16  # of metrics.jsonl: several rows
 
@@ -98,7 +100,12 @@ class RunDirectory:
 
     @property
     def is_complete(self) -> bool:
-        """Tells whether `final/` holds a student; a directory emptied by somebody does not."""
+        """Tells whether `final/` holds a student, or a trial has ended, which keeps none.
+
+        A directory that was emptied by somebody holds no student.
+        """
+        if self.trial_end():
+            return True
         weights = [*self.final.glob("*.safetensors"), *self.final.glob("*.bin")]
         configs = [self.final / "config.json", self.final / "adapter_config.json"]
         return bool(weights) and any(path.is_file() for path in configs)
@@ -308,6 +315,16 @@ class RunDirectory:
     def write_gradients(self, when: str, quality: Mapping[str, float]) -> None:
         """Writes the gradients' quality at the "start" or the "end", beside the other one."""
         write_json(self.path / "gradients.json", self.gradients() | {when: dict(quality)})
+
+    def end_trial(self, diverged: str = "") -> None:
+        """Writes that a trial has ended, and why if it diverged, and removes all its weights."""
+        write_json(self.path / _TRIAL, {"diverged": diverged})
+        for folder in (self.checkpoints, self.best_student, self.final):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def trial_end(self) -> JsonObject:
+        """Returns {"diverged": why or ""} of a trial that has ended, else {}."""
+        return self._read(_TRIAL)
 
     def quantization(self, domain: str = "") -> dict[str, float]:
         """Returns what quantizing a domain's teacher does to rewards; {} if it was not measured."""

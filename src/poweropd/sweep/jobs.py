@@ -1,7 +1,6 @@
 """The jobs of a sweep, a process each: trainings with what is measured of them, and evaluations."""
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,10 +9,9 @@ from poweropd.config import Config
 from poweropd.errors import RunError
 from poweropd.evaluation.settings import EvaluationSettings
 from poweropd.runs.directory import RunDirectory
-from poweropd.runs.files import read_json, read_jsonl, write_json
+from poweropd.runs.files import read_json, read_jsonl
 
 STEPS_OF_A_BATCH = 4  # optimizer steps that take about as long as one batch of a measurement
-DIVERGED = "diverged.json"  # in the run directory of a trial
 OPTIONS = ("n", "max_new_tokens", "temperature", "top_p", "top_k", "seed")  # of poweropd eval
 
 
@@ -65,21 +63,14 @@ class Training:
 
     def is_finished(self) -> bool:
         """Returns whether the training is complete and was measured at its end."""
-        if self.trial and self.diverged():
+        if self.diverged():
             return True
         last = self.measurements[-1:]
         return self.directory.is_complete and all(one in self.points() for one in last)
 
     def diverged(self) -> str:
         """Returns why a trial ended before its last step; "" if it did not."""
-        return str(read_json(self.path / DIVERGED).get("why", ""))
-
-    def end_trial(self, why: str = "") -> None:
-        """Writes why a trial diverged, if it did, and removes its checkpoints and best student."""
-        if why:
-            write_json(self.path / DIVERGED, {"why": why})
-        for folder in (self.directory.checkpoints, self.directory.best_student):
-            shutil.rmtree(folder, ignore_errors=True)
+        return str(self.directory.trial_end().get("diverged", ""))
 
     def points(self) -> dict[Measurement, dict[str, float]]:
         """Returns what was measured so far: each measurement's figures by their names."""

@@ -37,7 +37,7 @@ def train_and_measure(
             raise
         result, why = Result(trainer.run.path, trainer.steps_done, None), str(error)
     if trial and result.interrupted_by is None:
-        training.end_trial(why)
+        training.directory.end_trial(why)
     return result
 
 
