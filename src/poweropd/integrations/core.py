@@ -127,6 +127,17 @@ class Advantages:
         return reward.with_statistics(base.mean().item(), base.std(correction=0).item())
 
 
+def reward_metrics(rewards: Tensor) -> dict[str, float]:
+    """Returns what a trainer logs of the rewards of its trained tokens; {} without any."""
+    if not rewards.numel():
+        return {}
+    return {
+        "mean": rewards.mean().item(),
+        "abs_mean": rewards.abs().mean().item(),
+        "zero_fraction": (rewards == 0).float().mean().item(),
+    }
+
+
 def check_temperature(trainer: str, temperature: float) -> None:
     """Raises UsageError unless completions are sampled at 1, the temperature teachers score at."""
     if temperature != 1:

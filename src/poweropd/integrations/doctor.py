@@ -5,12 +5,11 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from poweropd.errors import IMPORT_FAILURES, UsageError, one_line
-from poweropd.integrations.peers import PEERS, Probe, find_peer
+from poweropd.integrations.peers import PEERS, Probe, find_peer, installed
 
 #: Distribution -> what it is for.
 OPTIONAL = {
@@ -44,14 +43,6 @@ def machine_findings() -> Iterator[Diagnosis]:
         yield Diagnosis(name, installed(name) or f"not installed ({purpose})")
     browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
     yield Diagnosis("chromium", browser or "not installed (tests of the report's page)")
-
-
-def installed(distribution: str) -> str | None:
-    """Returns the version of an installed distribution, or None."""
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
 
 
 def trainer_findings(names: Sequence[str]) -> Iterator[Diagnosis]:

@@ -6,10 +6,7 @@ Needs `--teacher_kl_coef 1`, or what the reward is to weigh beside ms-swift's ow
 import torch
 from torch import Tensor
 
-from poweropd.integrations.core import (
-    Advantages,
-    reward_from_environment,
-)
+from poweropd.integrations.core import Advantages, reward_from_environment
 from poweropd.integrations.peers import PROBE_STUDENT, PROBE_TEACHER, Peer, Probe
 
 
@@ -17,7 +14,6 @@ class MsSwift(Peer):
     """ms-swift, as far as this adapter depends on it."""
 
     distribution = "ms-swift"
-    module = "swift"
     tested = "4.6.0"
     flag = "--external_plugins PATH_OF_poweropd/integrations/ms_swift.py"
 
@@ -49,14 +45,12 @@ def teacher_reward(
 
 def replace_log_ratio() -> None:
     """Replaces `compute_teacher_logratio`; raises UsageError if it is not what it was."""
-    from swift.rl_core import advantage
-
-    if advantage.compute_teacher_logratio is not teacher_reward:
-        MsSwift().check_parameters(
-            advantage.compute_teacher_logratio,
-            ["teacher_per_token_logps", "policy_per_token_logps", "completion_mask"],
-        )
-        advantage.compute_teacher_logratio = teacher_reward
+    MsSwift().replace(
+        "swift.rl_core.advantage",
+        "compute_teacher_logratio",
+        teacher_reward,
+        ["teacher_per_token_logps", "policy_per_token_logps", "completion_mask"],
+    )
 
 
 # ms-swift runs the file as a module of its own name, and reads nothing from it.

@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 
 from poweropd.errors import UsageError
-from poweropd.integrations.core import (
-    Advantages,
-    reward_from_environment,
-)
+from poweropd.integrations.core import Advantages, reward_from_environment
 from poweropd.integrations.peers import PROBE_STUDENT, PROBE_TEACHER, Peer, Probe
 
 
@@ -24,7 +21,6 @@ class NeMoRL(Peer):
     """nemo-rl, as far as this adapter depends on it."""
 
     distribution = "nemo-rl"
-    module = "nemo_rl"
     tested = "commit 7ea279a"
     flag = "python -m poweropd.integrations.nemo_rl examples/run_grpo.py"
 
@@ -63,18 +59,17 @@ def compute_advantage(
 
 def replace_method() -> None:
     """Replaces the estimator's method; raises UsageError if it is not what it was."""
-    from nemo_rl.algorithms.advantage_estimator import OPDAdvantageEstimator
-
-    if OPDAdvantageEstimator.compute_advantage is not compute_advantage:
-        NeMoRL().check_parameters(
-            OPDAdvantageEstimator.compute_advantage,
-            ["self", "prompt_ids", "rewards", "mask", "teacher_logprobs", "prev_logprobs"],
-        )
-        NeMoRL().check_parameters(
-            OPDAdvantageEstimator._compute_metrics,
-            ["self", "distill_advantages", "advantages", "mask"],
-        )
-        OPDAdvantageEstimator.compute_advantage = compute_advantage
+    peer, module = NeMoRL(), "nemo_rl.algorithms.advantage_estimator"
+    estimator: Any = peer.attribute(module, "OPDAdvantageEstimator")
+    peer.check_parameters(
+        estimator._compute_metrics, ["self", "distill_advantages", "advantages", "mask"]
+    )
+    peer.replace(
+        module,
+        "OPDAdvantageEstimator.compute_advantage",
+        compute_advantage,
+        ["self", "prompt_ids", "rewards", "mask", "teacher_logprobs", "prev_logprobs"],
+    )
 
 
 def launch() -> None:

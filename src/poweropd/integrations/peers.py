@@ -1,6 +1,7 @@
 """The trainers that have an adapter, and the checks that keep an adapter from training nonsense."""
 
 import inspect
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,14 @@ PROBE_REWARDS = (0.599792712713548, -0.36783404124167984)
 PROBE_TOLERANCE = 1e-6
 
 
+def installed(distribution: str) -> str | None:
+    """Returns the version of an installed distribution, or None."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
 @dataclass(frozen=True)
 class Probe:
     """What two tokens became inside a trainer."""
@@ -44,7 +53,6 @@ class Peer(ABC):
     """A trainer of somebody else's, as far as an adapter depends on it."""
 
     distribution: ClassVar[str]  # what pip calls it
-    module: ClassVar[str]  # what Python imports
     tested: ClassVar[str]  # the versions, or the commit, that the adapter was run with
     flag: ClassVar[str]  # what switches the reward on
 
@@ -59,10 +67,7 @@ class Peer(ABC):
     @property
     def version(self) -> str | None:
         """Returns the installed version, or None if it is not installed."""
-        try:
-            return version(self.distribution)
-        except PackageNotFoundError:
-            return None
+        return installed(self.distribution)
 
     def refusal(self, what: str) -> UsageError:
         """Returns the error for a trainer in which something is not as the adapter expects."""
@@ -87,6 +92,24 @@ class Peer(ABC):
         except UsageError as error:
             raise self.refusal(f"{module}.{name} cannot be had ({error})") from error
         return found
+
+    def replace(
+        self, module: str, path: str, ours: Callable[..., object], expected: Sequence[str]
+    ) -> None:
+        """Puts a function in the place of the trainer's "function" or "Class.method", once.
+
+        Raises UsageError if that is not there, or does not take these parameters first.
+        """
+        head, _, method = path.partition(".")
+        found = self.attribute(module, head)
+        owner, name = (found, method) if method else (sys.modules[module], head)
+        current = vars(owner).get(name)
+        if current is ours:
+            return
+        if current is None:
+            raise self.refusal(f"{module}.{path} is not there")
+        self.check_parameters(current, expected)
+        setattr(owner, name, ours)
 
 
 def find_peer(name: str) -> Peer:

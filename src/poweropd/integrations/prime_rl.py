@@ -13,16 +13,12 @@ and its regularizer stay as they are.
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from poweropd.integrations.core import (
-    Advantages,
-    reward_from_environment,
-)
+from poweropd.integrations.core import Advantages, reward_from_environment
 from poweropd.integrations.peers import PROBE_STUDENT, PROBE_TEACHER, Peer, Probe
 
 
@@ -30,7 +26,6 @@ class PrimeRL(Peer):
     """prime-rl, as far as this adapter depends on it."""
 
     distribution = "prime-rl"
-    module = "prime_rl"
     tested = "commit 559b447"
     flag = '[loss] type = "custom", import_path = "poweropd.integrations.prime_rl.loss"'
 
@@ -69,7 +64,6 @@ def loss(inputs: Any, **options: Any) -> Any:
 def with_reward(ref_kl_loss_fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Returns prime-rl's ref_kl loss with the reward in the place of ln t - ln p."""
 
-    @wraps(ref_kl_loss_fn)
     def power_ref_kl_loss_fn(inputs: Any) -> Any:
         if inputs.ref_logprobs is None:
             return ref_kl_loss_fn(inputs)  # which says what is missing
@@ -86,18 +80,14 @@ def with_reward(ref_kl_loss_fn: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def replace_loss() -> None:
     """Replaces the ref_kl loss; raises UsageError if it is not what it was."""
-    from prime_rl.trainer.rl import loss as losses
-
-    if losses.ref_kl_loss_fn.__name__ == "ref_kl_loss_fn" and not _is_ours(losses.ref_kl_loss_fn):
-        PrimeRL().check_parameters(losses.ref_kl_loss_fn, ["inputs"])
-        PrimeRL().check_parameters(
-            losses.LossInputs, ["trainer_logprobs", "inference_logprobs", "ref_logprobs"]
-        )
-        losses.ref_kl_loss_fn = with_reward(losses.ref_kl_loss_fn)
-
-
-def _is_ours(function: Callable[..., object]) -> bool:
-    return function.__globals__ is globals()
+    peer, module, name = PrimeRL(), "prime_rl.trainer.rl.loss", "ref_kl_loss_fn"
+    peer.check_parameters(
+        peer.attribute(module, "LossInputs"),
+        ["trainer_logprobs", "inference_logprobs", "ref_logprobs"],
+    )
+    theirs = peer.attribute(module, name)
+    if theirs.__module__ != __name__:
+        peer.replace(module, name, with_reward(theirs), ["inputs"])
 
 
 if find_spec("prime_rl") is not None:

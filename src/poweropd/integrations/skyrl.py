@@ -12,11 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from poweropd.integrations.core import (
-    Advantages,
-    check_temperature,
-    reward_from_environment,
-)
+from poweropd.integrations.core import Advantages, check_temperature, reward_from_environment
 from poweropd.integrations.peers import PROBE_STUDENT, PROBE_TEACHER, Peer, Probe
 
 ESTIMATOR = "poweropd"
@@ -26,7 +22,6 @@ class SkyRL(Peer):
     """skyrl, as far as this adapter depends on it."""
 
     distribution = "skyrl"
-    module = "skyrl"
     tested = "0.3.0"
     flag = "python -m poweropd.integrations.skyrl"
 
@@ -40,7 +35,7 @@ class SkyRL(Peer):
         register_estimator()
         algorithm = SimpleNamespace(temperature=1.0)
         this = SimpleNamespace(
-            cfg=SimpleNamespace(trainer=SimpleNamespace(algorithm=algorithm)), global_step=0
+            cfg=SimpleNamespace(trainer=SimpleNamespace(algorithm=algorithm)), global_step=1
         )
         batch = TrainingInputBatch(
             {
@@ -64,20 +59,20 @@ def advantages_are_rewards(token_level_rewards: Tensor, **_: object) -> tuple[Te
 
 def register_estimator() -> None:
     """Registers the advantage estimator `poweropd` in this process, once."""
-    from skyrl.backends.skyrl_train.utils import ppo_utils
-
-    SkyRL().check_parameters(ppo_utils.register_advantage_estimator, ["name"])
-    if ESTIMATOR not in ppo_utils.AdvantageEstimatorRegistry.list_available():
-        ppo_utils.register_advantage_estimator(ESTIMATOR)(advantages_are_rewards)
+    peer, module = SkyRL(), "skyrl.backends.skyrl_train.utils.ppo_utils"
+    register = peer.attribute(module, "register_advantage_estimator")
+    registry: Any = peer.attribute(module, "AdvantageEstimatorRegistry")
+    peer.check_parameters(register, ["name"])
+    if ESTIMATOR not in registry.list_available():
+        register(ESTIMATOR)(advantages_are_rewards)
 
 
 def trainer_class() -> Any:
     """Returns SkyRL's trainer with the reward; raises UsageError if it is not what it was."""
-    from skyrl.train.trainer import RayPPOTrainer
+    trainer: Any = SkyRL().attribute("skyrl.train.trainer", "RayPPOTrainer")
+    SkyRL().check_parameters(trainer.apply_reward_kl_penalty, ["self", "data"])
 
-    SkyRL().check_parameters(RayPPOTrainer.apply_reward_kl_penalty, ["self", "data"])
-
-    class PowerOPDTrainer(RayPPOTrainer):
+    class PowerOPDTrainer(trainer):
         """RayPPOTrainer whose rewards are those of the teacher's and the student's log-probs."""
 
         def apply_reward_kl_penalty(self, data: Any) -> Any:
@@ -85,7 +80,7 @@ def trainer_class() -> Any:
             check_temperature("skyrl: generator.sampling_params.temperature", algorithm.temperature)
             of = Advantages(reward_from_environment(), whole_step=True)
             teacher, student = data["base_action_log_probs"], data["action_log_probs"]
-            data["rewards"] = of(teacher, student, data["loss_mask"], step=self.global_step)
+            data["rewards"] = of(teacher, student, data["loss_mask"], step=self.global_step - 1)
             return data
 
     return PowerOPDTrainer

@@ -11,11 +11,7 @@ from typing import Any
 import torch
 
 from poweropd.errors import UsageError
-from poweropd.integrations.core import (
-    Advantages,
-    check_temperature,
-    reward_from_environment,
-)
+from poweropd.integrations.core import Advantages, check_temperature, reward_from_environment
 from poweropd.integrations.peers import PROBE_STUDENT, PROBE_TEACHER, Peer, Probe
 
 
@@ -23,7 +19,6 @@ class Slime(Peer):
     """slime, as far as this adapter depends on it."""
 
     distribution = "slime"
-    module = "slime"
     tested = "commit 624b824"
     flag = "--custom-advantage-function-path poweropd.integrations.slime.advantages"
 

@@ -7,23 +7,39 @@ takes everything that TRL's own class takes. From the command line, with all of 
     accelerate launch -m poweropd.integrations.trl --reward '{"name": "power", "alpha": 5}' ...
 """
 
+import json
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trl import DistillationTrainer
-from trl.experimental.server_distillation import ServerDistillationTrainer
 
-from poweropd.errors import UsageError
-from poweropd.integrations.core import Advantages, check_temperature, reward_of
+from poweropd.errors import UsageError, one_line
+from poweropd.integrations.core import (
+    DEFAULT,
+    Advantages,
+    check_temperature,
+    reward_metrics,
+    reward_of,
+)
 from poweropd.integrations.peers import PROBE_STUDENT, PROBE_TEACHER, Peer, Probe
 from poweropd.kernels import Head, PairStatistics, TeacherHead, full_vocab_loss, sampled_loss
 from poweropd.kernels.head import head_options
 from poweropd.rewards import Reward
 
+TESTED = "1.16.0"
+try:
+    from trl import DistillationTrainer
+    from trl.experimental.server_distillation import ServerDistillationTrainer
+except ImportError as error:
+    raise UsageError(
+        f"trl: {one_line(str(error))}; poweropd was tested with trl {TESTED}: install that, or a "
+        "newer poweropd"
+    ) from error
+
 RewardSpec = Reward | dict[str, Any] | str
-DEFAULT_REWARD = '{"name": "power", "alpha": 5}'
+Count = Tensor | int | None
+DEFAULT_REWARD = json.dumps(DEFAULT)
 #: What TRL's losses return: the loss, the sum of the student's entropies, and the tokens of both.
 LossParts = tuple[Tensor, Tensor, Tensor]
 
@@ -32,8 +48,7 @@ class TRL(Peer):
     """TRL, as far as this adapter depends on it."""
 
     distribution = "trl"
-    module = "trl"
-    tested = "1.16.0"
+    tested = TESTED
     flag = "from poweropd.integrations.trl import PowerOPDTrainer"
 
     def check(self) -> None:
@@ -116,6 +131,7 @@ class _Rewarded(DistillationTrainer):
         self.reward, self.train_stop = reward_of(reward), train_stop
         Advantages(self.reward)  # refuses what a part of a step cannot have
         super().__init__(*args, **kwargs)
+        check_sampling(self)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Samples as TRL does, and leaves the stop token of a completion out of the loss."""
@@ -130,12 +146,11 @@ class _Rewarded(DistillationTrainer):
             output["num_items_in_batch"] = self.accelerator.gather(trained).sum()
         return output
 
-    def _tokens(
-        self, model: nn.Module, inputs: dict[str, Tensor], mask: Tensor, hidden: Tensor
-    ) -> Tokens:
-        return Tokens(
-            hidden[mask], head_of(model, self.temperature), inputs["completion_ids"][mask]
-        )
+    def _tokens(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tokens:
+        """Returns the trained tokens of a batch; the gradient flows into their hidden states."""
+        mask, hidden = loss_mask(inputs), self._hidden_states(model, inputs)
+        head = head_of(model, self.temperature)
+        return Tokens(hidden[mask], head, inputs["completion_ids"][mask])
 
     def _hidden_states(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Returns the states [B, C, H] that predict the completions."""
@@ -150,10 +165,8 @@ class _Rewarded(DistillationTrainer):
     def _reported(self, loss: Tensor, statistics: PairStatistics, rewards: Tensor) -> LossParts:
         """Logs the rewards of this process's tokens, and returns what TRL expects."""
         metrics = self._metrics["train" if self.model.training else "eval"]
-        if len(rewards):
-            metrics["reward/mean"].append(rewards.mean().item())
-            metrics["reward/abs_mean"].append(rewards.abs().mean().item())
-            metrics["reward/zero_fraction"].append((rewards.abs() < 1e-6).float().mean().item())
+        for name, value in reward_metrics(rewards).items():
+            metrics[f"reward/{name}"].append(value)
         return loss, statistics.entropy.sum(), torch.tensor(len(rewards), device=loss.device)
 
 
@@ -183,30 +196,22 @@ class PowerOPDTrainer(_Rewarded):
     top_k, min_p, a repetition penalty), or the installed TRL is not what this was written for.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        full_vocabulary: bool = False,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, full_vocabulary: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.full_vocabulary = full_vocabulary
-        check_sampling(self)
 
     def _compute_loss(
-        self, unwrapped_student: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any
+        self, unwrapped_student: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Count
     ) -> LossParts:
-        mask = loss_mask(inputs)
-        hidden = self._hidden_states(unwrapped_student, inputs)
-        tokens = self._tokens(unwrapped_student, inputs, mask, hidden)
+        tokens = self._tokens(unwrapped_student, inputs)
         self.teacher_model.eval()
         teacher_model = self.accelerator.unwrap_model(self.teacher_model)
         with torch.no_grad():
             teacher_hidden = self._forward_redirection(
                 self.teacher_model, teacher_model, self._hidden_states, teacher_model, inputs
-            ).to(hidden.device)[mask]
+            ).to(tokens.hidden.device)[loss_mask(inputs)]
         head = head_of(teacher_model, self.temperature)
-        weight = token_weight(mask, num_items_in_batch)
+        weight = token_weight(tokens, num_items_in_batch)
         reward = self.reward.at(self.state.global_step)
         if not self.full_vocabulary:
             teacher = TeacherHead(teacher_hidden, head)
@@ -233,17 +238,14 @@ class PowerOPDServerTrainer(_Rewarded, ServerDistillationTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_sampling(self)
         check_temperature("trl: temperature", self.temperature)
 
     def _compute_loss(
-        self, unwrapped_student: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any
+        self, unwrapped_student: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Count
     ) -> LossParts:
-        mask = loss_mask(inputs)
-        hidden = self._hidden_states(unwrapped_student, inputs)
-        tokens = self._tokens(unwrapped_student, inputs, mask, hidden)
-        scored = self._teacher_log_probs(inputs)[mask]
-        weight = token_weight(mask, num_items_in_batch)
+        tokens = self._tokens(unwrapped_student, inputs)
+        scored = self._teacher_log_probs(inputs)[loss_mask(inputs)]
+        weight = token_weight(tokens, num_items_in_batch)
         reward = self.reward.at(self.state.global_step)
         return self._reported(*sampled(tokens, scored, reward, weight))
 
@@ -272,9 +274,10 @@ def loss_mask(inputs: dict[str, Tensor]) -> Tensor:
     return mask & (inputs["tool_mask"] != 0) if "tool_mask" in inputs else mask
 
 
-def token_weight(mask: Tensor, num_items_in_batch: Any) -> Any:
+def token_weight(tokens: Tokens, num_items_in_batch: Count) -> Tensor | float:
     """Returns 1 / N, with the N that TRL counts over a whole step, or else that of this batch."""
-    return 1.0 / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+    own = max(1, len(tokens.targets))
+    return 1.0 / (own if num_items_in_batch is None else num_items_in_batch)
 
 
 def head_of(model: Any, temperature: float) -> Head:
@@ -290,12 +293,11 @@ def head_of(model: Any, temperature: float) -> Head:
 
 def check_sampling(trainer: DistillationTrainer) -> None:
     """Raises UsageError if completions come from another distribution than the loss computes."""
-    expected = {"top_p": (1.0, None), "top_k": (0, None), "min_p": (0.0, None)}
-    expected["repetition_penalty"] = (1.0, None)
-    for name, plain in expected.items():
-        if (got := vars(trainer)[name]) not in plain:
+    plain = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+    for name, expected in plain.items():
+        if (got := vars(trainer)[name]) not in (expected, None):
             raise UsageError(
-                f"trl: {name}: expected {plain[0]}, got {got}: the reward compares the "
+                f"trl: {name}: expected {expected}, got {got}: the reward compares the "
                 "probabilities that completions were sampled with"
             )
 

@@ -21,6 +21,7 @@ from poweropd.integrations.core import (
     Advantages,
     check_temperature,
     reward_from_environment,
+    reward_metrics,
     reward_of,
 )
 from poweropd.integrations.peers import PROBE_STUDENT, PROBE_TEACHER, Peer, Probe
@@ -49,7 +50,6 @@ class Verl(Peer):
     """verl, as far as this adapter depends on it."""
 
     distribution = "verl"
-    module = "verl"
     tested = "0.9.1"
     flag = "distillation.distillation_loss.loss_mode=poweropd"
 
@@ -176,18 +176,8 @@ class DistillationLoss:
         rewards = Advantages(self.reward())(teacher, student, mask)
         # A factor of one whose gradient is that of ln p.
         factor = (1.0 + student - student.detach()).where(mask != 0, 1.0)
-        return -rewards * factor, metrics(rewards[mask != 0])
-
-
-def metrics(rewards: Tensor) -> dict[str, Any]:
-    """Returns what verl logs of the rewards of all trained tokens."""
-    if not rewards.numel():
-        return {}
-    return {
-        "distillation/reward": rewards.mean().item(),
-        "distillation/reward_abs": rewards.abs().mean().item(),
-        "distillation/reward_zero_fraction": (rewards.abs() < 1e-6).float().mean().item(),
-    }
+        found = reward_metrics(rewards[mask != 0])
+        return -rewards * factor, {f"distillation/reward/{k}": v for k, v in found.items()}
 
 
 if __name__ == "__main__":
