@@ -15,7 +15,7 @@ PEERS_INSTALLED := $(PEERS_VENV)/.installed
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 .PHONY: install demo test wheel docs check format reference clean vllm-cpu test-vllm test-quant \
-	test-harness integrations fuzz mutants journey
+	test-harness test-thorough integrations fuzz mutants journey
 
 install: $(INSTALLED)
 
@@ -32,6 +32,10 @@ demo: install
 
 test: install
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+# What takes long: kills at random moments, full disks, two nodes, compiled layers.
+test-thorough: install
+	$(BIN)/pytest -m thorough --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 # The wheel, built and tried outside this checkout; `PYTHON=python3.13 VENV=.venv-3.13` tries it, as
 # every other target, with another interpreter.

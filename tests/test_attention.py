@@ -103,6 +103,7 @@ def test_flat_rows_come_by_themselves_where_masked_blocks_are_skipped(
     assert not packs_flat(model, "padded", "student")
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore")  # torch warns of itself while it compiles
 def test_compiled_layers_give_the_same_gradient(
     recipe: MAKES, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -105,6 +105,7 @@ def test_a_path_without_its_package_gives_the_reason(
     assert found.startswith("TRL >= 1.16 cannot be imported: ")
 
 
+@pytest.mark.thorough
 def test_the_command_writes_what_it_measured(tmp_path: Path) -> None:
     """In bfloat16 with float32 master weights, as on a GPU."""
     file = tmp_path / "update.json"

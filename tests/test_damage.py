@@ -215,6 +215,7 @@ def undisturbed(half: Callable[[Path], Config], tmp_path_factory: pytest.TempPat
     return Trainer(config, progress=False).train().run_dir
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "way", "exact"), DAMAGE, ids=[f"{way.__name__} {name}" for name, way, _ in DAMAGE]
 )

@@ -56,6 +56,7 @@ def train(training: Training) -> Result:
     return process.train_and_measure(training.directory.config_path, training.measurements)
 
 
+@pytest.mark.thorough
 def test_a_run_of_the_demo_is_measured_on_its_way_and_not_repeated(training: Training) -> None:
     assert training.progress() == (0, "0 of 3 steps")
     train(training)
@@ -188,6 +189,7 @@ class Running:
         return dict(found)
 
 
+@pytest.mark.thorough
 def test_signals_end_all_processes_and_the_same_command_goes_on(tmp_path: Path) -> None:
     first = Running(tmp_path, "stopped")
     first.wait_until(lambda: "three rewards, log_ratio, clip and power" in first.log.read_text())

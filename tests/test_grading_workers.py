@@ -50,6 +50,7 @@ def test_endless_answers_cost_the_time_limit_at_most(completion: str) -> None:
         assert grader.grade("x + 1", r"\boxed{1 + x}").correct
 
 
+@pytest.mark.thorough
 def test_the_search_is_linear() -> None:
     """A search that is quadratic in one of these texts takes minutes; this one takes 0.3 s."""
     slow = {}

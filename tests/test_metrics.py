@@ -91,6 +91,7 @@ def _coverage(problems: int, accuracy: float, n: int, trials: int) -> float:
     return covered / trials
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("accuracy", [0.1, 0.3, 0.5, 0.7, 0.9])
 @pytest.mark.parametrize("n", [1, 8])
 def test_intervals_cover_the_truth(accuracy: float, n: int) -> None:

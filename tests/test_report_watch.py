@@ -93,6 +93,7 @@ def test_whatever_ends_the_watch_leaves_a_page_that_is_still(
     assert said == [f"{out}: 0 of 1 runs complete, run: step 2"]
 
 
+@pytest.mark.thorough
 def test_ctrl_c_ends_the_command_in_two_lines(recipe: object, folder: Path) -> None:
     out = folder / "report.html"
     run = make(recipe, folder, "run")

@@ -145,6 +145,7 @@ def test_a_dry_run_only_says_what_would_run(
     assert not (recipe_file.parent / "sweep").exists()
 
 
+@pytest.mark.thorough
 def test_a_sweep_survives_a_failure_goes_on_and_compares(
     recipe_file: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +184,7 @@ def test_a_sweep_survives_a_failure_goes_on_and_compares(
             sweep(recipe_file, *changed)
 
 
+@pytest.mark.thorough
 def test_a_signal_is_passed_on_and_the_same_command_goes_on(recipe_file: Path) -> None:
     options = ["train.steps=9999", "checkpoint.every=9999", *OVER]
     running = subprocess.Popen(
@@ -223,6 +225,7 @@ def small_disk(recipe_file: Path) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("small_disk")
 def test_a_disk_that_fills_up_ends_the_sweep(
     recipe_file: Path, capfd: pytest.CaptureFixture[str]

@@ -127,6 +127,7 @@ def run_command(recipe: Path, errors: Path | None, environment: dict[str, str]) 
         commands.main()
 
 
+@pytest.mark.thorough
 def test_kills_at_random_moments_change_nothing(recipe: MAKES, tmp_path: Path) -> None:
     overrides = {"train.steps": 400, "rollout.max_new_tokens": 4, "train.prompts_per_step": 2}
     whole = recipe(**overrides, **{"run.dir": str(tmp_path / "whole")})
@@ -178,6 +179,7 @@ def test_a_signal_finishes_the_step_and_says_how_to_go_on(
 TWO = {"train.steps": 5, "train.prompts_per_step": 5, "rollout.max_new_tokens": 16}
 
 
+@pytest.mark.thorough
 def test_two_launched_processes_give_the_losses_of_one(recipe: MAKES, tmp_path: Path) -> None:
     path = write_recipe(recipe(**TWO, **{"run.dir": str(tmp_path / "two")}), tmp_path / "two.yaml")
     train_on_two_processes(path)

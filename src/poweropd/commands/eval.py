@@ -200,10 +200,7 @@ def eval_command(
                 system,
             ),
             DivergenceSettings(**given(sampling)),
-            out
-            or folder
-            / f"beside-{command.file_name(str(teacher))}"
-            / command.file_name(str(prompts)),
+            out or command.judged_folder(folder, str(teacher), str(prompts)),
             divergence_command.ModelOptions(dtype, trust_remote_code, batch_size),
             limit,
         )

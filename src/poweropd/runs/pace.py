@@ -81,6 +81,22 @@ def is_standard_error(path: Path) -> bool:
         return False
 
 
+def bar_of(
+    console: Console, width: int, disable: bool = False, transient: bool = False
+) -> Progress:
+    """Returns a bar for counted work: its name, how much is done and left, and `numbers`."""
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=width),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[numbers]}", markup=False),
+        console=console,
+        disable=disable,
+        transient=transient,
+    )
+
+
 class WorkProgress:
     """Follows the completions of an evaluation: a bar on a terminal, lines by time in a log file.
 
@@ -104,17 +120,8 @@ class WorkProgress:
         self.say = say or self._print
         self.lines = say is not None or (enabled and not self.console.is_terminal)
         self.has_ends = self.lines and say is None
-        self.bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[speed]}"),
-            console=self.console,
-            disable=self.lines or not enabled,
-            transient=True,
-        )
-        self.task = self.bar.add_task(name, total=total, completed=done, speed="")
+        self.bar = bar_of(self.console, 20, disable=self.lines or not enabled, transient=True)
+        self.task = self.bar.add_task(name, total=total, completed=done, numbers="")
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -135,7 +142,7 @@ class WorkProgress:
     def advance(self, completions: int = 1, tokens: int = 0) -> None:
         """Shows that so many more completions are done, of so many tokens in all."""
         self.done, self.tokens = self.done + completions, self.tokens + tokens
-        self.bar.update(self.task, completed=self.done, speed=self._speed())
+        self.bar.update(self.task, completed=self.done, numbers=self._speed())
         if self.lines and self.done < self.total and self.pace.is_due():
             self.say(f"{self._state()}{self.pace.left(self.done)}")
 

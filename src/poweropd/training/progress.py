@@ -7,7 +7,6 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from poweropd.config import Config
@@ -17,7 +16,7 @@ from poweropd.errors import one_line, shown
 from poweropd.runs import summary
 from poweropd.runs.directory import RunDirectory
 from poweropd.runs.metrics import OF_STEPS, StepMetrics
-from poweropd.runs.pace import Clock, Pace, is_standard_error, time_left
+from poweropd.runs.pace import Clock, Pace, bar_of, is_standard_error, time_left
 from poweropd.terminal import make_console, print_line
 
 
@@ -52,15 +51,8 @@ class TrainingProgress:
         self.pace: Pace | None = None  # from the end of this process's first step
         self.explained = False  # how lines of evaluations are read
         self.handler = LogHandler(run)
-        self.bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=10),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[numbers]}"),
-            console=self.console,
-            disable=self.console.quiet or not self.console.is_terminal,
-        )
+        unseen = self.console.quiet or not self.console.is_terminal
+        self.bar = bar_of(self.console, 10, disable=unseen)
         self.task = self.bar.add_task(self.name, total=self.steps, numbers="")
 
     def __enter__(self) -> Self:

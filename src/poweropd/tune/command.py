@@ -11,7 +11,7 @@ from rich.table import Table
 from poweropd.runs.files import write_json
 from poweropd.sweep import command, cost, runner
 from poweropd.sweep.runner import SweepOutcome
-from poweropd.terminal import make_console
+from poweropd.terminal import make_console, print_line
 from poweropd.tune import judge
 from poweropd.tune.judge import Finding, Recommendation
 from poweropd.tune.trials import DECIDING, FACTOR, Search, Trial, trials
@@ -36,16 +36,16 @@ def run_tune(
     console = make_console()
     found, held_out = trials(recipe, overrides, search, out)
     if held_out:
-        tell(
+        print_line(
             console,
             f"data.holdout: {held_out} prompts are kept out of training, for the recipe has none; "
             "the recommended recipe keeps them out, too.",
         )
     if dry_run:
         command.print_trainings([trial.training for trial in found], parallel)
-        tell(console, _may_follow(search))
+        print_line(console, _may_follow(search))
         return 0
-    tell(console, f"{len(found)} settings of {recipe}, {search.steps} steps each, in {out}:")
+    print_line(console, f"{len(found)} settings of {recipe}, {search.steps} steps each, in {out}:")
     more = list[str]()
     with runner.only_sweep(out) as lock:
         for left in reversed(range(1 if search.rates else 1 + WIDER)):
@@ -60,7 +60,7 @@ def run_tune(
                 break
             if not seen:
                 _show(console, findings, search)
-            tell(console, "The best rate may lie beyond those that were tried, so also:")
+            print_line(console, "The best rate may lie beyond those that were tried, so also:")
             more += further
             found, _ = trials(recipe, overrides, search, out, more)
         _show(console, findings, search)
@@ -86,9 +86,9 @@ def _run_left(
     trainings = [trial.training for trial in found]
     left = [trial for trial in found if not trial.training.is_finished()]
     for trial in left:
-        tell(console, f"  {trial.label}")
+        print_line(console, f"  {trial.label}")
     for line in cost.cost_lines(trainings, parallel):
-        tell(console, line)
+        print_line(console, line)
     if not left:
         return SweepOutcome()
     runner.claim(out, trainings, {"snr": search.batches}, among_others=True)
@@ -110,7 +110,7 @@ def _show(console: Console, findings: Sequence[Finding], search: Search) -> None
     console.print(findings_table(findings, search))
     for finding in findings:
         if finding.why:
-            tell(console, f"{finding.trial.label}: {finding.why}")
+            print_line(console, f"{finding.trial.label}: {finding.why}")
 
 
 def findings_table(findings: Sequence[Finding], search: Search) -> Table:
@@ -164,13 +164,8 @@ def _tell_recommendation(
 ) -> None:
     """Prints what is recommended and where it is."""
     if best is None:
-        tell(console, "Every setting diverged: name lower learning rates by --rates.")
+        print_line(console, "Every setting diverged: name lower learning rates by --rates.")
     else:
-        tell(console, f"Recommended: {best.reason}")
-        tell(console, f"to train by it: poweropd train {out / RECIPE} run.dir=runs/{name}")
-    tell(console, f"figures: {out / RESULTS}")
-
-
-def tell(console: Console, text: str) -> None:
-    """Prints a line as it is: not folded, and without markup or colours."""
-    console.print(text, soft_wrap=True, highlight=False)
+        print_line(console, f"Recommended: {best.reason}")
+        print_line(console, f"to train by it: poweropd train {out / RECIPE} run.dir=runs/{name}")
+    print_line(console, f"figures: {out / RESULTS}")

@@ -7,7 +7,7 @@ from poweropd.evaluation.divergence import PromptTotals, paired_differences
 from poweropd.evaluation.metrics import Estimate, paired_bootstrap
 from poweropd.runs.files import JsonObject
 from poweropd.runs.metrics import END_MEAN, OF_DIVERGENCE, Shown
-from poweropd.tune.trials import DECIDING, FACTOR, Trial, at_rate
+from poweropd.tune.trials import DECIDING, FACTOR, Trial, at_rate, reward_text
 
 LARGER_SNR = 1.5  # times another's signal-to-noise ratio that is worth a word
 
@@ -47,7 +47,7 @@ class Recommendation:
 def measured(trials: Sequence[Trial], metric: str, failed: Mapping[str, str]) -> list[Finding]:
     """Returns the figures of all trials; the first is the recipe's own setting."""
     snr = {
-        _reward(one): figures["gradient_snr"]
+        reward_text(one.training.config): figures["gradient_snr"]
         for one in trials
         for figures in one.training.points().values()
         if "gradient_snr" in figures
@@ -64,7 +64,8 @@ def measured(trials: Sequence[Trial], metric: str, failed: Mapping[str, str]) ->
         difference = None
         if value is not None and found and found[0].value is not None:
             difference = difference_of(trial, found[0].trial, metric)
-        found.append(Finding(trial, value, difference, snr.get(_reward(trial)), zero, why))
+        ratio = snr.get(reward_text(run.config))
+        found.append(Finding(trial, value, difference, ratio, zero, why))
     return found
 
 
@@ -254,8 +255,3 @@ def _prompt_totals(trial: Trial, step: int) -> dict[str, PromptTotals]:
 def _solved_of(trial: Trial, step: int) -> dict[str, float]:
     results = trial.training.directory.evaluation(step)
     return {f"{name}/{id}": v for name in results for id, v in results[name]["solved"].items()}
-
-
-def _reward(trial: Trial) -> str:
-    config = trial.training.config
-    return f"{config.reward.model_dump_json()} {config.objective.model_dump_json()}"

@@ -109,7 +109,7 @@ def trials(
         if number and evaluate is not None:  # it is the same student before every trial
             section = evaluate.model_copy(update={"before": False})
             config = config.model_copy(update={"evaluate": section})
-        reward = f"{config.reward.model_dump_json()} {config.objective.model_dump_json()}"
+        reward = reward_text(config)
         batches = search.batches if reward not in rewards else 0
         rewards.add(reward)
         measurements = [Measurement(0, batches)] if batches else []
@@ -117,6 +117,11 @@ def trials(
         changes = _changes(found[0].config, config)
         made.append(Trial(whole, changes, re.sub(rf"\s*{RATE}=\S+", "", case).strip()))
     return made, held_out
+
+
+def reward_text(config: Config) -> str:
+    """Returns the reward and the objective as one text, the same for trials that share both."""
+    return f"{config.reward.model_dump_json()} {config.objective.model_dump_json()}"
 
 
 def _cases(base: Config, search: Search) -> list[str]:
