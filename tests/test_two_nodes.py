@@ -118,6 +118,7 @@ def test_two_nodes_train_as_one_process_and_survive_the_death_of_one(
     processes = [start(node, nodes, killed, 40) for node in (0, 1)]
     assert wait_until(lambda: (killed / "checkpoints").is_dir() and len(metrics(killed)) > 2, 240)
     kill_node(nodes[1])
+    processes[1].wait()
     try:
         assert processes[0].wait(SECONDS) != 0
     finally:
