@@ -58,6 +58,7 @@ class Attacked(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # two small writes would wait for an acknowledgement
     server: Attacked
 
     def do_GET(self) -> None:

@@ -17,6 +17,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from poweropd.config import Config
 from poweropd.embedded import task
 
+# Tests run side by side, each on a core: so do the processes that they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
 
@@ -54,7 +56,7 @@ def train_on_two_processes(recipe: Path) -> None:
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     subprocess.run(
         [*launch, "-m", "poweropd", "train", str(recipe)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
         check=True,
         capture_output=True,
     )

@@ -26,6 +26,7 @@ class Handler(BaseHTTPRequestHandler):
     """Two of vLLM's routes."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # two small writes would wait for an acknowledgement
     server: "HttpServer"
 
     def do_GET(self) -> None:

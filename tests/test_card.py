@@ -173,7 +173,7 @@ def hub() -> Iterator[tuple[str, type[Hub]]]:
         repos, files = {}, {}
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}", Handler
     server.shutdown()

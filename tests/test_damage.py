@@ -52,6 +52,7 @@ def line_of(action: Callable[[], object]) -> str:
 # Kills.
 
 
+@pytest.mark.thorough
 def test_kills_in_the_first_second_change_nothing(
     recipe: MAKES, whole: Path, tmp_path: Path
 ) -> None:
@@ -66,6 +67,7 @@ def test_kills_in_the_first_second_change_nothing(
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["python"]
 
 
+@pytest.mark.thorough
 def test_kills_in_the_export_change_nothing(recipe: MAKES, whole: Path, tmp_path: Path) -> None:
     path, moments = write_recipe(recipe(), tmp_path / "recipe.yaml"), random.Random(2)
     run = tmp_path / "run"
@@ -93,6 +95,7 @@ def run_with_little_room(size: int, recipe: Path, errors: Path) -> None:
     run_command(recipe, errors, {})
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("size", SIZES)
 def test_a_full_disk_is_one_line_and_the_run_goes_on_after_it(
     recipe: MAKES, whole: Path, tmp_path: Path, size: int

@@ -390,6 +390,7 @@ def test_a_file_of_prompts_beside_benchmarks(recipe: MAKES, few: Path, tmp_path:
         few.write_text(few_lines)
 
 
+@pytest.mark.thorough
 def test_two_processes_give_the_figures_of_one(recipe: MAKES, tmp_path: Path) -> None:
     overrides = {**HELD_OUT, "train.steps": 2, "data.holdout": 5, "train.sharding": "fsdp2"}
     overrides |= {"rollout.max_new_tokens": 8}

@@ -125,6 +125,7 @@ def run_command(arguments: list[str]) -> None:
         commands.main()
 
 
+@pytest.mark.thorough
 def test_a_killed_evaluation_of_the_embedded_student_ends_with_the_same_rows(
     tmp_path: Path,
 ) -> None:

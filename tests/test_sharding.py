@@ -73,8 +73,12 @@ def gradients_of_shares(config: Config, examples: Path, result: Path, rank: int)
     ("model", "tolerance"),
     [
         ({"model.lora": None}, 1e-6),
-        ({"model.lora": {"r": 2}}, 1e-6),
-        ({"model.dtype": "bfloat16", "model.gradient_checkpointing": True}, 3e-2),
+        pytest.param({"model.lora": {"r": 2}}, 1e-6, marks=pytest.mark.thorough),
+        pytest.param(
+            {"model.dtype": "bfloat16", "model.gradient_checkpointing": True},
+            3e-2,
+            marks=pytest.mark.thorough,
+        ),
     ],
     ids=["full", "lora", "bfloat16"],
 )
@@ -102,6 +106,7 @@ def train(stages: list[tuple[Config, int | None]], rank: int) -> None:
         Trainer(config, progress=False).train(until)
 
 
+@pytest.mark.thorough
 def test_runs_resume_on_any_number_of_processes(recipe: MAKES, tmp_path: Path) -> None:
     names = ("parts", "two, then one", "whole", "one, then two", "one")
     overrides = {"train.steps": 5, "train.prompts_per_step": 5, "train.sharding": "fsdp2"}
@@ -129,6 +134,7 @@ def assert_near(run: Path, other: Path) -> None:
         torch.testing.assert_close(final[key], tensor, rtol=0, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_sharded_student_is_evaluated(recipe: MAKES, tmp_path: Path) -> None:
     section = {
         "every": 2,
@@ -173,6 +179,7 @@ def peak_of_an_update(config: Config, result: Path, rank: int) -> None:
         result.write_text(json.dumps([peak_bytes(profile), longest]))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_predicted_peak_of_a_sharded_update(recipe: MAKES, tmp_path: Path, dtype: str) -> None:
     wide = build_model(

@@ -158,7 +158,9 @@ def last_step(run: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.thorough)]
+)
 def test_a_signal_finishes_the_step_and_says_how_to_go_on(
     recipe: MAKES, tmp_path: Path, number: signal.Signals
 ) -> None:
