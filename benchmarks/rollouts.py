@@ -22,7 +22,7 @@ import torch
 from common import apart, machine, print_table
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from conftest import build_model
+from random_models import build_model
 from vllm_models import widened_student
 from vllm_server import VllmServer
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import build_model
+from random_models import build_model
 from test_rollouts_vllm import OPTIONS, generate, metrics, worst
 from vllm_server import VllmServer, require_vllm
 

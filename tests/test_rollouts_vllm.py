@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_model, train_on_two_processes
+from random_models import build_model, train_on_two_processes
 from rollout_cases import make_request
 from torch import Tensor
 from vllm_models import widened_student

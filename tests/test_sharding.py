@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from build_embedded import END_OF_TEXT, TURN_END
-from conftest import build_model, peak_bytes
+from random_models import build_model, peak_bytes
 from test_trainer import SERVER, assert_same_end, free_port, metrics, weights
 
 from poweropd import Config, Trainer
@@ -69,16 +69,13 @@ def gradients_of_shares(config: Config, examples: Path, result: Path, rank: int)
         torch.save(found, result)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("model", "tolerance"),
     [
         ({"model.lora": None}, 1e-6),
-        pytest.param({"model.lora": {"r": 2}}, 1e-6, marks=pytest.mark.thorough),
-        pytest.param(
-            {"model.dtype": "bfloat16", "model.gradient_checkpointing": True},
-            3e-2,
-            marks=pytest.mark.thorough,
-        ),
+        ({"model.lora": {"r": 2}}, 1e-6),
+        ({"model.dtype": "bfloat16", "model.gradient_checkpointing": True}, 3e-2),
     ],
     ids=["full", "lora", "bfloat16"],
 )

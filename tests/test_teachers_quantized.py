@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_model
+from random_models import build_model
 
 from poweropd import Config, Trainer
 from poweropd.embedded import TURN_END

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_model
+from random_models import build_model
 from teacher_server import NAME, TeacherServer
 
 from poweropd import Config, Trainer

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import train_on_two_processes
+from random_models import train_on_two_processes
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
