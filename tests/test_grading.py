@@ -216,3 +216,11 @@ def test_fractions_compare_exactly(gold: object, answer: object) -> None:
     verdict = exact.quick(str(gold), str(answer), Rule())
     assert verdict is not None
     assert (verdict.reason == "correct") == (gold == answer)
+
+
+@pytest.mark.parametrize("gold", ["x + " * 2_000, "\\boxed}" * 2_000, "{" * 6_000])
+def test_a_gold_too_long_to_compare_is_right_verbatim_alone(gold: str, grader: Grader) -> None:
+    same, other = grader.grade(gold, gold), grader.grade(gold, gold + "1")
+    assert same.correct
+    assert same.answer == gold.strip()
+    assert (other.correct, other.reason) == (False, "unparsed_gold")

@@ -181,10 +181,12 @@ class Grader:
         """Chooses the reading of the completion that suits the gold, and grades it."""
         answer = found.answer
         if len(gold) > LONGEST_GOLD:
-            same = gold.strip() in {(text or "").strip() for text in (answer, found.whole)}
+            texts = (text for text in (answer, found.whole) if text is not None)
+            same = next((text for text in texts if text.strip() == gold.strip()), None)
             detail = f"not tried: {len(gold)} characters, at most {LONGEST_GOLD}"
             unread = Verdict(rules.UNPARSED_GOLD, detail)
-            self._finish(future, answer, exact.verdict_of(True) if same else unread)
+            verdict = unread if same is None else exact.verdict_of(True)
+            self._finish(future, answer if same is None else same, verdict)
             return
         if answer is not None and found.joined is not None and lists_several(gold):
             whole_list = len(answer) > exact.LONGEST or lists_several(answer)
