@@ -96,6 +96,7 @@ test-harness:
 # ms-swift and SkyRL pin does not fit together, so they come without their dependencies.
 integrations: peers
 	$(PEERS_VENV)/bin/python -m pytest -m integrations tests/test_integrations_peers.py $(ARGS)
+	$(PEERS_VENV)/bin/python -m pytest tests/test_benchmarks_run.py -k gradient $(ARGS)
 
 peers: $(PEERS_INSTALLED)
 

@@ -8,7 +8,7 @@ process makes one that warms up and `--updates` that are timed. Processes follow
 path by path in each repeat, and ratios are taken within a repeat. `peak_bytes` is above what the
 process held before the warm-up, so it counts gradients and the optimizer's state.
 
-Both trl paths need `pip install 'trl>=1.16'` and are skipped, with the reason, where it is absent.
+The trl paths need `pip install 'trl>=1.16'` and are skipped, with the reason, where it is absent.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -38,8 +39,9 @@ from common import (
     update_sampled,
 )
 from torch import Tensor
+from transformers import AutoTokenizer
 
-from poweropd import rewards
+from poweropd import embedded, rewards
 from poweropd.models import DTYPES
 from poweropd.models.devices import torch_dtype
 from poweropd.models.language_model import LanguageModel
@@ -177,6 +179,64 @@ def trl_full(pair: Pair) -> Update:
     return update
 
 
+def trl_trainer(pair: Pair) -> Update:
+    """TRL's own trainer, which is its full-vocabulary reverse KL: its loss, and our AdamW."""
+    return _by_trainer(pair, _trl("trl").DistillationTrainer)
+
+
+def trl_adapter(pair: Pair) -> Update:
+    """The same trainer with our adapter and the sampled reward."""
+    _trl("trl")
+    from poweropd.integrations.trl import PowerOPDTrainer
+
+    return _by_trainer(pair, PowerOPDTrainer, reward="log_ratio")
+
+
+def trl_adapter_full(pair: Pair) -> Update:
+    """The same trainer with our adapter and the expectation of the reward."""
+    _trl("trl")
+    from poweropd.integrations.trl import PowerOPDTrainer
+
+    return _by_trainer(pair, PowerOPDTrainer, reward="log_ratio", full_vocabulary=True)
+
+
+def _by_trainer(pair: Pair, trainer_class: Any, **options: Any) -> Update:
+    from datasets import Dataset
+
+    config = _trl("trl").DistillationConfig(
+        output_dir=mkdtemp(),
+        bf16=pair.geometry.dtype == "bfloat16",
+        use_cpu=not CUDA,
+        report_to=[],
+        gradient_checkpointing=False,
+    )
+    trainer = trainer_class(
+        model=pair.student.causal_lm,
+        teacher_model=pair.teacher.causal_lm,
+        args=config,
+        processing_class=AutoTokenizer.from_pretrained(embedded.path("student")),
+        train_dataset=Dataset.from_list([{"prompt": "1 + 1 ="}]),
+        **options,
+    )
+    count = torch.tensor(pair.num_tokens)
+
+    def update() -> None:
+        batch = Padded.of(pair)
+        prompt = pair.geometry.prompt
+        inputs = {
+            "prompt_ids": batch.ids[:, :prompt],
+            "prompt_mask": batch.mask[:, :prompt],
+            "completion_ids": batch.targets,
+            "completion_mask": batch.trained.long(),
+        }
+        with trainer.compute_loss_context_manager():
+            loss = trainer._compute_loss(trainer.model, inputs, count)[0]
+        loss.backward()
+        pair.finish()
+
+    return update
+
+
 def _trl(module: str) -> Any:
     try:
         return importlib.import_module(module)
@@ -190,6 +250,9 @@ PATHS: dict[str, Callable[[Pair], Update]] = {
     "naive": naive,
     "trl-logprob": trl_logprob,
     "trl-full": trl_full,
+    "trl-trainer": trl_trainer,
+    "trl-adapter": trl_adapter,
+    "trl-adapter-full": trl_adapter_full,
 }
 
 # (geometry, lengths) -> (path, other path, what) -> the largest ratio that is good enough.
@@ -200,6 +263,10 @@ GOALS: dict[tuple[str, str], dict[Comparison, float]] = {
         ("ours", "trl-logprob", "cpu_seconds"): 0.75,
         ("ours", "naive", "peak_bytes"): 0.30,
         ("ours-full", "trl-full", "cpu_seconds"): 0.70,
+        ("trl-adapter", "trl-trainer", "cpu_seconds"): 1.0,
+        ("trl-adapter", "trl-trainer", "peak_bytes"): 1.0,
+        ("trl-adapter-full", "trl-trainer", "cpu_seconds"): 1.0,
+        ("trl-adapter-full", "trl-trainer", "peak_bytes"): 1.0,
     },
     ("small", "ragged"): {
         ("ours", "naive", "cpu_seconds"): 0.60,

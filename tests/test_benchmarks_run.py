@@ -17,6 +17,7 @@ from poweropd.config import Config
 from poweropd.training.gradient_noise import fresh_batches
 from poweropd.training.trainer import Trainer
 
+FULL = ("trl-full", "trl-trainer", "trl-adapter-full")  # paths of the whole vocabulary
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -67,19 +68,19 @@ def test_every_objective_gets_its_cell(benchmarks: None, recipe: Callable[..., C
 
 
 def needs_trl(path: str) -> object:
-    return pytest.param(
-        path, marks=pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed")
-    )
+    absent = pytest.mark.skipif(find_spec("trl") is None, reason="TRL is not installed")
+    warnings = pytest.mark.filterwarnings("ignore")  # they are of its own packages
+    return pytest.param(path, marks=[absent, warnings])
 
 
 @pytest.mark.parametrize("lengths", ["fixed", "ragged"])
-@pytest.mark.parametrize("path", ["naive", needs_trl("trl-logprob")])
+@pytest.mark.parametrize("path", ["naive", needs_trl("trl-logprob"), needs_trl("trl-adapter")])
 def test_sampled_paths_have_our_gradient(update: ModuleType, path: str, lengths: str) -> None:
     expected = gradient(update, "ours", lengths)
     torch.testing.assert_close(gradient(update, path, lengths), expected, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("path", [needs_trl("trl-full")])
+@pytest.mark.parametrize("path", [needs_trl(path) for path in FULL])
 def test_full_vocabulary_paths_have_our_gradient(update: ModuleType, path: str) -> None:
     expected = gradient(update, "ours-full", "ragged")
     torch.testing.assert_close(gradient(update, path, "ragged"), expected, rtol=1e-3, atol=1e-6)

@@ -118,7 +118,8 @@ def test_shapes_must_be_equal() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("power", "POWEROPD_REWARD: expected JSON, got 'power'"),
+        ("{power", "POWEROPD_REWARD: expected JSON or a reward's name, got '{power'"),
+        ("pwr", "name: expected one of log_ratio, "),
         ("[1]", "expected an object such as"),
         ('{"alpha": 5}', "expected an object such as"),
         ('{"name": "power", "alpha": -1}', "alpha: expected a number > 0, got -1"),
@@ -135,11 +136,18 @@ def test_mistakes_in_the_variable_are_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_mistake_in_an_argument_names_the_argument() -> None:
+    with pytest.raises(UsageError, match=r"^reward: alpha: expected a number > 0, got -1"):
+        reward_of({"name": "power", "alpha": -1})
+
+
 def test_the_variable_names_the_reward(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("POWEROPD_REWARD", raising=False)
     assert reward_from_environment() == rewards.create("power", alpha=5.0)
     monkeypatch.setenv("POWEROPD_REWARD", '{"name": "tanh", "temperature": 2}')
     assert reward_from_environment() == rewards.create("tanh", temperature=2)
+    monkeypatch.setenv("POWEROPD_REWARD", "log_ratio")
+    assert reward_from_environment() == rewards.create("log_ratio")
 
 
 # A trainer that changed

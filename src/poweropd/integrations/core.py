@@ -13,7 +13,7 @@ from poweropd.errors import RunError, UsageError, shown
 from poweropd.net import NO_LOG_PROB, ROUNDING
 from poweropd.rewards import Reward
 
-#: The environment variable that names the reward, as JSON.
+#: The environment variable that names the reward, or holds it as JSON.
 VARIABLE = "POWEROPD_REWARD"
 DEFAULT = {"name": "power", "alpha": 5.0}
 
@@ -21,31 +21,40 @@ DEFAULT = {"name": "power", "alpha": 5.0}
 def reward_from_environment() -> Reward:
     """Returns the reward that POWEROPD_REWARD names, by default that of PowerOPD at alpha 5.
 
-    The variable holds what a recipe has at `reward`, as JSON: {"name": "power", "alpha": 10}.
+    The variable holds what a recipe has at `reward`, as JSON, {"name": "power", "alpha": 10}, or
+    the name alone, for a reward's defaults.
     Raises UsageError if it holds anything else.
     """
     text = os.environ.get(VARIABLE)
-    return reward_of(DEFAULT if text is None else text)
+    return reward_of(DEFAULT if text is None else text, VARIABLE)
 
 
-def reward_of(spec: str | dict[str, Any] | Reward) -> Reward:
-    """Returns a reward from its specification: a `Reward`, a dict, or the JSON of one."""
+def reward_of(spec: str | dict[str, Any] | Reward, key: str = "reward") -> Reward:
+    """Returns a reward from its specification: a `Reward`, a dict, the JSON of one, or a name.
+
+    key: what errors call the specification.
+    """
     if isinstance(spec, Reward):
         return spec
     if isinstance(spec, str):
-        try:
-            spec = json.loads(spec)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{VARIABLE}: expected JSON, got {shown(spec)} ({error})") from None
+        spec = {"name": spec} if spec.isidentifier() else _object_of(spec, key)
     if not isinstance(spec, dict) or "name" not in spec:
         raise UsageError(
-            f'{VARIABLE}: expected an object such as {{"name": "power", "alpha": 5}}, '
-            f"got {shown(spec)}"
+            f'{key}: expected an object such as {{"name": "power", "alpha": 5}}, got {shown(spec)}'
         )
     try:
         return rewards.create(**spec)
     except ValueError as error:
-        raise UsageError(f"{VARIABLE}: {error}") from None
+        raise UsageError(f"{key}: {error}") from None
+
+
+def _object_of(text: str, key: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"{key}: expected JSON or a reward's name, got {shown(text)} ({error})"
+        ) from None
 
 
 @dataclass(frozen=True)
