@@ -185,8 +185,10 @@ class Grader:
             same = next((text for text in texts if text.strip() == gold.strip()), None)
             detail = f"not tried: {len(gold)} characters, at most {LONGEST_GOLD}"
             unread = Verdict(rules.UNPARSED_GOLD, detail)
-            verdict = unread if same is None else exact.verdict_of(True)
-            self._finish(future, answer if same is None else same, verdict)
+            if same is None:
+                self._finish(future, answer, unread)
+            else:
+                self._finish(future, same, exact.verdict_of(True))
             return
         if answer is not None and found.joined is not None and lists_several(gold):
             whole_list = len(answer) > exact.LONGEST or lists_several(answer)

@@ -189,6 +189,105 @@ class Hellinger(Reward):
 
 
 @dataclass(frozen=True)
+class Tsallis(Reward):
+    """(1 - (p / t)^(q - 1)) / (q - 1) within [-cap, cap]: the log ratio with Tsallis' logarithm.
+
+    For q -> 1 it is the log ratio, and for q = 1/2 `Hellinger`. Without the cap it is bounded above
+    for q > 1, below for q < 1, and its expectation under p descends on `divergence`.
+    """
+
+    q: Number = _positive(0.5)
+    cap: Number = _positive(10.0)
+
+    def compute(self, t: Tensor, p: Tensor) -> Tensor:
+        d, order = log_ratio(t, p), self.q - 1
+        # expm1 would lose all digits of an order that is almost 0.
+        reward = -(-order * d).expm1() / order if abs(order) > 1e-6 else d
+        return reward.clamp(-self.cap, self.cap)
+
+    def divergence(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
+        """Returns Tsallis' relative entropy sum_v p [(p / t)^(q - 1) - 1] / (q - 1), over q.
+
+        (Tsallis 1998.) Where the cap cuts a reward, it counts with the capped one.
+        """
+        return super().divergence(teacher_log_probs, student_log_probs) / self.q
+
+
+@dataclass(frozen=True)
+class Proximal(Reward):
+    """ln(a t/p + 1 - a) with a = share: the log ratio to a proximal teacher a t + (1 - a) p.
+
+    At least ln(1 - a), and unbounded above (TOP-D, arXiv:2607.04751). a = 1 is the log ratio.
+    """
+
+    share: Number = _number(0.5, "in (0, 1]", lambda x: 0 < x <= 1)
+
+    def compute(self, t: Tensor, p: Tensor) -> Tensor:
+        return _log_mixture_ratio(log_ratio(t, p), self.share)
+
+    def divergence(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
+        """Returns KL(p || m) + a / (1 - a) KL(t || m) with m = a t + (1 - a) p, per position.
+
+        The derivatives of m cancel between its two terms, which leaves -r at each p_v.
+        """
+        a = self.share
+        own = super().divergence(teacher_log_probs, student_log_probs)
+        if a == 1:
+            return own
+        to_mixture = log_ratio(teacher_log_probs, student_log_probs)
+        to_mixture = to_mixture - _log_mixture_ratio(to_mixture, a)  # ln t - ln m
+        t = teacher_log_probs.exp()
+        return own + a / (1 - a) * (t * to_mixture).where(t > 0, 0.0).sum(-1)
+
+
+@dataclass(frozen=True)
+class JensenShannon(Reward):
+    """(1 - b) ln(m / p) with m = b t + (1 - b) p and b = beta.
+
+    Its expectation under p descends on the generalized Jensen-Shannon divergence of GKD
+    (arXiv:2306.13649), b KL(t || m) + (1 - b) KL(p || m). At least (1 - b) ln(1 - b).
+    """
+
+    beta: Number = _number(0.5, "in (0, 1)", lambda x: 0 < x < 1)
+
+    def compute(self, t: Tensor, p: Tensor) -> Tensor:
+        return (1 - self.beta) * _log_mixture_ratio(log_ratio(t, p), self.beta)
+
+    def divergence(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
+        """Returns b KL(t || m) + (1 - b) KL(p || m), per position."""
+        proximal = Proximal(self.beta).divergence(teacher_log_probs, student_log_probs)
+        return (1 - self.beta) * proximal
+
+
+def _log_mixture_ratio(d: Tensor, share: float) -> Tensor:
+    """Returns ln(a exp(d) + 1 - a), without overflow, and accurate where d is near 0."""
+    weight = (d > 0).to(d.dtype) * (1 - 2 * share) + share  # 1 - a above 0, else a
+    return d.clamp(min=0.0) + (weight * (-d.abs()).expm1()).log1p()
+
+
+@dataclass(frozen=True)
+class Sign(Reward):
+    """The sign of t - p: all tokens that the teacher likes more count alike."""
+
+    def compute(self, t: Tensor, p: Tensor) -> Tensor:
+        return log_ratio(t, p).sign()
+
+    def divergence(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
+        """Returns sum_v |t - p|, twice the total variation; minus its derivative in p_v is r."""
+        return (teacher_log_probs.exp() - student_log_probs.exp()).abs().sum(-1)
+
+
+@dataclass(frozen=True)
+class Suppress(Reward):
+    """-1 where p < threshold, else 0: a control that ignores the teacher (arXiv:2608.31046)."""
+
+    threshold: Number = _number(0.1, "in (0, 1]", lambda x: 0 < x <= 1)
+
+    def compute(self, t: Tensor, p: Tensor) -> Tensor:
+        return -(p.exp() < self.threshold).to(p.dtype)
+
+
+@dataclass(frozen=True)
 class Gate(Reward):
     """1 where t > threshold, else 0: a control that ignores the student's probability."""
 
@@ -272,7 +371,12 @@ REWARDS: dict[str, type[Reward]] = {
     "zscore": ZScore,
     "power": Power,
     "hellinger": Hellinger,
+    "tsallis": Tsallis,
+    "proximal": Proximal,
+    "jensen_shannon": JensenShannon,
+    "sign": Sign,
     "gate": Gate,
+    "suppress": Suppress,
 }
 
 
