@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from poweropd.config import Config
 from poweropd.embedded import END_OF_TEXT, TURN_END, task
 
 # Tests run side by side, each on a core: so do the processes that they start.
 os.environ["OMP_NUM_THREADS"] = "1"
+# How long an example takes says nothing on a busy machine.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 def build_model(*arguments: Any, **options: Any) -> Path:

@@ -86,6 +86,6 @@ def oracle(case: Case, dtype: torch.dtype, merged_ids: Tensor | None = None) -> 
     return [loss.detach().double(), *gradients(loss, hidden, head)]
 
 
-REWARDS = {
-    name: rewards.create(name) for name in ("log_ratio", "clip", "tanh", "power", "hellinger")
-}
+# Those without steps, whose sums show how exact the matmuls are.
+SMOOTH = ("log_ratio", "clip", "tanh", "power", "hellinger", "tsallis", "proximal")
+REWARDS = {name: rewards.create(name) for name in (*SMOOTH, "jensen_shannon")}

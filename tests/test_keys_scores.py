@@ -153,6 +153,15 @@ FORMULAS: dict[str, tuple[dict[str, Any], Callable[[Tensor, Tensor], Tensor]]] =
     "power.alpha": ({"alpha": 0.5}, lambda t, p: powers(t, p, 0.5)),
     "power.scale": ({"scale": "box_cox"}, lambda t, p: powers(t, p, 5.0) / 5),
     "hellinger.cap": ({"cap": 0.5}, lambda t, p: 2 * ((t - p).div(2).exp() - 1).clamp(max=0.25)),
+    "tsallis.q": (
+        {"q": 2.0},
+        lambda t, p: (1 - (p - t).exp()).clamp(-10, 10),
+    ),
+    "tsallis.cap": ({"cap": 0.5}, lambda t, p: (2 * ((t - p).div(2).exp() - 1)).clamp(-0.5, 0.5)),
+    "proximal.share": ({"share": 0.2}, lambda t, p: (0.2 * (t - p).exp() + 0.8).log()),
+    "jensen_shannon.beta": ({"beta": 0.2}, lambda t, p: 0.8 * (0.2 * (t - p).exp() + 0.8).log()),
+    "sign": ({}, lambda t, p: (t - p).sign()),
+    "suppress.threshold": ({"threshold": 0.05}, lambda t, p: -(p.exp() < 0.05).double()),
     "gate.threshold": ({"threshold": 1e-3}, lambda t, p: (t.exp() > 1e-3).double()),
     "zscore.base": (
         {"base": {"name": "clip", "low": -0.5}},

@@ -13,8 +13,15 @@ LOG_PROB = st.one_of(
     st.floats(-1e4, 0.0), st.floats(-20.0, 0.0), st.floats(-1e-3, 0.0), st.just(0.0)
 )
 ALPHA = st.sampled_from([0.1, 0.5, 1.0, 5.0, 50.0, 500.0])
-BOUNDED = {"clip": 1.0, "tanh": 1.0, "power": 1.0, "hellinger": 10.0, "gate": 1.0}
-SIGN_CONSISTENT = ["log_ratio", "clip", "tanh", "power", "hellinger"]
+BOUNDED = {
+    **{"clip": 1.0, "tanh": 1.0, "power": 1.0, "hellinger": 10.0, "gate": 1.0},
+    **{"tsallis": 10.0, "sign": 1.0, "suppress": 1.0},
+}
+UNBOUNDED = ["log_ratio", "proximal", "jensen_shannon"]
+SIGN_CONSISTENT = [
+    *("log_ratio", "clip", "tanh", "power", "hellinger"),
+    *("tsallis", "proximal", "jensen_shannon", "sign"),
+]
 
 
 def pair(t: float, p: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,6 +75,50 @@ def test_box_cox_tends_to_the_log_ratio(t: float, p: float) -> None:
 def test_hellinger_is_the_plain_formula_up_to_its_cap(t: float, p: float, cap: float) -> None:
     expected = min(2 * (math.sqrt(math.exp(t) / math.exp(p)) - 1), cap)
     assert rewards.Hellinger(cap)(*pair(t, p)).item() == pytest.approx(expected, abs=1e-5)
+
+
+@given(LOG_PROB, LOG_PROB, st.sampled_from([0.01, 0.3, 0.5, 0.99, 1.0]))
+def test_the_proximal_reward_agrees_with_float64(t: float, p: float, share: float) -> None:
+    """Computed as ln((a e^t + (1 - a) e^p) / e^p), with both scaled by the larger one."""
+    teacher, student = (x.item() for x in pair(t, p))
+    largest = max(teacher, student)
+    mixture = share * math.exp(teacher - largest) + (1 - share) * math.exp(student - largest)
+    got = rewards.Proximal(share)(*pair(t, p)).item()
+    if mixture > 0:
+        exact = math.log(mixture) + largest - student
+        assert got == pytest.approx(exact, rel=2e-6, abs=2e-7)
+    else:  # a = 1, and the teacher's share is beyond float64
+        assert got == pytest.approx(teacher - student)
+    assert got >= (math.log1p(-share) if share < 1 else -math.inf) - 1e-6
+    if share < 1:
+        half = rewards.JensenShannon(share)(*pair(t, p)).item()
+        assert half == pytest.approx((1 - share) * got, rel=1e-6)
+
+
+@given(st.floats(-6.0, 0.0), st.floats(-6.0, 0.0), st.sampled_from([0.1, 0.5, 0.999, 1.0, 2.0]))
+def test_tsallis_is_the_plain_formula_up_to_its_cap(t: float, p: float, q: float) -> None:
+    plain = t - p if q == 1 else (1 - (math.exp(p) / math.exp(t)) ** (q - 1)) / (q - 1)
+    got = rewards.Tsallis(q, cap=4.0)(*pair(t, p)).item()
+    assert got == pytest.approx(min(max(plain, -4.0), 4.0), rel=1e-4, abs=2e-5)
+
+
+@given(LOG_PROB, LOG_PROB)
+def test_rewards_that_are_others_for_a_value_of_their_parameter(t: float, p: float) -> None:
+    for name, parameters, other in [
+        ("tsallis", {"q": 0.5}, rewards.Hellinger()),
+        ("tsallis", {"q": 1.0, "cap": 1.0}, rewards.Clip()),
+        ("tsallis", {"q": 1 + 2e-6, "cap": 1.0}, rewards.Clip()),
+        ("proximal", {"share": 1.0}, rewards.LogRatio()),
+    ]:
+        found = rewards.create(name, **parameters)(*pair(t, p))
+        torch.testing.assert_close(found, other(*pair(t, p)), rtol=1e-4, atol=1e-6)
+
+
+def test_controls_and_signs() -> None:
+    t, p = torch.tensor([0.9, 0.1, 0.5]).log(), torch.tensor([0.05, 0.6, 0.5]).log()
+    assert rewards.create("sign")(t, p).tolist() == [1, -1, 0]
+    assert rewards.create("suppress")(t, p).tolist() == [-1, 0, 0]
+    assert rewards.create("suppress", threshold=0.55)(t, p).tolist() == [-1, 0, -1]
 
 
 @given(LOG_PROB, LOG_PROB)
@@ -160,7 +211,10 @@ def test_check_finds_what_each_reward_is() -> None:
         found = rewards.check(rewards.create(name))
         assert found.bounded
         assert found.bound <= bound
-    assert not rewards.check(rewards.create("log_ratio")).bounded
+    for name in UNBOUNDED:
+        found = rewards.check(rewards.create(name))
+        assert not found.bounded
+        assert found.bounded_counterexample is not None
     gate = rewards.check(rewards.create("gate"))
     assert not gate.sign_consistent
     assert gate.sign_counterexample is not None
@@ -234,6 +288,11 @@ def test_a_function_without_a_signature_is_taken_as_it_is() -> None:
         ("clip", {"low": 1.0}, "low: expected a number < 0"),
         ("tanh", {"temperature": 0}, "temperature: expected a number > 0"),
         ("gate", {"threshold": 1.0}, r"threshold: expected a number in \[0, 1\)"),
+        ("suppress", {"threshold": 0}, r"threshold: expected a number in \(0, 1\], got 0"),
+        ("proximal", {"share": 0.0}, r"share: expected a number in \(0, 1\], got 0.0"),
+        ("proximal", {"share": 1.5}, r"share: expected a number in \(0, 1\], got 1.5"),
+        ("jensen_shannon", {"beta": 1.0}, r"beta: expected a number in \(0, 1\), got 1.0"),
+        ("tsallis", {"q": 0}, "q: expected a number > 0, got 0"),
         ("powr", {}, "name: expected one of log_ratio, clip"),
         ("no.such.module:f", {}, "cannot import no.such.module:f"),
         ("poweropd.rewards:nothing", {}, "has no 'nothing'"),
@@ -258,20 +317,75 @@ def test_the_density_power_divergence_is_a_divergence() -> None:
         assert torch.allclose(power.divergence(p, p), torch.zeros(50, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("reward", [rewards.LogRatio(), rewards.Power(2.0), rewards.Power(0.5)])
-def test_the_expected_policy_gradient_descends_on_the_divergence(reward: rewards.Reward) -> None:
+def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    return (p * (p / q).log()).sum()
+
+
+# The divergences by their names, of probabilities t and p.
+DIVERGENCES = {
+    "log_ratio": (rewards.LogRatio(), lambda t, p: kl(p, t)),
+    "power 2": (rewards.Power(2.0), lambda t, p: (p**3 / 3 - p * t**2 + 2 * t**3 / 3).sum()),
+    "power 0.5": (
+        rewards.Power(0.5),
+        lambda t, p: (p**1.5 / 1.5 - p * t**0.5 + 0.5 * t**1.5 / 1.5).sum(),
+    ),
+    "proximal": (
+        rewards.Proximal(0.3),
+        lambda t, p: kl(p, 0.3 * t + 0.7 * p) + 3 / 7 * kl(t, 0.3 * t + 0.7 * p),
+    ),
+    "proximal 1": (rewards.Proximal(1.0), lambda t, p: kl(p, t)),
+    "jensen_shannon": (
+        rewards.JensenShannon(0.3),
+        lambda t, p: 0.7 * kl(p, 0.3 * t + 0.7 * p) + 0.3 * kl(t, 0.3 * t + 0.7 * p),
+    ),
+    "sign": (rewards.Sign(), lambda t, p: (t - p).abs().sum()),
+    "tsallis 0.5": (rewards.Tsallis(0.5, 1e6), lambda t, p: 4 * (1 - (t * p).sqrt().sum())),
+    "tsallis 2": (rewards.Tsallis(2.0, 1e6), lambda t, p: ((p**2 / t).sum() - 1) / 2),
+}
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_expected_policy_gradient_descends_on_the_divergence(name: str) -> None:
+    """By enumeration of a vocabulary of 50, in float64; and the reported value is the divergence's.
+
+    `Reward.__call__` returns float32, so `compute` is asked.
+    """
+    reward, divergence = DIVERGENCES[name]
     torch.manual_seed(0)
-    t = torch.randn(7, dtype=torch.float64).log_softmax(-1)
-    logits = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    t = torch.randn(50, dtype=torch.float64).log_softmax(-1)
+    logits = torch.randn(50, dtype=torch.float64, requires_grad=True)
     p = logits.log_softmax(-1)
-    if isinstance(reward, rewards.LogRatio):
-        divergence = (p.exp() * (p - t)).sum()
-    else:
-        divergence = reward.divergence(t, p)
-    (exact,) = torch.autograd.grad(divergence, logits, retain_graph=True)
-    weights = (p.exp() * reward(t, p)).detach()
+    value = divergence(t.exp(), p.exp())
+    (exact,) = torch.autograd.grad(value, logits, retain_graph=True)
+    torch.testing.assert_close(reward.divergence(t, p).double(), value, rtol=1e-5, atol=1e-7)
+    assert reward.divergence(p.detach(), p.detach()).abs() < 1e-7
+    weights = (p.exp() * reward.compute(t, p)).detach()
     (policy,) = torch.autograd.grad(-(weights * p).sum(), logits)
-    assert torch.allclose(exact, policy, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(exact, policy, rtol=1e-9, atol=1e-12)
+
+
+# Losses of the sampled token that are differentiated themselves (docs/objectives.md), and what
+# their expected gradient is the gradient of.
+DIFFERENTIATED = {
+    "k1": (lambda t, p: p - t, lambda t, p: p.sum() * 0),
+    "k2": (lambda t, p: (t - p) ** 2 / 2, lambda t, p: kl(p, t)),
+    "k3": (lambda t, p: (t - p).exp() - 1 - (t - p), kl),
+    "absolute": (lambda t, p: (t - p).abs(), lambda t, p: (t - p).abs().sum()),
+    "power": (lambda t, p: (3 * p).exp() - (3 * t).exp(), lambda t, p: 3 / 4 * (p**4).sum()),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIATED)
+def test_what_losses_descend_on_that_are_differentiated_through_the_sample(name: str) -> None:
+    loss, descends_on = DIFFERENTIATED[name]
+    torch.manual_seed(0)
+    t = torch.randn(50, dtype=torch.float64).log_softmax(-1)
+    logits = torch.randn(50, dtype=torch.float64, requires_grad=True)
+    p = logits.log_softmax(-1)
+    sampled = (p.exp().detach() * loss(t, p)).sum()  # E over the token, which has no gradient
+    (found,) = torch.autograd.grad(sampled, logits, retain_graph=True)
+    (expected,) = torch.autograd.grad(descends_on(t.exp(), p.exp()), logits)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_reward_is_not_judged_at_points_that_no_sampled_token_has() -> None:

@@ -19,7 +19,12 @@ REWARD_COLOURS = {
     "tanh": "#D6497F",
     "zscore": "#8E3B8E",
     "hellinger": "#6B7A1E",
+    "tsallis": "#8A5A00",
+    "proximal": "#E0562B",
+    "jensen_shannon": "#A8324F",
+    "sign": "#C43BC4",
     "gate": "#6E6E6E",
+    "suppress": "#4A4A4A",
 }
 #: Of the power reward, from alpha 0.1 on: two for each decade, so that the paper's eight alphas
 #: (0.1, 0.5, 1, 5, 10, 50, 100, 500) have one each.

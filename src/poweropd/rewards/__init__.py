@@ -8,20 +8,29 @@ take ln t and ln p, of any shape and float dtype, and return float32 without a g
     r = reward(teacher_log_probs, student_log_probs)
 
 This module needs torch alone, and not before the first call, so that a recipe is checked at once.
-The equations are those of PowerOPD (arXiv:2606.17199).
+The equations are those of PowerOPD (arXiv:2606.17199) where no other source is named.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from poweropd.errors import check_call, import_object, shown
+from poweropd.rewards.base import Number, Reward, log_ratio, numeric_parameter, positive_parameter
 from poweropd.rewards.properties import Check, check
+from poweropd.rewards.ratios import (
+    Clip,
+    Hellinger,
+    JensenShannon,
+    LogRatio,
+    Proximal,
+    Sign,
+    Tanh,
+    Tsallis,
+)
 from poweropd.rewards.schedules import SCHEDULES, Schedule
 
 if TYPE_CHECKING:
@@ -30,114 +39,6 @@ if TYPE_CHECKING:
 __all__ = ["REWARDS", "SCHEDULES", "Check", "Reward", "Schedule", "check", "create", "log_ratio"]
 
 RewardFunction = Callable[..., "Tensor"]
-Number = Any  # a float, or a Schedule of floats until `Reward.at` resolves it
-
-
-def _number(default: float, expected: str, holds: Callable[[float], bool]) -> Any:
-    """Declares a numeric parameter, possibly scheduled, whose values all are as expected."""
-    return field(default=default, metadata={"expected": f"a number {expected}", "holds": holds})
-
-
-def _positive(default: float) -> Any:
-    return _number(default, "> 0", lambda x: x > 0)
-
-
-@dataclass(frozen=True)
-class Reward(ABC):
-    """A token reward. Subclasses state `compute`; calling checks, casts and detaches."""
-
-    # Whether it needs the mean and standard deviation of the whole optimizer step.
-    needs_statistics: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        for parameter in dataclasses.fields(self):
-            value, rule = self.__dict__[parameter.name], parameter.metadata
-            for x in value.ends() if isinstance(value, Schedule) else (value,):
-                number = isinstance(x, int | float) and not isinstance(x, bool)
-                if "holds" in rule and not (number and math.isfinite(x) and rule["holds"](x)):
-                    raise ValueError(
-                        f"{parameter.name}: expected {rule['expected']}, got {shown(x)}"
-                    )
-
-    @abstractmethod
-    def compute(self, t: Tensor, p: Tensor) -> Tensor:
-        """Returns the reward of log-probs `t` (teacher) and `p` (student), of their shape."""
-
-    def __call__(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
-        """Returns the reward per token: float32, no gradient, the inputs' (broadcast) shape.
-
-        float64 inputs are computed in float64, all others in float32: a bf16 probability is
-        never raised to a power. A bounded reward is finite even if the teacher's log-prob is -inf.
-        """
-        import torch
-
-        for name, value in self.__dict__.items():
-            if isinstance(value, Schedule):
-                raise ValueError(f"{name} follows a schedule: call reward.at(step) first")
-        with torch.no_grad():
-            teacher, student = torch.broadcast_tensors(teacher_log_probs, student_log_probs)
-            dtype = torch.promote_types(torch.result_type(teacher, student), torch.float32)
-            return self.compute(teacher.detach().to(dtype), student.detach().to(dtype)).float()
-
-    def at(self, step: int) -> Self:
-        """Returns this reward with every schedule resolved at optimizer step `step` (from 0)."""
-        resolved = {k: v.at(step) for k, v in self.__dict__.items() if isinstance(v, Schedule)}
-        return dataclasses.replace(self, **resolved) if resolved else self
-
-    @property
-    def unstandardized(self) -> Reward:
-        """Returns the reward whose statistics `with_statistics` expects: of a z-score, its base."""
-        return self
-
-    def with_statistics(self, mean: float, std: float) -> Reward:
-        """Returns this reward given the step's mean and population standard deviation."""
-        return self
-
-    def divergence(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
-        """Returns what full-vocabulary training with this reward descends on, per position.
-
-        Log-distributions [..., V] become [...]. The default, -sum_v p r(t, p), is the reverse
-        KL for the log ratio; for other rewards it is the expected penalty under the student.
-        """
-        probs, reward = student_log_probs.exp(), self(teacher_log_probs, student_log_probs)
-        return -(probs * reward).where(probs > 0, 0.0).sum(-1)
-
-
-def log_ratio(t: Tensor, p: Tensor) -> Tensor:
-    """Returns ln t - ln p from log-probabilities, 0 if they are equal.
-
-    Two log-probabilities of -inf are equal, too; their difference would be NaN.
-    """
-    return (t - p).masked_fill(t == p, 0.0)
-
-
-@dataclass(frozen=True)
-class LogRatio(Reward):
-    """ln t - ln p: vanilla on-policy distillation. Unbounded."""
-
-    def compute(self, t: Tensor, p: Tensor) -> Tensor:
-        return log_ratio(t, p)
-
-
-@dataclass(frozen=True)
-class Clip(Reward):
-    """clamp(ln t - ln p, low, high)."""
-
-    low: Number = _number(-1.0, "< 0", lambda x: x < 0)
-    high: Number = _positive(1.0)
-
-    def compute(self, t: Tensor, p: Tensor) -> Tensor:
-        return log_ratio(t, p).clamp(self.low, self.high)
-
-
-@dataclass(frozen=True)
-class Tanh(Reward):
-    """tanh((ln t - ln p) / temperature)."""
-
-    temperature: Number = _positive(5.0)
-
-    def compute(self, t: Tensor, p: Tensor) -> Tensor:
-        return (log_ratio(t, p) / self.temperature).tanh()
 
 
 @dataclass(frozen=True)
@@ -147,7 +48,7 @@ class Power(Reward):
     `scale="box_cox"` divides by alpha; its limit for alpha -> 0 is the log ratio.
     """
 
-    alpha: Number = _positive(5.0)
+    alpha: Number = positive_parameter(5.0)
     scale: Literal["unit", "box_cox"] = "unit"
 
     def __post_init__(self) -> None:
@@ -176,122 +77,20 @@ class Power(Reward):
 
 
 @dataclass(frozen=True)
-class Hellinger(Reward):
-    """2 (sqrt(t / p) - 1) = 2 expm1(d / 2), at most `cap`; without the cap, unbounded above.
-
-    Without the cap, its expectation under p descends on the squared Hellinger distance.
-    """
-
-    cap: Number = _positive(10.0)
-
-    def compute(self, t: Tensor, p: Tensor) -> Tensor:
-        return (2 * (log_ratio(t, p) / 2).expm1()).clamp(max=self.cap)
-
-
-@dataclass(frozen=True)
-class Tsallis(Reward):
-    """(1 - (p / t)^(q - 1)) / (q - 1) within [-cap, cap]: the log ratio with Tsallis' logarithm.
-
-    For q -> 1 it is the log ratio, and for q = 1/2 `Hellinger`. Without the cap it is bounded above
-    for q > 1, below for q < 1, and its expectation under p descends on `divergence`.
-    """
-
-    q: Number = _positive(0.5)
-    cap: Number = _positive(10.0)
-
-    def compute(self, t: Tensor, p: Tensor) -> Tensor:
-        d, order = log_ratio(t, p), self.q - 1
-        # expm1 would lose all digits of an order that is almost 0.
-        reward = -(-order * d).expm1() / order if abs(order) > 1e-6 else d
-        return reward.clamp(-self.cap, self.cap)
-
-    def divergence(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
-        """Returns Tsallis' relative entropy sum_v p [(p / t)^(q - 1) - 1] / (q - 1), over q.
-
-        (Tsallis 1998.) Where the cap cuts a reward, it counts with the capped one.
-        """
-        return super().divergence(teacher_log_probs, student_log_probs) / self.q
-
-
-@dataclass(frozen=True)
-class Proximal(Reward):
-    """ln(a t/p + 1 - a) with a = share: the log ratio to a proximal teacher a t + (1 - a) p.
-
-    At least ln(1 - a), and unbounded above (TOP-D, arXiv:2607.04751). a = 1 is the log ratio.
-    """
-
-    share: Number = _number(0.5, "in (0, 1]", lambda x: 0 < x <= 1)
-
-    def compute(self, t: Tensor, p: Tensor) -> Tensor:
-        return _log_mixture_ratio(log_ratio(t, p), self.share)
-
-    def divergence(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
-        """Returns KL(p || m) + a / (1 - a) KL(t || m) with m = a t + (1 - a) p, per position.
-
-        The derivatives of m cancel between its two terms, which leaves -r at each p_v.
-        """
-        a = self.share
-        own = super().divergence(teacher_log_probs, student_log_probs)
-        if a == 1:
-            return own
-        to_mixture = log_ratio(teacher_log_probs, student_log_probs)
-        to_mixture = to_mixture - _log_mixture_ratio(to_mixture, a)  # ln t - ln m
-        t = teacher_log_probs.exp()
-        return own + a / (1 - a) * (t * to_mixture).where(t > 0, 0.0).sum(-1)
-
-
-@dataclass(frozen=True)
-class JensenShannon(Reward):
-    """(1 - b) ln(m / p) with m = b t + (1 - b) p and b = beta.
-
-    Its expectation under p descends on the generalized Jensen-Shannon divergence of GKD
-    (arXiv:2306.13649), b KL(t || m) + (1 - b) KL(p || m). At least (1 - b) ln(1 - b).
-    """
-
-    beta: Number = _number(0.5, "in (0, 1)", lambda x: 0 < x < 1)
-
-    def compute(self, t: Tensor, p: Tensor) -> Tensor:
-        return (1 - self.beta) * _log_mixture_ratio(log_ratio(t, p), self.beta)
-
-    def divergence(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
-        """Returns b KL(t || m) + (1 - b) KL(p || m), per position."""
-        proximal = Proximal(self.beta).divergence(teacher_log_probs, student_log_probs)
-        return (1 - self.beta) * proximal
-
-
-def _log_mixture_ratio(d: Tensor, share: float) -> Tensor:
-    """Returns ln(a exp(d) + 1 - a), without overflow, and accurate where d is near 0."""
-    weight = (d > 0).to(d.dtype) * (1 - 2 * share) + share  # 1 - a above 0, else a
-    return d.clamp(min=0.0) + (weight * (-d.abs()).expm1()).log1p()
-
-
-@dataclass(frozen=True)
-class Sign(Reward):
-    """The sign of t - p: all tokens that the teacher likes more count alike."""
-
-    def compute(self, t: Tensor, p: Tensor) -> Tensor:
-        return log_ratio(t, p).sign()
-
-    def divergence(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
-        """Returns sum_v |t - p|, twice the total variation; minus its derivative in p_v is r."""
-        return (teacher_log_probs.exp() - student_log_probs.exp()).abs().sum(-1)
-
-
-@dataclass(frozen=True)
 class Suppress(Reward):
     """-1 where p < threshold, else 0: a control that ignores the teacher (arXiv:2608.31046)."""
 
-    threshold: Number = _number(0.1, "in (0, 1]", lambda x: 0 < x <= 1)
+    threshold: Number = numeric_parameter(0.1, "in (0, 1]", lambda x: 0 < x <= 1)
 
     def compute(self, t: Tensor, p: Tensor) -> Tensor:
-        return -(p.exp() < self.threshold).to(p.dtype)
+        return (p.exp() >= self.threshold).to(p.dtype) - 1
 
 
 @dataclass(frozen=True)
 class Gate(Reward):
     """1 where t > threshold, else 0: a control that ignores the student's probability."""
 
-    threshold: Number = _number(0.5, "in [0, 1)", lambda x: 0 <= x < 1)
+    threshold: Number = numeric_parameter(0.5, "in [0, 1)", lambda x: 0 <= x < 1)
 
     def compute(self, t: Tensor, p: Tensor) -> Tensor:
         return (t.exp() > self.threshold).float()

@@ -35,7 +35,8 @@ def check(reward: Callable[..., Tensor]) -> Check:
     """
     import torch
 
-    depths = torch.cat([torch.zeros(1), torch.logspace(-6, 4, 201), torch.tensor(FAR)]).double()
+    near = torch.cat([torch.zeros(1), torch.logspace(-6, 4, 201)]).double()
+    depths = torch.cat([near, torch.tensor(FAR, dtype=torch.float64)])
     impossible = torch.full((1,), -math.inf, dtype=torch.float64)
     grid = torch.meshgrid(torch.cat([-depths, impossible]), -depths, indexing="ij")
     t, p = (x.flatten() for x in grid)
