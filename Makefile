@@ -12,10 +12,13 @@ VLLM_VENV := .venv-vllm
 HARNESS_VENV := .venv-harness
 PEERS_VENV := .venv-peers
 PEERS_INSTALLED := $(PEERS_VENV)/.installed
+MS_SWIFT_VENV := .venv-ms-swift
+MS_SWIFT_INSTALLED := $(MS_SWIFT_VENV)/.installed
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 .PHONY: install demo test wheel docs check format reference clean vllm-cpu test-vllm test-quant \
-	test-harness test-thorough integrations peers fuzz mutants journey
+	test-harness test-thorough integrations integrations-ms-swift \
+	peers fuzz mutants journey
 
 install: $(INSTALLED)
 
@@ -95,7 +98,8 @@ test-harness:
 # The other trainers, in an environment of their own: their pins do not fit ours, and what verl, TRL,
 # ms-swift and SkyRL pin does not fit together, so they come without their dependencies.
 integrations: peers
-	$(PEERS_VENV)/bin/python -m pytest -m integrations tests/test_integrations_peers.py $(ARGS)
+	$(PEERS_VENV)/bin/python -m pytest -m integrations tests/test_integrations_peers.py \
+		tests/test_integrations_ms_swift.py $(ARGS)
 	$(PEERS_VENV)/bin/python -m pytest tests/test_benchmarks_run.py -k gradient $(ARGS)
 
 peers: $(PEERS_INSTALLED)
@@ -109,6 +113,17 @@ $(PEERS_INSTALLED): pyproject.toml
 		'ray[default]>=2.41' torchdata 'tensordict>=0.8,<=0.10,!=0.9.0' tensorboard wandb psutil \
 		loguru modelscope skyrl_gym jaxtyping json-repair pytest hypothesis
 	$(PEERS_VENV)/bin/pip install --quiet --editable .
+	touch $@
+
+# A whole training by ms-swift, whose pins fit no other trainer's. It imports msgspec without saying.
+integrations-ms-swift: $(MS_SWIFT_INSTALLED)
+	$(MS_SWIFT_VENV)/bin/python -m pytest -m integrations tests/test_integrations_ms_swift.py $(ARGS)
+
+$(MS_SWIFT_INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(MS_SWIFT_VENV)
+	$(MS_SWIFT_VENV)/bin/pip install --quiet $(TORCH)
+	$(MS_SWIFT_VENV)/bin/pip install --quiet ms-swift==4.6.0 msgspec pytest hypothesis
+	$(MS_SWIFT_VENV)/bin/pip install --quiet --editable .
 	touch $@
 
 # Whether the tests notice a change of the code: a sample of changes to each module, an hour or two.
@@ -135,5 +150,6 @@ reference: install
 	$(BIN)/python tools/reference.py
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(HARNESS_VENV) $(PEERS_VENV) .mutmut .mutants site .mypy_cache .pytest_cache \
+	rm -rf $(VENV) $(VLLM_VENV) $(HARNESS_VENV) $(PEERS_VENV) \
+		$(MS_SWIFT_VENV) .mutmut .mutants site .mypy_cache .pytest_cache \
 		.ruff_cache .hypothesis

@@ -454,17 +454,3 @@ def test_a_changed_trl_is_refused(
     monkeypatch.setattr(DistillationTrainer, "_compute_loss", lambda self, model, batch: None)
     with pytest.raises(UsageError, match=r"takes \(self, model, batch\), .* tested with trl 1\.16"):
         PowerOPDTrainer(args=trl_arguments(tmp_path), **pair)
-
-
-# ms-swift
-
-
-@needs["ms-swift"]
-def test_ms_swift_imports_the_plugin_as_it_imports_any() -> None:
-    advantage = importlib.import_module("swift.rl_core.advantage")
-    from swift.utils.utils import import_external_file
-
-    from poweropd.integrations import ms_swift
-
-    import_external_file(ms_swift.__file__)
-    assert advantage.compute_teacher_logratio.__name__ == "teacher_reward"
