@@ -4,9 +4,11 @@ tests/test_integrations_peers.py runs the trainers' own code (make integrations)
 """
 
 import math
+import re
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -22,7 +24,16 @@ from poweropd.commands import app
 from poweropd.errors import RunError, UsageError
 from poweropd.integrations import ms_swift, nemo_rl, prime_rl, slime
 from poweropd.integrations.core import Advantages, reward_from_environment, reward_of
-from poweropd.integrations.peers import PROBE_REWARDS, PROBE_STUDENT, PROBE_TEACHER, Peer, Probe
+from poweropd.integrations.peers import (
+    PEERS,
+    PROBE_REWARDS,
+    PROBE_STUDENT,
+    PROBE_TEACHER,
+    Peer,
+    Probe,
+)
+
+ROOT = Path(__file__).parent.parent
 
 TEACHER, STUDENT = torch.tensor([PROBE_TEACHER]), torch.tensor([PROBE_STUDENT])
 MASK = torch.ones(1, 2, dtype=torch.int64)
@@ -302,3 +313,14 @@ def test_the_doctor_judges_two_tokens(
     found = CliRunner().invoke(app, ["doctor", "pytest"])
     assert f"{verdict}: {value[0]:.4f}, {value[1]:.4f} by it" in found.output
     assert found.exit_code == (verdict == "WRONG")
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_the_docs_name_the_version_that_each_adapter_says(name: str) -> None:
+    module = PEERS[name].partition(":")[0].rpartition(".")[2]
+    source = (ROOT / "src/poweropd/integrations" / f"{module}.py").read_text()
+    tested = re.search(r'^ *(?:tested|TESTED) = "(.+)"$', source, re.MULTILINE)
+    assert tested is not None
+    lines = (ROOT / "docs/integrations.md").read_text().splitlines()
+    (row,) = [line for line in lines if line.lower().startswith(f"| {name} |")]
+    assert row.split("|")[2].strip() == tested[1]
