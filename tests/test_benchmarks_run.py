@@ -130,6 +130,24 @@ def test_phases_hold_all_operations_of_an_update(update: ModuleType, scaling: Mo
     assert scaling.phase_seconds(geometry, repeats=1).keys() == flops.keys()
 
 
+@pytest.mark.thorough
+def test_whole_steps_are_timed_and_a_missing_trainer_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "step.json"
+    command = [sys.executable, str(BENCHMARKS / "step.py"), "--geometry", "tiny", "--steps", "1"]
+    command += ["--lengths", "ragged", "--repeats", "1", "--json", str(file)]
+    done = subprocess.run(
+        [*command, "--paths", "ours,ours-full,naive,trl"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    costs = json.loads(file.read_text())["costs"]
+    assert {"ours", "ours-full", "naive"} <= {*costs}
+    assert all(cost["cpu_seconds"] > 0 for own in costs.values() for cost in own)
+    assert "CPU / naive" in done.stdout
+    assert ("trl" in costs) != ("trl: skipped: TRL >= 1.16 cannot be imported" in done.stdout)
+
+
 def test_head_costs_show_the_gradient_of_autograd(scaling: ModuleType) -> None:
     rows = scaling.head_costs(scaling.GEOMETRIES["tiny"], repeats=1)
     assert len(rows) == len(scaling.ALPHAS)
