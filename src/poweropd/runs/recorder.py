@@ -41,7 +41,7 @@ COMPLETIONS = pa.schema(
         *((name, _FLOATS) for name in ("rewards", "student_log_probs", "teacher_log_probs")),
     ]
 )
-NONE_KEPT = COMPLETIONS.empty_table()
+NONE_KEPT = pa.Table.from_batches([], COMPLETIONS)  # empty_table() would load pandas
 STATISTICS = {"positions": statistics.POSITIONS, "histogram": statistics.HISTOGRAM}
 SCHEMAS = {**STATISTICS, "completions": COMPLETIONS}
 Tables = dict[str, pa.Table]  # by the names of SCHEMAS
