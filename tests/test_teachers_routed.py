@@ -18,6 +18,7 @@ from poweropd.errors import UsageError
 from poweropd.teachers import base
 from poweropd.teachers.local import LocalTeacher
 from poweropd.teachers.routed import RoutedTeacher
+from poweropd.training.metrics import teacher_metrics, token_metrics
 
 MAKES = Callable[..., Config]
 
@@ -64,6 +65,37 @@ def test_each_prompt_is_scored_by_its_own_teacher(
         for a, b in zip(own, alone, strict=True):
             assert torch.equal(a.teacher_log_probs, b.teacher_log_probs)
     assert trainer.train().steps == 3
+
+
+def test_every_teacher_has_its_own_numbers_and_they_add_up(several: MAKES) -> None:
+    config = several()
+    Trainer(config, progress=False).train()
+    lines = (Path(config.run.dir) / "metrics.jsonl").read_text().splitlines()
+    for row in map(json.loads, lines):
+        tokens = {name: row[f"teacher/{name}/tokens"] for name in ("code", "math")}
+        assert sum(tokens.values()) == row["num_tokens"]
+        assert min(tokens.values()) > 0
+        for key, whole in (("reward", "reward/mean"), ("reverse_kl", "reverse_kl")):
+            parts = [row[f"teacher/{name}/{key}"] * count for name, count in tokens.items()]
+            assert sum(parts) / row["num_tokens"] == pytest.approx(row[whole], rel=1e-6)
+    assert row["teacher/code/reverse_kl"] != row["teacher/math/reverse_kl"]
+
+
+def test_a_teacher_without_a_token_in_a_step_has_no_means(several: MAKES) -> None:
+    trainer = Trainer(several(), progress=False)
+    examples = trainer.scored(trainer.sample(0))
+    domains = [prompt.domain for prompt in trainer.prompts(0)]
+    own = [e for e in examples if domains[e.rollout.request.prompt_index] == "math"]
+    outcome = trainer.updater.update(own, trainer.reward, 0)
+    assert outcome is not None
+    found = teacher_metrics(outcome, domains)
+    assert found["teacher/code/tokens"] == 0
+    assert found.keys() == {
+        *("teacher/code/tokens", "teacher/math/tokens"),
+        *("teacher/math/reward", "teacher/math/reverse_kl"),
+    }
+    assert teacher_metrics(outcome, [""] * len(domains)) == {}
+    assert token_metrics(None, domains) == {"num_tokens": 0}
 
 
 def test_one_may_be_here_and_another_on_a_server(

@@ -16,8 +16,11 @@ FIRST_STEPS = 3  # after which a run is judged
 NEARLY_ALL = 0.99
 
 
-def token_metrics(outcome: UpdateOutcome | None) -> StepMetrics:
-    """Returns what a step reports of its trained tokens; None for a number that is not finite."""
+def token_metrics(outcome: UpdateOutcome | None, domains: Sequence[str] = ()) -> StepMetrics:
+    """Returns what a step reports of its trained tokens; None for a number that is not finite.
+
+    domains: see `teacher_metrics`.
+    """
     if outcome is None:
         return {"num_tokens": 0}
     record = outcome.record
@@ -33,7 +36,32 @@ def token_metrics(outcome: UpdateOutcome | None) -> StepMetrics:
         "select/fraction": outcome.selected_fraction,
     }
     finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-    return {"num_tokens": outcome.num_tokens, **finite}
+    return {"num_tokens": outcome.num_tokens, **finite, **teacher_metrics(outcome, domains)}
+
+
+def teacher_metrics(outcome: UpdateOutcome, domains: Sequence[str]) -> dict[str, float]:
+    """Returns tokens, mean reward and reverse KL of each of several teachers, by its name.
+
+    domains: of the step's prompts, in their order; empty names if there is one teacher. A teacher
+    without a trained token in this step has 0 tokens and no means.
+    """
+    metrics: dict[str, float] = {}
+    if not any(domains):
+        return metrics
+    record = outcome.record
+    names = sorted(set(domains))
+    numbers = torch.tensor([names.index(domain) for domain in domains])
+    owner = numbers[record.prompt_indices.long()]
+    ratios = log_ratio(record.teacher_log_probs, record.student_log_probs)
+    for number, name in enumerate(names):
+        own = owner == number
+        metrics[f"teacher/{name}/tokens"] = int(own.sum())
+        means = {"reward": record.rewards[own], "reverse_kl": -ratios[own]}
+        for key, values in means.items():
+            mean = values.double().mean().item()  # NaN of no tokens
+            if math.isfinite(mean):
+                metrics[f"teacher/{name}/{key}"] = mean
+    return metrics
 
 
 def sampler_metrics(record: TokenRecord) -> dict[str, float]:

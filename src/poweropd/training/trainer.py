@@ -276,7 +276,7 @@ class Trainer:
         if self.task_rewards is not None:
             found = gather_object(self.task_rewards.collected)
             metrics["task_reward/mean"] = sum(found) / len(found)
-        metrics |= token_metrics(outcome)
+        metrics |= token_metrics(outcome, [prompt.domain for prompt in self.prompts(step)])
         metrics |= self._sampler_metrics(outcome)
         metrics |= self._record_rewards(step + 1, rollouts, outcome)
         metrics |= clock.metrics(sum(n for n, _ in ends))
