@@ -160,6 +160,11 @@ FORMULAS: dict[str, tuple[dict[str, Any], Callable[[Tensor, Tensor], Tensor]]] =
     "tsallis.cap": ({"cap": 0.5}, lambda t, p: (2 * ((t - p).div(2).exp() - 1)).clamp(-0.5, 0.5)),
     "proximal.share": ({"share": 0.2}, lambda t, p: (0.2 * (t - p).exp() + 0.8).log()),
     "jensen_shannon.beta": ({"beta": 0.2}, lambda t, p: 0.8 * (0.2 * (t - p).exp() + 0.8).log()),
+    "trust.bound": ({"bound": 1.0}, lambda t, p: (t - p).where((t - p).abs() <= 1, 0.0)),
+    "trust.base": (
+        {"base": {"name": "sign"}},
+        lambda t, p: (t - p).sign().where((t - p).abs() <= 2, 0.0),
+    ),
     "sign": ({}, lambda t, p: (t - p).sign()),
     "suppress.threshold": ({"threshold": 0.05}, lambda t, p: -(p.exp() < 0.05).double()),
     "gate.threshold": ({"threshold": 1e-3}, lambda t, p: (t.exp() > 1e-3).double()),

@@ -15,7 +15,7 @@ LOG_PROB = st.one_of(
 ALPHA = st.sampled_from([0.1, 0.5, 1.0, 5.0, 50.0, 500.0])
 BOUNDED = {
     **{"clip": 1.0, "tanh": 1.0, "power": 1.0, "hellinger": 10.0, "gate": 1.0},
-    **{"tsallis": 10.0, "sign": 1.0, "suppress": 1.0},
+    **{"tsallis": 10.0, "sign": 1.0, "suppress": 1.0, "trust": 2.0},
 }
 UNBOUNDED = ["log_ratio", "proximal", "jensen_shannon"]
 SIGN_CONSISTENT = [
@@ -112,6 +112,17 @@ def test_rewards_that_are_others_for_a_value_of_their_parameter(t: float, p: flo
     ]:
         found = rewards.create(name, **parameters)(*pair(t, p))
         torch.testing.assert_close(found, other(*pair(t, p)), rtol=1e-4, atol=1e-6)
+
+
+def test_trust_leaves_out_what_is_beyond_its_bound() -> None:
+    t, p = torch.tensor([-1.0, -5.0, -1.0, -math.inf]), torch.tensor([-1.5, -1.0, -6.0, -1.0])
+    assert rewards.create("trust", bound=1.0)(t, p).tolist() == [0.5, 0, 0, 0]
+    base = {"name": "power", "alpha": {"schedule": "linear", "start": 1, "end": 3, "steps": 2}}
+    bound = {"schedule": "linear", "start": 4.0, "end": 0.5, "steps": 2}
+    reward = rewards.create("trust", base=base, bound=bound)
+    assert reward.at(0) == rewards.Trust(rewards.Power(1.0), 4.0)
+    assert reward.at(2) == rewards.Trust(rewards.Power(3.0), 0.5)
+    assert reward.at(0)(t, p).tolist()[1] == rewards.Power(1.0)(t, p).tolist()[1]
 
 
 def test_controls_and_signs() -> None:
@@ -215,6 +226,9 @@ def test_check_finds_what_each_reward_is() -> None:
         found = rewards.check(rewards.create(name))
         assert not found.bounded
         assert found.bounded_counterexample is not None
+    trust = rewards.check(rewards.create("trust"))
+    assert trust.sign_counterexample is not None
+    assert trust.sign_counterexample[2] == 0  # never the wrong sign, but no reward at all
     gate = rewards.check(rewards.create("gate"))
     assert not gate.sign_consistent
     assert gate.sign_counterexample is not None
@@ -297,6 +311,8 @@ def test_a_function_without_a_signature_is_taken_as_it_is() -> None:
         ("no.such.module:f", {}, "cannot import no.such.module:f"),
         ("poweropd.rewards:nothing", {}, "has no 'nothing'"),
         ("zscore", {"base": {"name": "zscore"}}, "base: expected a reward other than zscore"),
+        ("trust", {"base": {"name": "zscore"}}, "base: expected a reward other than zscore"),
+        ("trust", {"bound": 0}, "bound: expected a number > 0, got 0"),
         ("power", {"alpha": {"schedule": "linear", "start": 1}}, "needs `end`"),
         ("power", {"alpha": {"schedule": "linear", "start": 1, "end": 0, "steps": 2}}, "got 0"),
         ("power", {"alpha": {"schedule": "step", "start": 1}}, "expected one of constant"),

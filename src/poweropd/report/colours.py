@@ -23,6 +23,7 @@ REWARD_COLOURS = {
     "proximal": "#E0562B",
     "jensen_shannon": "#A8324F",
     "sign": "#C43BC4",
+    "trust": "#9A4B2F",
     "gate": "#6E6E6E",
     "suppress": "#4A4A4A",
 }

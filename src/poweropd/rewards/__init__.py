@@ -97,26 +97,48 @@ class Gate(Reward):
 
 
 @dataclass(frozen=True)
-class ZScore(Reward):
+class Derived(Reward):
+    """A reward that is made of another one, its `base`."""
+
+    base: Reward = field(default_factory=LogRatio)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.base, Mapping) and "name" in self.base:  # as a recipe has it
+            object.__setattr__(self, "base", create(**self.base))
+        if not isinstance(self.base, Reward) or self.base.needs_statistics:
+            raise ValueError(f"base: expected a reward other than zscore, got {self.base!r}")
+
+    def at(self, step: int) -> Self:
+        """Returns this reward with every schedule resolved, also those of its base."""
+        return dataclasses.replace(super().at(step), base=self.base.at(step))
+
+
+@dataclass(frozen=True)
+class Trust(Derived):
+    """A base reward where |ln t - ln p| <= bound, else 0: outliers train nothing.
+
+    (A selection of tokens, arXiv:2606.01249, whose number N stays that of all trained tokens.)
+    """
+
+    bound: Number = positive_parameter(2.0)
+
+    def compute(self, t: Tensor, p: Tensor) -> Tensor:
+        trusted = log_ratio(t, p).abs() <= self.bound
+        return self.base.compute(t, p).where(trusted, 0.0)
+
+
+@dataclass(frozen=True)
+class ZScore(Derived):
     """(r - mean) / std of a base reward over the step's trained tokens, on all processes.
 
     `with_statistics` gives the mean and the population std. Signs may flip.
     """
 
     needs_statistics: ClassVar[bool] = True
-    base: Reward = field(default_factory=LogRatio)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.base, Mapping) and "name" in self.base:  # as a recipe has it
-            object.__setattr__(self, "base", create(**self.base))
-        if not isinstance(self.base, Reward) or self.base.needs_statistics:
-            raise ValueError(f"base: expected a reward other than zscore, got {self.base!r}")
 
     def compute(self, t: Tensor, p: Tensor) -> Tensor:
         raise ValueError("zscore needs the step's statistics: call with_statistics(mean, std)")
-
-    def at(self, step: int) -> Self:
-        return dataclasses.replace(self, base=self.base.at(step))
 
     @property
     def unstandardized(self) -> Reward:
@@ -174,6 +196,7 @@ REWARDS: dict[str, type[Reward]] = {
     "proximal": Proximal,
     "jensen_shannon": JensenShannon,
     "sign": Sign,
+    "trust": Trust,
     "gate": Gate,
     "suppress": Suppress,
 }
