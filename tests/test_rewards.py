@@ -415,6 +415,17 @@ def test_a_reward_is_not_judged_at_points_that_no_sampled_token_has() -> None:
     assert not squashed.sign_consistent
 
 
+@pytest.mark.parametrize("name", ["proximal", "jensen_shannon", "sign", "tsallis 0.5", "power 2"])
+def test_divergences_are_finite_where_one_model_excludes_a_token(name: str) -> None:
+    reward, divergence = DIVERGENCES[name]
+    torch.manual_seed(0)
+    logits = torch.randn(2, 9, dtype=torch.float64)
+    logits[0, 3] = logits[1, 5] = -math.inf
+    t, p = logits.log_softmax(-1)
+    nearly = (x.exp().clamp(min=1e-300) for x in (t, p))
+    assert reward.divergence(t, p).item() == pytest.approx(divergence(*nearly).item(), rel=1e-5)
+
+
 def test_the_divergence_of_the_log_ratio_is_the_reverse_kl() -> None:
     """Also where the student gives a token no probability: it counts 0."""
     torch.manual_seed(0)

@@ -100,9 +100,8 @@ class Proximal(Reward):
         own = super().divergence(teacher_log_probs, student_log_probs)
         if a == 1:
             return own
-        to_mixture = log_ratio(teacher_log_probs, student_log_probs)
-        to_mixture = to_mixture - _log_mixture_ratio(to_mixture, a)  # ln t - ln m
-        t = teacher_log_probs.exp()
+        t, d = teacher_log_probs.exp(), log_ratio(teacher_log_probs, student_log_probs)
+        to_mixture = -_log_mixture_ratio(-d, 1 - a)  # ln t - ln m, also where p is 0
         return own + a / (1 - a) * (t * to_mixture).where(t > 0, 0.0).sum(-1)
 
 
