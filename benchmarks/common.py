@@ -268,16 +268,22 @@ def seconds_of(call: Callable[[], Any]) -> float:
 
 def time_of(call: Callable[[], Any]) -> tuple[float, float]:
     """CPU seconds of all threads, and wall seconds."""
-    _synchronize()
-    cpu, wall = time.process_time(), time.perf_counter()
+    begun = now()
     call()
-    _synchronize()
-    return time.process_time() - cpu, time.perf_counter() - wall
+    return since(begun)
 
 
-def _synchronize() -> None:
+def now() -> tuple[float, float]:
+    """CPU seconds of all threads so far, and the wall's, with all of a GPU's work done."""
     if CUDA:
         torch.cuda.synchronize()
+    return time.process_time(), time.perf_counter()
+
+
+def since(begun: tuple[float, float]) -> tuple[float, float]:
+    """CPU and wall seconds since `now()` was `begun`."""
+    cpu, wall = now()
+    return cpu - begun[0], wall - begun[1]
 
 
 def apart(threads: int, function: Callable[..., T], *arguments: Any) -> T:

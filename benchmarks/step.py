@@ -10,12 +10,9 @@ repeat. Models are random: `ragged` completions end at one of so many stop ids t
 reason, where it is absent.
 """
 
-import argparse
-import importlib
 import json
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -23,21 +20,33 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from common import CUDA, DEVICE, GEOMETRIES, Cost, Geometry, Memory, apart, machine, print_table
-from common import time_of as timed
+from common import (
+    DEVICE,
+    GEOMETRIES,
+    Cost,
+    Geometry,
+    Memory,
+    machine,
+    now,
+    print_table,
+    since,
+    time_of,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
+from turns import Unavailable, measure_in_turns, parsed, parser_of, ratio, trl_config, trl_module
 
 from poweropd import Config, Trainer
 
 LENGTHS = {"fixed": 0.0, "ragged": 1 / 120}  # share of the vocabulary that ends a completion
 RATE = 5e-7
 Seconds = list[tuple[float, float]]  # CPU and wall, of each step
-
-
-class Unavailable(Exception):
-    """A path that cannot run here, and why."""
 
 
 # The pair, as directories that every path loads.
@@ -86,7 +95,7 @@ def ours(geometry: Geometry, pair: Path, out: Path, steps: int, **objective: Any
         }
     )
     trainer = Trainer(config, progress=False)
-    return [timed(partial(trainer.step, step)) for step in range(steps)]
+    return [time_of(partial(trainer.step, step)) for step in range(steps)]
 
 
 class Clock(TrainerCallback):
@@ -100,53 +109,37 @@ class Clock(TrainerCallback):
         self.begun = now()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        cpu, wall = now()
-        self.seconds.append((cpu - self.begun[0], wall - self.begun[1]))
-
-
-def now() -> tuple[float, float]:
-    """CPU seconds of this process, and those of the wall."""
-    if CUDA:
-        torch.cuda.synchronize()
-    return time.process_time(), time.perf_counter()
+        self.seconds.append(since(self.begun))
 
 
 def trl(
-    geometry: Geometry, pair: Path, out: Path, steps: int, adapter: str = "", **options: Any
+    geometry: Geometry, pair: Path, out: Path, steps: int, adapter: bool = False, **options: Any
 ) -> Seconds:
     """TRL's DistillationTrainer, or our adapter of it, with transformers' `generate`."""
-    try:
-        peer = importlib.import_module("trl")
-    except ImportError as error:
-        raise Unavailable(f"TRL >= 1.16 cannot be imported: {error}") from None
-    from datasets import Dataset
-    from transformers import AutoTokenizer
-
-    trainer_class = peer.DistillationTrainer
     if adapter:
-        trainer_class = importlib.import_module("poweropd.integrations.trl").PowerOPDTrainer
+        trainer_class = trl_module("poweropd.integrations.trl").PowerOPDTrainer
+    else:
+        trainer_class = trl_module("trl").DistillationTrainer
+    from datasets import Dataset
+
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(pair / name, dtype=torch.float32)
         for name in ("student", "teacher")
     )
-    rows = [json.loads(line) for line in (pair / "prompts.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (pair / "prompts.jsonl").open()]
     clock = Clock()
     trainer = trainer_class(
         model=student,
         teacher_model=teacher,
-        args=peer.DistillationConfig(
-            output_dir=str(out),
+        args=trl_config(
+            out,
+            geometry.dtype,
             per_device_train_batch_size=geometry.batch,
             gradient_accumulation_steps=1,
             max_completion_length=geometry.completion,
             max_steps=steps,
             learning_rate=RATE,
-            bf16=geometry.dtype == "bfloat16",
-            use_cpu=not CUDA,
-            report_to=[],
-            save_strategy="no",
             disable_tqdm=True,
-            gradient_checkpointing=False,
         ),
         processing_class=AutoTokenizer.from_pretrained(pair / "student"),
         train_dataset=Dataset.from_list(rows),
@@ -192,7 +185,7 @@ def naive(geometry: Geometry, pair: Path, out: Path, steps: int) -> Seconds:
         optimizer.step()
         optimizer.zero_grad()
 
-    return [timed(step) for _ in range(steps)]
+    return [time_of(step) for _ in range(steps)]
 
 
 PATHS: dict[str, Callable[..., Seconds]] = {
@@ -200,7 +193,7 @@ PATHS: dict[str, Callable[..., Seconds]] = {
     "ours-full": partial(ours, kind="full_vocab"),
     "naive": naive,
     "trl": trl,
-    "trl-adapter": partial(trl, adapter="sampled", reward="log_ratio"),
+    "trl-adapter": partial(trl, adapter=True, reward="log_ratio"),
 }
 
 
@@ -216,22 +209,6 @@ def run(path: str, geometry: Geometry, pair: Path, steps: int) -> Cost | str:
     return Cost(cpu, wall, memory.peak_bytes())
 
 
-def measure_all(
-    paths: Sequence[str], geometry: Geometry, pair: Path, arguments: argparse.Namespace
-) -> dict[str, list[Cost]]:
-    """Costs of each path by repeat; what cannot run is said."""
-    costs: dict[str, list[Cost]] = {path: [] for path in paths}
-    for _ in range(arguments.repeats):
-        for path in list(costs):
-            found = apart(arguments.threads, run, path, geometry, pair, arguments.steps)
-            if isinstance(found, Cost):
-                costs[path].append(found)
-            else:
-                print(f"{path}: skipped: {found}", flush=True)
-                del costs[path]
-    return costs
-
-
 def show(costs: dict[str, list[Cost]]) -> None:
     """Prints medians, and ratios to each of the other implementations."""
     others = [path for path in ("trl", "naive") if path in costs]
@@ -244,29 +221,15 @@ def show(costs: dict[str, list[Cost]]) -> None:
         cells.append(f"{median.peak_bytes / 1e9:.2f}")
         for other in others:
             for what in ("cpu_seconds", "peak_bytes"):
-                pairs = zip(own, costs[other], strict=True)
-                ratio = statistics.median(vars(a)[what] / vars(b)[what] for a, b in pairs)
-                cells.append(f"{ratio:.2f}")
+                cells.append(f"{ratio(costs, path, other, what):.2f}")
         rows.append([path, *cells])
     print_table(header, rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--geometry", choices=GEOMETRIES, default="small")
-    parser.add_argument("--lengths", choices=LENGTHS, default="fixed")
-    parser.add_argument("--paths", default=",".join(PATHS))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = parser_of(__doc__, LENGTHS)
     parser.add_argument("--steps", type=int, default=2, help="timed ones in each process")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batch", type=int, help="completions of a step")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
-    paths = arguments.paths.split(",")
-    if unknown := [path for path in paths if path not in PATHS]:
-        parser.error(f"--paths: expected some of {','.join(PATHS)}, got {unknown[0]!r}")
+    arguments = parsed(parser, PATHS)
     geometry = GEOMETRIES[arguments.geometry]
     geometry = replace(geometry, batch=arguments.batch or geometry.batch)
     print(f"{machine()}, {arguments.threads} threads")
@@ -274,8 +237,10 @@ def main() -> None:
           f"{geometry.completion} tokens\n")  # fmt: skip
     with TemporaryDirectory() as folder:
         make_pair(geometry, arguments.lengths, Path(folder))
-        costs = measure_all(paths, geometry, Path(folder), arguments)
+        costs, skipped = measure_in_turns(arguments, run, geometry, Path(folder), arguments.steps)
     show(costs)
+    for path, reason in skipped.items():
+        print(f"{path}: skipped: {reason}")
     if arguments.json:
         found = {path: [asdict(cost) for cost in own] for path, own in costs.items()}
         settings = {"geometry": arguments.geometry, "lengths": arguments.lengths}

@@ -12,9 +12,7 @@ The trl paths need `pip install 'trl>=1.16'` and are skipped, with the reason, w
 """
 
 import argparse
-import importlib
 import json
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +28,6 @@ from common import (
     Cost,
     Geometry,
     Pair,
-    apart,
     machine,
     measure,
     print_table,
@@ -40,6 +37,15 @@ from common import (
 )
 from torch import Tensor
 from transformers import AutoTokenizer
+from turns import (
+    Unavailable,
+    measure_in_turns,
+    parsed,
+    parser_of,
+    ratio,
+    trl_config,
+    trl_module,
+)
 
 from poweropd import embedded, rewards
 from poweropd.models import DTYPES
@@ -51,10 +57,6 @@ from poweropd.models.language_model import LanguageModel
 REWARD = rewards.create("log_ratio")
 TRL_CHUNK = 32768  # of the vocabulary: what TRL's trainers use
 Update = Callable[[], None]
-
-
-class Unavailable(Exception):
-    """A path that cannot run here, and why."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def naive(pair: Pair) -> Update:
 
 def trl_logprob(pair: Pair) -> Update:
     """A loop around TRL's chunked log-probabilities, for both models, of trained tokens only."""
-    function = _trl("trl.kernels").ChunkedLogProbFunction
+    function = trl_module("trl.kernels").ChunkedLogProbFunction
 
     def log_probs(model: LanguageModel, batch: Padded) -> Tensor:
         hidden = batch.hidden_states(model)[batch.trained]
@@ -161,7 +163,7 @@ def trl_logprob(pair: Pair) -> Update:
 
 def trl_full(pair: Pair) -> Update:
     """The loss of TRL's `DistillationTrainer`, which is its reverse KL by default."""
-    loss_of = _trl("trl.trainer.distillation_trainer")._chunked_divergence_loss
+    loss_of = trl_module("trl.trainer.distillation_trainer")._chunked_divergence_loss
     heads = [m.causal_lm.get_output_embeddings().weight for m in (pair.student, pair.teacher)]
 
     def update() -> None:
@@ -181,39 +183,28 @@ def trl_full(pair: Pair) -> Update:
 
 def trl_trainer(pair: Pair) -> Update:
     """TRL's own trainer, which is its full-vocabulary reverse KL: its loss, and our AdamW."""
-    return _by_trainer(pair, _trl("trl").DistillationTrainer)
+    return _by_trainer(pair, trl_module("trl").DistillationTrainer)
 
 
 def trl_adapter(pair: Pair) -> Update:
     """The same trainer with our adapter and the sampled reward."""
-    _trl("trl")
-    from poweropd.integrations.trl import PowerOPDTrainer
-
-    return _by_trainer(pair, PowerOPDTrainer, reward="log_ratio")
+    trainer_class = trl_module("poweropd.integrations.trl").PowerOPDTrainer
+    return _by_trainer(pair, trainer_class, reward="log_ratio")
 
 
 def trl_adapter_full(pair: Pair) -> Update:
     """The same trainer with our adapter and the expectation of the reward."""
-    _trl("trl")
-    from poweropd.integrations.trl import PowerOPDTrainer
-
-    return _by_trainer(pair, PowerOPDTrainer, reward="log_ratio", full_vocabulary=True)
+    trainer_class = trl_module("poweropd.integrations.trl").PowerOPDTrainer
+    return _by_trainer(pair, trainer_class, reward="log_ratio", full_vocabulary=True)
 
 
 def _by_trainer(pair: Pair, trainer_class: Any, **options: Any) -> Update:
     from datasets import Dataset
 
-    config = _trl("trl").DistillationConfig(
-        output_dir=mkdtemp(),
-        bf16=pair.geometry.dtype == "bfloat16",
-        use_cpu=not CUDA,
-        report_to=[],
-        gradient_checkpointing=False,
-    )
     trainer = trainer_class(
         model=pair.student.causal_lm,
         teacher_model=pair.teacher.causal_lm,
-        args=config,
+        args=trl_config(Path(mkdtemp()), pair.geometry.dtype),
         processing_class=AutoTokenizer.from_pretrained(embedded.path("student")),
         train_dataset=Dataset.from_list([{"prompt": "1 + 1 ="}]),
         **options,
@@ -235,13 +226,6 @@ def _by_trainer(pair: Pair, trainer_class: Any, **options: Any) -> Update:
         pair.finish()
 
     return update
-
-
-def _trl(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise Unavailable(f"TRL >= 1.16 cannot be imported: {error}") from None
 
 
 PATHS: dict[str, Callable[[Pair], Update]] = {
@@ -301,30 +285,6 @@ def update_flops(geometry: Geometry, lengths: Sequence[int]) -> float:
     return body + 2 * sum(lengths) * geometry.vocab * (teacher.hidden + 3 * student.hidden)
 
 
-def measure_all(
-    paths: Sequence[str], geometry: Geometry, arguments: argparse.Namespace
-) -> tuple[dict[str, list[Cost]], dict[str, str]]:
-    """Costs of each path by repeat, and the reasons of those that were skipped."""
-    costs: dict[str, list[Cost]] = {path: [] for path in paths}
-    skipped: dict[str, str] = {}
-    for _ in range(arguments.repeats):
-        for path in [path for path in paths if path not in skipped]:
-            found = apart(
-                arguments.threads, run, path, geometry, arguments.lengths, arguments.updates
-            )
-            if isinstance(found, Cost):
-                costs[path].append(found)
-            else:
-                skipped[path] = found
-    return {path: found for path, found in costs.items() if path not in skipped}, skipped
-
-
-def ratio(costs: Mapping[str, Sequence[Cost]], path: str, other: str, what: str) -> float:
-    """The median over repeats of path / other."""
-    pairs = zip(costs[path], costs[other], strict=True)
-    return statistics.median(vars(a)[what] / vars(b)[what] for a, b in pairs)
-
-
 def summary(cost: Cost, tokens: int, flops: float, ceiling: float) -> dict[str, float]:
     busy = cost.wall_seconds if CUDA else cost.cpu_seconds
     return asdict(cost) | {
@@ -364,24 +324,11 @@ def print_goals(costs: Mapping[str, Sequence[Cost]], goals: Mapping[Comparison, 
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--geometry", choices=GEOMETRIES, default="small")
-    parser.add_argument("--lengths", choices=LENGTHS, default="fixed")
-    parser.add_argument("--paths", default=",".join(PATHS))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = parser_of(__doc__, LENGTHS)
     parser.add_argument("--updates", type=int, default=2, help="timed ones in each process")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--batch", type=int, help="completions of a step")
     parser.add_argument("--max-tokens", type=int, help="of a micro-batch of ours")
     parser.add_argument("--dtype", choices=DTYPES, help="of computing")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
-    for path in arguments.paths.split(","):
-        if path not in PATHS:
-            parser.error(f"--paths: expected some of {','.join(PATHS)}, got {path!r}")
-    return arguments
+    return parsed(parser, PATHS)
 
 
 def main() -> None:
@@ -395,7 +342,8 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     ceiling = matmul_ceiling(geometry.dtype)
-    costs, skipped = measure_all(arguments.paths.split(","), geometry, arguments)
+    further = geometry, arguments.lengths, arguments.updates
+    costs, skipped = measure_in_turns(arguments, run, *further)
     flops = update_flops(geometry, lengths)
     summaries = {
         path: summary(Cost.median(found), sum(lengths), flops, ceiling)

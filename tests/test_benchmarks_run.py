@@ -26,7 +26,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Makes the modules of benchmarks/ importable, for one test."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     yield
-    for name in ("update", "scaling", "common", "objectives", "packing"):
+    for name in ("update", "scaling", "common", "objectives", "packing", "turns"):
         sys.modules.pop(name, None)
 
 
