@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from poweropd import Config, Trainer
 from poweropd.config.data import DataConfig
-from poweropd.config.sections import TeacherConfig
+from poweropd.config.teachers import TeacherConfig
 from poweropd.data.sources import read_rows
 from poweropd.evaluation.divergence import PromptTotals, paired_differences
 from poweropd.evaluation.divergence_command import ModelOptions, measure_divergence

@@ -15,7 +15,7 @@ import torch
 from rollout_cases import make_request, make_rollout
 
 from poweropd import net
-from poweropd.config.sections import TeacherConfig
+from poweropd.config.teachers import TeacherConfig
 from poweropd.data.rollout import Example, make_example
 from poweropd.errors import RunError, UsageError, one_line
 from poweropd.net import JsonClient

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from poweropd import Config, Trainer, commands, net, stops
 from poweropd.config.data import DataConfig
-from poweropd.config.sections import TeacherConfig
+from poweropd.config.teachers import TeacherConfig
 from poweropd.errors import RunError, UsageError
 from poweropd.evaluation.divergence import paired_differences, summarize_divergence
 from poweropd.evaluation.divergence_command import (

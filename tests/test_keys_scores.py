@@ -14,7 +14,7 @@ from teacher_server import NAME, TeacherServer
 from torch import Tensor
 
 from poweropd import Config, Trainer, net
-from poweropd.config.sections import TeacherConfig
+from poweropd.config.teachers import TeacherConfig
 from poweropd.data.rollout import Example
 from poweropd.errors import RunError
 from poweropd.models.loading import load_model

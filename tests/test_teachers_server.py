@@ -16,7 +16,7 @@ from teacher_server import FAULTS, NAME, TeacherServer, echoing_401
 from transformers import AutoTokenizer
 
 from poweropd import Config, Trainer, net
-from poweropd.config.sections import TeacherConfig
+from poweropd.config.teachers import TeacherConfig
 from poweropd.data.rollout import Example, Request, Rollout
 from poweropd.errors import RunError, UsageError
 from poweropd.rollouts.base import Sampling

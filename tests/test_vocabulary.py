@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from poweropd import Config, Trainer, stops
 from poweropd.config.data import DataConfig
-from poweropd.config.sections import TeacherConfig
+from poweropd.config.teachers import TeacherConfig
 from poweropd.data.rollout import Request, Rollout
 from poweropd.errors import RunError, UsageError
 from poweropd.evaluation import judging

@@ -15,7 +15,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from poweropd import rewards
 from poweropd.config import Config
 from poweropd.config.fields import CUSTOM, MayChange, Section
-from poweropd.config.sections import TeachersConfig
+from poweropd.config.teachers import TeachersConfig
 
 DOCS = Path(__file__).parent.parent / "docs"
 

@@ -17,6 +17,7 @@ from poweropd.config.fields import (
     Private,
     Section,
 )
+from poweropd.config.teachers import TeacherConfig
 from poweropd.evaluation.settings import DivergenceSettings, EvaluationSettings
 
 #: The value of `evaluate.divergence.prompts` that stands for the rows of `data.holdout`.
@@ -109,7 +110,7 @@ def resolved(
 def evaluation_conflicts(
     section: EvaluateConfig | None,
     data: DataConfig,
-    teachers: Mapping[str, sections.TeacherConfig],
+    teachers: Mapping[str, TeacherConfig],
 ) -> Iterator[str]:
     """Yields what is wrong with the section beside others, with the key in front."""
     if section is None:

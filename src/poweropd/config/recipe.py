@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 
 from poweropd import rewards
 from poweropd.config import evaluate as evaluation
-from poweropd.config import rules, sections
+from poweropd.config import rollouts, rules, sections, teachers
 from poweropd.config.data import DataConfig
 from poweropd.config.fields import MayChange, Section
 from poweropd.config.recipe_file import (
@@ -42,9 +42,9 @@ class Config(Section):
 
     run: sections.RunConfig = Field(default_factory=sections.RunConfig)
     model: sections.ModelConfig
-    teacher: sections.AnyTeacher
+    teacher: teachers.AnyTeacher
     data: DataConfig
-    rollout: sections.RolloutConfig = Field(default_factory=sections.RolloutConfig)
+    rollout: rollouts.RolloutConfig = Field(default_factory=rollouts.RolloutConfig)
     reward: sections.RewardConfig = Field(default_factory=sections.RewardConfig)
     objective: sections.ObjectiveConfig = Field(default_factory=sections.ObjectiveConfig)
     train: sections.TrainConfig = Field(default_factory=sections.TrainConfig)
@@ -64,9 +64,9 @@ class Config(Section):
         return self
 
     @property
-    def only_teacher(self) -> sections.TeacherConfig:
+    def only_teacher(self) -> teachers.TeacherConfig:
         """Returns the single teacher; raises UsageError if there are several."""
-        if isinstance(self.teacher, sections.TeachersConfig):
+        if isinstance(self.teacher, teachers.TeachersConfig):
             raise UsageError(
                 f"teacher.by: expected a single teacher here, got several (by column "
                 f"{self.teacher.by!r}): make a recipe of each"
@@ -74,9 +74,9 @@ class Config(Section):
         return self.teacher
 
     @property
-    def teachers(self) -> dict[str, sections.TeacherConfig]:
+    def teachers(self) -> dict[str, teachers.TeacherConfig]:
         """Returns the teachers by the values of column `teacher.by`; a single one is under ""."""
-        if isinstance(self.teacher, sections.TeachersConfig):
+        if isinstance(self.teacher, teachers.TeachersConfig):
             return dict(self.teacher.__pydantic_extra__)
         return {"": self.teacher}
 

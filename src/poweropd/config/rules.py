@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 
-from poweropd.config import sections
+from poweropd.config import rollouts, sections, teachers
 from poweropd.rewards import Reward
 from poweropd.rollouts import staleness_problem
 
 
 def needs_local_teacher(
-    objective: sections.ObjectiveConfig, rollout: sections.RolloutConfig
+    objective: sections.ObjectiveConfig, rollout: rollouts.RolloutConfig
 ) -> str | None:
     """Returns the setting that needs the teacher's hidden states, as "objective.kind=full_vocab".
 
@@ -25,9 +25,9 @@ def needs_local_teacher(
 
 def conflicts(
     objective: sections.ObjectiveConfig,
-    rollout: sections.RolloutConfig,
+    rollout: rollouts.RolloutConfig,
     reward: Reward | None,
-    teacher: sections.AnyTeacher,
+    teacher: teachers.AnyTeacher,
 ) -> Iterator[str]:
     """Yields what is wrong with a combination of settings, with the key in front.
 
@@ -71,9 +71,9 @@ def conflicts(
         yield from _of_teacher(teacher, need)
 
 
-def _of_teacher(teacher: sections.AnyTeacher, need: str) -> Iterator[str]:
+def _of_teacher(teacher: teachers.AnyTeacher, need: str) -> Iterator[str]:
     """Yields why a teacher cannot give its hidden states, which the setting `need` needs."""
-    if isinstance(teacher, sections.TeachersConfig) or teacher.place != "in process":
+    if isinstance(teacher, teachers.TeachersConfig) or teacher.place != "in process":
         yield (
             f"teacher: {need} needs the teacher's hidden states, so a single "
             "teacher in this process (teacher.model without servers and by)"

@@ -1,17 +1,17 @@
 """The sections of a recipe: each key with its type, its default and what it means.
 
 `docs/configuration.md` and `docs/recipe.schema.json` are made from these classes. The defaults of
-a reward's parameters are with the rewards; the section `data` is in `data.py`.
+a reward's parameters are with the rewards; the sections `data`, `teacher`, `rollout` and `evaluate`
+have modules of their own.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, model_validator
 
-from poweropd import net, objectives, rewards, rollouts, stops
-from poweropd.config.benchmarks import check_grader
+from poweropd import objectives, rewards, stops
 from poweropd.config.fields import (
     LEARNING_RATE_SCHEDULES,
     TRACKER_NAMES,
@@ -24,17 +24,14 @@ from poweropd.config.fields import (
     PositiveFloat,
     PositiveFraction,
     PositiveInt,
-    Private,
     Section,
     one_of,
 )
-from poweropd.grading.graders import ALIASES, GRADERS
 from poweropd.models import AUTO_DTYPE
 
 Attention = Literal[
     "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
 ]
-TeacherPlace = Literal["in process", "served", "several"]
 #: Default learning rates: the paper's for every weight; an adapter's is about ten times as high
 #: (Schulman et al., LoRA Without Regret, 2025).
 FULL_RATE, LORA_RATE = 5e-7, 5e-6
@@ -81,176 +78,6 @@ class ModelConfig(Section):
     """Whether torch.compile compiles the student's decoder layers."""
     trust_remote_code: bool = False
     """Whether Python code that the student's repository ships may be run."""
-
-
-class TeacherConfig(Section):
-    """One teacher, in the training process or, with `servers`, behind vLLM servers."""
-
-    by: ClassVar[None] = None
-
-    model: Annotated[str, Address]
-    """Teacher: a directory, a Hub model or embedded:teacher; with servers, its name there."""
-    trust_remote_code: bool = False
-    """Whether Python code that the teacher's repository ships may be run."""
-    dtype: DtypeOrAuto = AUTO_DTYPE
-    """In the training process: number format of weights and forward; auto as `model.dtype`."""
-    max_tokens_per_batch: PositiveInt = 32768
-    """In the training process: tokens of one forward with padding; halved if memory is short."""
-    quantization: dict[str, object] | None = None
-    """In the training process: a quantization config of transformers, with its quant_method."""
-    measure_quantization: bool = False
-    """Whether the first step is also scored without quantization, to write down the difference."""
-    offload: bool = False
-    """In the training process: whether the weights are on the CPU while they are not used."""
-    servers: Annotated[list[str], MayChange, Private] = Field(default_factory=list)
-    """Base URLs of vLLM servers with this teacher, such as http://127.0.0.1:8000."""
-    tokenizer: Annotated[str | None, Address] = None
-    """With servers: a directory or Hub model with the tokenizer; null is that of `model`."""
-    api_key_env: Annotated[str | None, MayChange, Private] = None
-    """With servers: name of the environment variable that holds their key."""
-    timeout: Annotated[PositiveFloat, MayChange] = 120.0
-    """With servers: seconds that one request may take."""
-    concurrency: Annotated[PositiveInt, MayChange] = 32
-    """With servers: requests at once, for each server and training process."""
-    patience: Annotated[PositiveFloat, MayChange] = 900.0
-    """With servers: seconds for which all of them may be away before the run ends."""
-
-    @model_validator(mode="after")
-    def _valid(self) -> Self:
-        for url in self.servers:
-            net.check_url("servers", url)
-        local = {"quantization": self.quantization is not None, "offload": self.offload}
-        for key, is_set in local.items():
-            if is_set and self.servers:
-                raise ValueError(f"{key}: it belongs to a teacher in this process, not on servers")
-        if self.quantization is not None and self.offload:
-            raise ValueError("offload: a quantized teacher cannot be moved; drop one of the two")
-        if self.quantization is None and self.measure_quantization:
-            raise ValueError("measure_quantization: there is no teacher.quantization to measure")
-        return self
-
-    @property
-    def place(self) -> TeacherPlace:
-        """Returns where this teacher is."""
-        return "served" if self.servers else "in process"
-
-
-class TeachersConfig(Section):
-    """Several teachers, each under the value that column `by` has for its prompts."""
-
-    model_config = ConfigDict(extra="allow")
-    place: ClassVar[TeacherPlace] = "several"
-
-    __pydantic_extra__: dict[str, TeacherConfig] = Field(init=False)
-    by: str
-    """Column of the prompts' data that says which teacher a prompt belongs to."""
-
-    @model_validator(mode="after")
-    def _valid(self) -> Self:
-        if not self.model_extra:
-            raise ValueError(f"by: expected a teacher for each value of column {self.by!r}")
-        return self
-
-
-def _how_many(teacher: object) -> str:
-    several = isinstance(teacher, Mapping) and "by" in teacher
-    return "(several)" if several or isinstance(teacher, TeachersConfig) else "(one)"
-
-
-AnyTeacher = Annotated[
-    Annotated[TeacherConfig, Tag("(one)")] | Annotated[TeachersConfig, Tag("(several)")],
-    Discriminator(_how_many),
-]
-
-
-class VllmConfig(Section):
-    """Arguments of `vllm.LLM`; any other of its arguments may stand here, too."""
-
-    model_config = ConfigDict(extra="allow")
-    gpu_memory_utilization: PositiveFraction = 0.3
-    """Fraction of the device's memory that vLLM takes; training has the rest."""
-    max_model_len: PositiveInt | None = None
-    """Tokens of the longest sequence; null is what prompts and completions need."""
-    enforce_eager: bool | None = None
-    """Whether vLLM runs without CUDA graphs; null is true where there is no GPU."""
-
-
-class RolloutServerConfig(Section):
-    """The vLLM server of `rollout.engine: vllm_server`."""
-
-    url: str = "http://127.0.0.1:8000"
-    """Base URL of the server."""
-    weights_dir: str | None = None
-    """Directory for the weights, which the server must see, too; null is one in run.dir."""
-    concurrency: PositiveInt = 64
-    """Requests at once, for each training process."""
-    timeout: PositiveFloat = 600.0
-    """Seconds that one request may take."""
-    patience: PositiveFloat = 300.0
-    """Seconds for which the server may be away before the run ends."""
-    api_key_env: str | None = None
-    """Name of the environment variable that holds the server's key."""
-
-    @model_validator(mode="after")
-    def _valid(self) -> Self:
-        net.check_url("url", self.url)
-        return self
-
-
-class TaskRewardConfig(Section):
-    """An outcome reward of each completion, added to the rewards of its tokens."""
-
-    name: Annotated[str, one_of([*GRADERS, *ALIASES], custom=True)]
-    """A grader as in evaluate.grader; grader is math. A function of yours may give any number."""
-    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-    """Factor of the outcome reward."""
-    answer_column: str = "answer"
-    """Column with the right answer, for graders that need one."""
-
-    @model_validator(mode="after")
-    def _valid(self) -> Self:
-        check_grader("name", self.name)
-        return self
-
-
-class RolloutConfig(Section):
-    """How the student samples completions."""
-
-    engine: Annotated[str, one_of(rollouts.ENGINES, custom=True)] = "transformers"
-    """What samples; a function of yours makes another engine."""
-    max_new_tokens: PositiveInt = 1024
-    """Tokens of the longest completion."""
-    temperature: NonNegativeFloat = 1.0
-    """Sampling temperature; 0 is greedy."""
-    top_p: PositiveFraction = 1.0
-    """Probability mass of the most probable tokens that sampling keeps; 1 keeps all tokens."""
-    top_k: NonNegativeInt = 0
-    """Number of most probable tokens that sampling keeps; 0 keeps all tokens."""
-    per_prompt: PositiveInt = 1
-    """Completions of each prompt."""
-    batch_size: Annotated[PositiveInt, MayChange] = 128
-    """Completions that the transformers engine samples at once."""
-    correction: Literal["none", "truncated"] = "none"
-    """Importance weights of sampled tokens; truncated is min(p_student / p_sampler, 2)."""
-    score: Literal["full", "truncated"] = "full"
-    """Softmax that scores tokens: over all of them, or over those that top_k and top_p keep."""
-    vllm: VllmConfig = Field(default_factory=VllmConfig)
-    """Settings of the vllm engine."""
-    server: Annotated[RolloutServerConfig, MayChange, Private] = Field(
-        default_factory=RolloutServerConfig
-    )
-    """Settings of the vllm_server engine."""
-    verify_every: Annotated[PositiveInt, MayChange] = 10
-    """Syncs between two comparisons of a vLLM engine's weights with the student's."""
-    staleness: Annotated[int, one_of(rollouts.SCHEDULES)] = 0
-    """Optimizer steps by which the weights that sample lag behind those that are trained."""
-    task_reward: TaskRewardConfig | None = None
-    """The outcome reward of completions; null is none."""
-
-    @property
-    def truncates_scores(self) -> bool:
-        """Returns whether `score` leaves any token out."""
-        return self.score == "truncated" and (self.top_k > 0 or self.top_p < 1)
 
 
 class RewardConfig(Section):

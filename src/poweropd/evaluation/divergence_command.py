@@ -12,7 +12,7 @@ from rich.table import Table
 
 from poweropd import stops
 from poweropd.config.data import DataConfig
-from poweropd.config.sections import TeacherConfig
+from poweropd.config.teachers import TeacherConfig
 from poweropd.data.batch import collate, halved, pack
 from poweropd.data.prompts import Prompt, check_ids, check_shared, load_prompts
 from poweropd.data.rollout import Example

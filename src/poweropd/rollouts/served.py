@@ -6,7 +6,7 @@ from concurrent.futures import as_completed
 from functools import partial
 from itertools import cycle
 
-from poweropd.config.sections import TeacherConfig
+from poweropd.config.teachers import TeacherConfig
 from poweropd.data.rollout import Request, Rollout
 from poweropd.errors import RunError
 from poweropd.net import JsonClient, reading, start

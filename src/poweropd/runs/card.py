@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from poweropd.config import Config
 from poweropd.config.fields import Address, Private, Section
-from poweropd.config.sections import VllmConfig
+from poweropd.config.rollouts import VllmConfig
 from poweropd.embedded import EMBEDDED_PREFIX
 from poweropd.runs.directory import RunDirectory
 from poweropd.runs.files import JsonObject, write_atomically

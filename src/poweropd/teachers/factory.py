@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers import AutoQuantizationConfig
 
 from poweropd import stops
-from poweropd.config.sections import TeacherConfig
+from poweropd.config.teachers import TeacherConfig
 from poweropd.errors import UsageError
 from poweropd.models import devices, language_model, loading, vocabulary
 from poweropd.teachers.local import LocalTeacher

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
-from poweropd.config.sections import TeacherConfig
+from poweropd.config.teachers import TeacherConfig
 from poweropd.errors import RunError, UsageError
 from poweropd.net import Json, JsonClient, Patience, Refused, Transient, read_log_prob, reading
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from poweropd.config.sections import TeacherConfig
+from poweropd.config.teachers import TeacherConfig
 from poweropd.data.rollout import Example
 from poweropd.errors import RunError, UsageError
 from poweropd.net import start, wait

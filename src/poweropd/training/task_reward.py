@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
-from poweropd.config.sections import TaskRewardConfig
+from poweropd.config.rollouts import TaskRewardConfig
 from poweropd.data.prompts import Prompt
 from poweropd.data.rollout import Example, Rollout
 from poweropd.data.sources import column_names, find_value

@@ -1,0 +1,113 @@
+"""The section `rollout` of a recipe: how the student samples, and with what.
+
+`docs/configuration.md` and `docs/recipe.schema.json` are made from these classes.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+
+from poweropd import net, rollouts
+from poweropd.config.benchmarks import check_grader
+from poweropd.config.fields import (
+    MayChange,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Private,
+    Section,
+    one_of,
+)
+from poweropd.grading.graders import ALIASES, GRADERS
+
+
+class VllmConfig(Section):
+    """Arguments of `vllm.LLM`; any other of its arguments may stand here, too."""
+
+    model_config = ConfigDict(extra="allow")
+    gpu_memory_utilization: PositiveFraction = 0.3
+    """Fraction of the device's memory that vLLM takes; training has the rest."""
+    max_model_len: PositiveInt | None = None
+    """Tokens of the longest sequence; null is what prompts and completions need."""
+    enforce_eager: bool | None = None
+    """Whether vLLM runs without CUDA graphs; null is true where there is no GPU."""
+
+
+class RolloutServerConfig(Section):
+    """The vLLM server of `rollout.engine: vllm_server`."""
+
+    url: str = "http://127.0.0.1:8000"
+    """Base URL of the server."""
+    weights_dir: str | None = None
+    """Directory for the weights, which the server must see, too; null is one in run.dir."""
+    concurrency: PositiveInt = 64
+    """Requests at once, for each training process."""
+    timeout: PositiveFloat = 600.0
+    """Seconds that one request may take."""
+    patience: PositiveFloat = 300.0
+    """Seconds for which the server may be away before the run ends."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the server's key."""
+
+    @model_validator(mode="after")
+    def _valid(self) -> Self:
+        net.check_url("url", self.url)
+        return self
+
+
+class TaskRewardConfig(Section):
+    """An outcome reward of each completion, added to the rewards of its tokens."""
+
+    name: Annotated[str, one_of([*GRADERS, *ALIASES], custom=True)]
+    """A grader as in evaluate.grader; grader is math. A function of yours may give any number."""
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """Factor of the outcome reward."""
+    answer_column: str = "answer"
+    """Column with the right answer, for graders that need one."""
+
+    @model_validator(mode="after")
+    def _valid(self) -> Self:
+        check_grader("name", self.name)
+        return self
+
+
+class RolloutConfig(Section):
+    """How the student samples completions."""
+
+    engine: Annotated[str, one_of(rollouts.ENGINES, custom=True)] = "transformers"
+    """What samples; a function of yours makes another engine."""
+    max_new_tokens: PositiveInt = 1024
+    """Tokens of the longest completion."""
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature; 0 is greedy."""
+    top_p: PositiveFraction = 1.0
+    """Probability mass of the most probable tokens that sampling keeps; 1 keeps all tokens."""
+    top_k: NonNegativeInt = 0
+    """Number of most probable tokens that sampling keeps; 0 keeps all tokens."""
+    per_prompt: PositiveInt = 1
+    """Completions of each prompt."""
+    batch_size: Annotated[PositiveInt, MayChange] = 128
+    """Completions that the transformers engine samples at once."""
+    correction: Literal["none", "truncated"] = "none"
+    """Importance weights of sampled tokens; truncated is min(p_student / p_sampler, 2)."""
+    score: Literal["full", "truncated"] = "full"
+    """Softmax that scores tokens: over all of them, or over those that top_k and top_p keep."""
+    vllm: VllmConfig = Field(default_factory=VllmConfig)
+    """Settings of the vllm engine."""
+    server: Annotated[RolloutServerConfig, MayChange, Private] = Field(
+        default_factory=RolloutServerConfig
+    )
+    """Settings of the vllm_server engine."""
+    verify_every: Annotated[PositiveInt, MayChange] = 10
+    """Syncs between two comparisons of a vLLM engine's weights with the student's."""
+    staleness: Annotated[int, one_of(rollouts.SCHEDULES)] = 0
+    """Optimizer steps by which the weights that sample lag behind those that are trained."""
+    task_reward: TaskRewardConfig | None = None
+    """The outcome reward of completions; null is none."""
+
+    @property
+    def truncates_scores(self) -> bool:
+        """Returns whether `score` leaves any token out."""
+        return self.score == "truncated" and (self.top_k > 0 or self.top_p < 1)

@@ -1,0 +1,103 @@
+"""The section `teacher` of a recipe: one teacher, or several.
+
+`docs/configuration.md` and `docs/recipe.schema.json` are made from these classes.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
+
+from poweropd import net
+from poweropd.config.fields import (
+    Address,
+    DtypeOrAuto,
+    MayChange,
+    PositiveFloat,
+    PositiveInt,
+    Private,
+    Section,
+)
+from poweropd.models import AUTO_DTYPE
+
+TeacherPlace = Literal["in process", "served", "several"]
+
+
+class TeacherConfig(Section):
+    """One teacher, in the training process or, with `servers`, behind vLLM servers."""
+
+    by: ClassVar[None] = None
+
+    model: Annotated[str, Address]
+    """Teacher: a directory, a Hub model or embedded:teacher; with servers, its name there."""
+    trust_remote_code: bool = False
+    """Whether Python code that the teacher's repository ships may be run."""
+    dtype: DtypeOrAuto = AUTO_DTYPE
+    """In the training process: number format of weights and forward; auto as `model.dtype`."""
+    max_tokens_per_batch: PositiveInt = 32768
+    """In the training process: tokens of one forward with padding; halved if memory is short."""
+    quantization: dict[str, object] | None = None
+    """In the training process: a quantization config of transformers, with its quant_method."""
+    measure_quantization: bool = False
+    """Whether the first step is also scored without quantization, to write down the difference."""
+    offload: bool = False
+    """In the training process: whether the weights are on the CPU while they are not used."""
+    servers: Annotated[list[str], MayChange, Private] = Field(default_factory=list)
+    """Base URLs of vLLM servers with this teacher, such as http://127.0.0.1:8000."""
+    tokenizer: Annotated[str | None, Address] = None
+    """With servers: a directory or Hub model with the tokenizer; null is that of `model`."""
+    api_key_env: Annotated[str | None, MayChange, Private] = None
+    """With servers: name of the environment variable that holds their key."""
+    timeout: Annotated[PositiveFloat, MayChange] = 120.0
+    """With servers: seconds that one request may take."""
+    concurrency: Annotated[PositiveInt, MayChange] = 32
+    """With servers: requests at once, for each server and training process."""
+    patience: Annotated[PositiveFloat, MayChange] = 900.0
+    """With servers: seconds for which all of them may be away before the run ends."""
+
+    @model_validator(mode="after")
+    def _valid(self) -> Self:
+        for url in self.servers:
+            net.check_url("servers", url)
+        local = {"quantization": self.quantization is not None, "offload": self.offload}
+        for key, is_set in local.items():
+            if is_set and self.servers:
+                raise ValueError(f"{key}: it belongs to a teacher in this process, not on servers")
+        if self.quantization is not None and self.offload:
+            raise ValueError("offload: a quantized teacher cannot be moved; drop one of the two")
+        if self.quantization is None and self.measure_quantization:
+            raise ValueError("measure_quantization: there is no teacher.quantization to measure")
+        return self
+
+    @property
+    def place(self) -> TeacherPlace:
+        """Returns where this teacher is."""
+        return "served" if self.servers else "in process"
+
+
+class TeachersConfig(Section):
+    """Several teachers, each under the value that column `by` has for its prompts."""
+
+    model_config = ConfigDict(extra="allow")
+    place: ClassVar[TeacherPlace] = "several"
+
+    __pydantic_extra__: dict[str, TeacherConfig] = Field(init=False)
+    by: str
+    """Column of the prompts' data that says which teacher a prompt belongs to."""
+
+    @model_validator(mode="after")
+    def _valid(self) -> Self:
+        if not self.model_extra:
+            raise ValueError(f"by: expected a teacher for each value of column {self.by!r}")
+        return self
+
+
+def _how_many(teacher: object) -> str:
+    several = isinstance(teacher, Mapping) and "by" in teacher
+    return "(several)" if several or isinstance(teacher, TeachersConfig) else "(one)"
+
+
+AnyTeacher = Annotated[
+    Annotated[TeacherConfig, Tag("(one)")] | Annotated[TeachersConfig, Tag("(several)")],
+    Discriminator(_how_many),
+]
