@@ -26,7 +26,16 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Makes the modules of benchmarks/ importable, for one test."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     yield
-    for name in ("update", "scaling", "common", "objectives", "packing", "turns"):
+    for name in (
+        "update",
+        "scaling",
+        "common",
+        "objectives",
+        "packing",
+        "turns",
+        "context",
+        "evaluation",
+    ):
         sys.modules.pop(name, None)
 
 
@@ -121,6 +130,28 @@ def test_the_command_writes_what_it_measured(tmp_path: Path) -> None:
     for found in paths.values():
         assert {"cpu_seconds", "wall_seconds", "peak_bytes"} <= set(found)
         assert found["cpu_seconds"] > 0
+
+
+def test_an_evaluation_of_canned_completions_grades_them(benchmarks: None, tmp_path: Path) -> None:
+    problems = [{"id": str(i), "problem": f"1 + {i} = ?", "answer": str(1 + i)} for i in range(6)]
+    (tmp_path / "amc23.jsonl").write_text("\n".join(map(json.dumps, problems)))
+    found = importlib.import_module("evaluation").cost_of("amc23", tmp_path)
+    assert found["problems"] == 6
+    assert found["right"] == found["right ones given"] == 4
+
+
+@pytest.mark.parametrize("path", ["ours", "ours-full", "ours-checkpointed", "naive"])
+def test_memory_of_a_long_completion(
+    benchmarks: None, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = importlib.import_module("context")
+    monkeypatch.setattr("resource.setrlimit", lambda *_: None)  # it would last for this process
+    assert context.peak(path, 512, 64, 20.0) > 0
+
+
+def test_what_a_token_takes_is_the_slope_of_a_line(benchmarks: None) -> None:
+    slope, start = importlib.import_module("context").line_through([1, 2, 4], [30, 50, 90])
+    assert (slope, start) == (pytest.approx(20), pytest.approx(10))
 
 
 def test_phases_hold_all_operations_of_an_update(update: ModuleType, scaling: ModuleType) -> None:
