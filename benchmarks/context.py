@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import CUDA, GEOMETRIES, Memory, Model, Pair, apart, machine, print_table
+from common import CUDA, GEOMETRIES, Geometry, Memory, Model, Pair, apart, machine, print_table
 from scaling import without_holes
 from turns import Unavailable
 from update import PATHS, Update
 
-NARROW = Model.of_width(128, 2)
+NARROW = replace(
+    GEOMETRIES["small"], student=Model.of_width(128, 2), teacher=Model.of_width(128, 2)
+)
 LONGER = "not tried, as a shorter one did not run"
 Row = dict[str, Any]
 
@@ -42,20 +44,18 @@ ALL_PATHS: dict[str, Callable[[Pair], Update]] = PATHS | {"ours-checkpointed": o
 DEFAULT_PATHS = "ours,ours-full,ours-checkpointed,naive,trl-logprob,trl-full"
 
 
-def peak(path: str, vocab: int, tokens: int, limit: float) -> int | str:
-    """Bytes above the start of one first update, or why there are none."""
+def long(base: Geometry, vocab: int, tokens: int) -> Geometry:
+    """A step of one completion of so many tokens, which is one micro-batch."""
+    return replace(base, vocab=vocab, batch=1, completion=tokens, max_tokens=2**30)
+
+
+def peak(path: str, geometry: Geometry, limit: float) -> int | str:
+    """Bytes above the start of one first update, or why there are none.
+
+    On a CPU this process may not take more than `limit` gigabytes from now on.
+    """
     if not CUDA:
         resource.setrlimit(resource.RLIMIT_DATA, (int(limit * 1e9), -1))
-    # One micro-batch, whatever its length.
-    geometry = replace(
-        GEOMETRIES["small"],
-        student=NARROW,
-        teacher=NARROW,
-        vocab=vocab,
-        batch=1,
-        completion=tokens,
-        max_tokens=2**30,
-    )
     try:
         pair = Pair.build(geometry, "fixed")
         update = ALL_PATHS[path](pair)
@@ -67,7 +67,7 @@ def peak(path: str, vocab: int, tokens: int, limit: float) -> int | str:
     except (RuntimeError, MemoryError) as error:  # a CPU's allocator raises no OutOfMemoryError
         if "memory" not in str(error):
             raise
-        return f"more than {limit:g} GB"
+        return "out of memory" if CUDA else f"more than {limit:g} GB"
 
 
 def line_through(tokens: Sequence[int], peaks: Sequence[int]) -> tuple[float, float]:
@@ -85,8 +85,9 @@ def row_of(
     found: dict[int, int] = {}
     missing: dict[int, str] = {}
     for count in sorted(tokens):
+        geometry = long(NARROW, vocab, count)
         # What does not run at one length does not run at a longer one.
-        cell = apart(threads, peak, path, vocab, count, limit) if not missing else LONGER
+        cell = apart(threads, peak, path, geometry, limit) if not missing else LONGER
         if isinstance(cell, int):
             found[count] = cell
         else:

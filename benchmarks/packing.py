@@ -20,6 +20,7 @@ from poweropd.models.attention import PADDED
 from poweropd.models.devices import torch_dtype
 from poweropd.models.language_model import Student
 
+HEADER = ["layout", "budget", "micro-batches", "tokens", "seconds"]
 LAYOUTS = {"padded": False, "flat": True}
 
 
@@ -50,7 +51,8 @@ def build(geometry: common.Geometry, attention: str, compiled: bool) -> Student:
     return student
 
 
-def compare(options: argparse.Namespace) -> None:
+def compare(options: argparse.Namespace) -> tuple[int, list[list[str]]]:
+    """The number of tokens, and a line for each layout at each budget."""
     geometry = common.GEOMETRIES[options.geometry]
     student = build(geometry, options.attention, options.compile)
     lengths = [geometry.prompt + n - 1 for n in geometry.lengths(options.lengths)]
@@ -69,22 +71,28 @@ def compare(options: argparse.Namespace) -> None:
             median = statistics.median(seconds[name])
             row = [name, str(max_tokens), str(len(batches[name])), str(computed), f"{median:.3f}"]
             table.append(row)
-    print(f"{common.machine()}; {options.attention}, {sum(lengths)} tokens in {len(lengths)} rows")
-    common.print_table(["layout", "budget", "micro-batches", "tokens", "seconds"], table)
+    return sum(lengths), table
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    made.add_argument("--geometry", choices=common.GEOMETRIES, default="small")
+    made.add_argument("--lengths", choices=common.LENGTHS, default="ragged")
+    made.add_argument("--attention", default=PADDED[0], help="a name of transformers")
+    made.add_argument("--max-tokens", type=int, nargs="*", help="budgets of a micro-batch")
+    made.add_argument("--repeats", type=int, default=5)
+    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--compile", action="store_true")
+    return made
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--geometry", choices=common.GEOMETRIES, default="small")
-    parser.add_argument("--lengths", choices=common.LENGTHS, default="ragged")
-    parser.add_argument("--attention", default=PADDED[0], help="a name of transformers")
-    parser.add_argument("--max-tokens", type=int, nargs="*", help="budgets of a micro-batch")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--compile", action="store_true")
-    options = parser.parse_args()
+    options = parser().parse_args()
     torch.set_num_threads(options.threads)
-    compare(options)
+    tokens, table = compare(options)
+    rows = common.GEOMETRIES[options.geometry].batch
+    print(f"{common.machine()}; {options.attention}, {tokens} tokens in {rows} rows")
+    common.print_table(HEADER, table)
 
 
 if __name__ == "__main__":

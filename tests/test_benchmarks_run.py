@@ -146,12 +146,40 @@ def test_memory_of_a_long_completion(
 ) -> None:
     context = importlib.import_module("context")
     monkeypatch.setattr("resource.setrlimit", lambda *_: None)  # it would last for this process
-    assert context.peak(path, 512, 64, 20.0) > 0
+    geometry = context.long(context.NARROW, vocab=512, tokens=64)
+    assert context.peak(path, geometry, 20.0) > 0
 
 
 def test_what_a_token_takes_is_the_slope_of_a_line(benchmarks: None) -> None:
     slope, start = importlib.import_module("context").line_through([1, 2, 4], [30, 50, 90])
     assert (slope, start) == (pytest.approx(20), pytest.approx(10))
+
+
+@pytest.mark.parametrize("part", ["gradients", "checkpointing", "engine", "chunks"])
+def test_each_part_for_a_gpu_has_rows(benchmarks: None, part: str) -> None:
+    """At tiny size, on a CPU."""
+    gpu = importlib.import_module("gpu")
+    rows = list(gpu.PARTS[part].rows(gpu.GEOMETRIES["tiny"]))
+    assert len(rows) > 1
+    assert all(len(row) > 1 for row in rows)
+
+
+@pytest.mark.thorough
+def test_the_command_for_a_gpu_says_what_it_could_not_measure(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--geometry", "tiny"]
+    command += ["--out", str(tmp_path), "--only", "phases,training,update", "--minutes", "3"]
+    subprocess.run(command, check=True, capture_output=True)
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert [*parts] == ["phases", "training", "update"]
+    assert all(part["rows"] or part["stopped"] for part in parts.values())
+    assert all(row["relative difference"] < 1e-5 for row in parts["training"]["rows"])
+    assert "## Where the time goes" in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_part_that_takes_too_long_is_stopped(benchmarks: None, tmp_path: Path) -> None:
+    found = importlib.import_module("gpu").outcome("memory", "tiny", tmp_path, 1.0)
+    assert found["stopped"] == "it took more than 1 s"
+    assert found["rows"] == []
 
 
 def test_phases_hold_all_operations_of_an_update(update: ModuleType, scaling: ModuleType) -> None:
