@@ -274,15 +274,35 @@ def test_tokens_are_selected_as_said(recipe: MAKES) -> None:
         {"name": "dial", "keep": 0.5},
         {"name": "dial", "keep": 0.5, "beta": 0.0},
         {"name": "dial", "keep": 0.2},
+        {"name": "teachable", "keep": 0.5},
+        {"name": "teachable", "keep": 0.5, "top_k": 1},
     ]
     outcomes = [
         first_update(trainer_of(recipe(**{"objective.select": choice}))) for choice in choices
     ]
     kept = [(o.record.prompt_indices * 100 + o.record.positions).tolist() for o in outcomes]
     assert kept[0] != kept[1] != kept[2] != kept[0]
+    assert kept[4] != kept[5]
     assert [len(k) for k in kept[:3]] == [len(kept[0])] * 3
     fractions = [outcome.selected_fraction for outcome in outcomes]
-    assert fractions == pytest.approx([0.5, 0.5, 0.5, 0.2], abs=0.1)  # rounded up
+    assert fractions == pytest.approx([0.5, 0.5, 0.5, 0.2, 0.5, 0.5], abs=0.1)  # rounded up
+
+
+def test_tokens_are_weighted_as_said(recipe: MAKES) -> None:
+    """The loss is that of the rewards, with each completion's first token at 1 + gamma."""
+    reward = {"name": "log_ratio"}
+    for weights in (None, {"name": "drift"}, {"name": "drift", "gamma": 3.0}):
+        gamma = 0.0 if weights is None else weights.get("gamma", 0.5)
+        outcome = first_update(trainer_of(recipe(reward=reward, **{"objective.weights": weights})))
+        record, expected = outcome.record, 0.0
+        for prompt in record.prompt_indices.unique():
+            own = record.prompt_indices == prompt
+            rewards, before = record.rewards[own].double(), 0.0
+            for r, p in zip(rewards, record.student_log_probs[own], strict=True):
+                weight = 1 + gamma * (1 - before / rewards.abs().sum().item())
+                before += abs(r.item())
+                expected -= weight * r.item() * p.item() / outcome.num_tokens
+        assert outcome.loss == pytest.approx(expected, rel=1e-4)
 
 
 def test_truncated_scores_are_over_what_sampling_keeps(recipe: MAKES) -> None:

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,14 +18,23 @@ from poweropd.data.batch import Batch, collate
 from poweropd.data.rollout import Example
 from poweropd.objectives import SELECTIONS
 from poweropd.objectives.sampled import Sampled
-from poweropd.objectives.selection import Dial, Random, Selected
+from poweropd.objectives.scoring import TokenScores
+from poweropd.objectives.selection import Dial, Random, Selected, Teachable
 from poweropd.training.trainer import Trainer
 
 MAKES = Callable[..., Config]
 
 
-def no_log_probs() -> Any:
-    raise AssertionError("random selection needs no log-probs")
+@dataclass
+class Known:
+    """Scores that are known; whatever is not given must not be asked for."""
+
+    log_probs: tuple[torch.Tensor, torch.Tensor] | None = None
+    compared: SimpleNamespace | None = None
+
+    def comparison(self, top_k: int) -> SimpleNamespace:
+        assert self.compared is not None
+        return self.compared
 
 
 def example(index: int, length: int) -> Example:
@@ -50,7 +61,7 @@ def test_the_highest_scores_of_each_completion_are_kept(
     generator = torch.Generator().manual_seed(seed)
     teacher, student = -torch.rand(2, sum(lengths), generator=generator)
     selection = Dial(keep, beta=1.0)
-    tokens = selection.choose(batch, lambda: (teacher, student))
+    tokens = selection.choose(batch, Known((teacher, student)))
     assert tokens.tolist() == sorted(set(tokens.tolist()))
     scores = (teacher.exp() - student.exp()).abs()
     for row, n in enumerate(lengths):
@@ -65,7 +76,7 @@ def test_the_highest_scores_of_each_completion_are_kept(
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_dial_scores(beta: float) -> None:
     t, p = torch.tensor([0.5, 0.9, 0.1]), torch.tensor([0.25, 0.3, 0.1])
-    scores = Dial(0.4, beta).scores(collate([]), lambda: (t.log(), p.log()))
+    scores = Dial(0.4, beta).scores(collate([]), Known((t.log(), p.log())))
     expected = (t.log() - p.log()).abs() ** (1 - beta) * (t - p).abs() ** beta
     torch.testing.assert_close(scores, expected)
 
@@ -74,7 +85,7 @@ def test_impossible_tokens_have_finite_scores() -> None:
     t = torch.tensor([-torch.inf, -torch.inf, -torch.inf, -1.0])
     p = torch.tensor([-torch.inf, -1.0, -1000.0, -1.0])
     for beta in (0.0, 0.5, 1.0):
-        scores = Dial(0.4, beta).scores(collate([]), lambda: (t, p))
+        scores = Dial(0.4, beta).scores(collate([]), Known((t, p)))
         assert scores.isfinite().all()
         assert scores[1] == scores.max()
         assert scores[0] == scores[3] == 0
@@ -84,10 +95,10 @@ def test_a_random_choice_belongs_to_the_completion() -> None:
     examples = [example(i, 10 + i) for i in range(6)]
     selection = Random(0.4)
     whole = collate(examples)
-    chosen = kept_by_completion(whole, selection.choose(whole, no_log_probs))
+    chosen = kept_by_completion(whole, selection.choose(whole, Known()))
     for order in ([5, 0, 3], [2], [4, 1]):
         batch = collate([examples[i] for i in order])
-        found = kept_by_completion(batch, selection.choose(batch, no_log_probs))
+        found = kept_by_completion(batch, selection.choose(batch, Known()))
         assert found == {row: chosen[i] for row, i in enumerate(order)}
     assert len({tuple(positions[:4]) for positions in chosen.values()}) > 1
 
@@ -97,13 +108,15 @@ def test_a_recipe_names_its_selection_and_the_parameters_of_that(recipe: MAKES, 
     config = recipe(**{"objective.select": {"name": name, "keep": 0.3}})
     objective = Trainer(config, progress=False).updater.objective
     assert isinstance(objective, Selected)
-    assert objective.selection == {"dial": Dial(0.3, 1.0), "random": Random(0.3)}[name]
+    expected = {"dial": Dial(0.3, 1.0), "random": Random(0.3), "teachable": Teachable(0.3, 16)}
+    assert objective.selection == expected[name]
 
 
 def test_an_empty_batch_keeps_nothing() -> None:
     empty = torch.empty(0)
-    for selection in (Dial(0.4, 1.0), Random(0.4)):
-        assert len(selection.choose(collate([]), lambda: (empty, empty))) == 0
+    known = Known((empty, empty), SimpleNamespace(forward_kl=empty, teacher_mass=empty))
+    for selection in (Dial(0.4, 1.0), Random(0.4), Teachable(0.4, 16)):
+        assert len(selection.choose(collate([]), known)) == 0
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -116,7 +129,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("select", ["dial", "random"])
+@pytest.mark.parametrize("select", SELECTIONS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_selected_update_does_not_depend_on_micro_batches(
     recipe: MAKES, variant: str, select: str
@@ -145,8 +158,8 @@ class Seeing:
     def __init__(self) -> None:
         self.seen: Any = None
 
-    def choose(self, batch: Batch, log_probs: Callable[[], Any]) -> torch.Tensor:
-        self.seen = log_probs()
+    def choose(self, batch: Batch, scores: TokenScores) -> torch.Tensor:
+        self.seen = scores.log_probs
         return torch.arange(len(batch.positions))
 
 

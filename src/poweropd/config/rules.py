@@ -14,11 +14,13 @@ def needs_local_teacher(
 
     It is None if the teacher's log-probs of the sampled tokens are enough, which servers give too.
     """
+    select = objective.select
     needs = {
         "objective.kind=full_vocab": objective.kind == "full_vocab",
         "objective.baseline=value": objective.baseline == "value",
         "objective.stop=semantic": objective.stop == "semantic",
         "rollout.score=truncated": rollout.truncates_scores,
+        "objective.select.name=teachable": select is not None and select.name == "teachable",
     }
     return next((setting for setting, holds in needs.items() if holds), None)
 
@@ -52,8 +54,8 @@ def conflicts(
             f"objective.top_k: {objective.top_k} needs objective.kind=full_vocab; to sample "
             "from the most probable ids set rollout.top_k"
         )
-    if select is not None and select.name == "random" and select.beta != 1.0:
-        yield "objective.select.beta: it belongs to dial, and random has none"
+    if select is not None:
+        yield from _of_selection(select)
     if truncated and objective.stop == "cross":
         yield (
             "rollout.score: truncated cannot go with objective.stop=cross, which scores the "
@@ -69,6 +71,14 @@ def conflicts(
     need = needs_local_teacher(objective, rollout)
     if need is not None:
         yield from _of_teacher(teacher, need)
+
+
+def _of_selection(select: sections.SelectConfig) -> Iterator[str]:
+    """Yields parameters that belong to another selection than the recipe's."""
+    for key, owner in {"beta": "dial", "top_k": "teachable"}.items():
+        default = type(select).model_fields[key].default
+        if select.name != owner and select.model_dump()[key] != default:
+            yield f"objective.select.{key}: it belongs to {owner}, and {select.name} has none"
 
 
 def _of_teacher(teacher: teachers.AnyTeacher, need: str) -> Iterator[str]:

@@ -106,11 +106,22 @@ class SelectConfig(Section):
     """Which of a completion's tokens are trained on."""
 
     name: Annotated[str, one_of(objectives.SELECTIONS)]
-    """Which tokens are kept: the most telling ones (dial), or any (random), its control."""
+    """Which tokens are kept: the most telling (dial) or learnable (teachable) ones, or random."""
     keep: PositiveFraction = 0.4
     """Fraction of each completion's tokens that is kept."""
     beta: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Exponent of |t - p| in the score of dial, where |ln t - ln p| has 1 - beta."""
+    top_k: PositiveInt = 16
+    """Number of the student's most probable ids on which teachable takes the teacher's mass."""
+
+
+class WeightsConfig(Section):
+    """How much each of a completion's tokens counts in the loss."""
+
+    name: Annotated[str, one_of(objectives.WEIGHTS)]
+    """Which tokens weigh more: those before the student drifts from the teacher (drift)."""
+    gamma: PositiveFloat = 0.5
+    """What the first token of a completion weighs above 1, the weight of the last."""
 
 
 class ObjectiveConfig(Section):
@@ -126,6 +137,8 @@ class ObjectiveConfig(Section):
     """What is taken from the reward of a sampled token; value is the context's expected reward."""
     select: SelectConfig | None = None
     """Selection of the tokens to train on; null is all."""
+    weights: WeightsConfig | None = None
+    """Weights of the tokens in the loss; null weighs all alike."""
 
 
 class TrainConfig(Section):

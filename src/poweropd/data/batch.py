@@ -83,6 +83,11 @@ class Batch:
         values: dict[str, Any] = vars(self)
         return replace(self, **{k: v.to(device) for k, v in values.items() if v is not None})
 
+    def by_completion(self, values: Tensor) -> tuple[Tensor, ...]:
+        """Returns the parts of [N] values that belong to each of the B completions."""
+        counts = self.completion_index.bincount(minlength=len(self.seeds))
+        return values.split(counts.tolist())
+
     def select(self, tokens: Tensor) -> "Batch":
         """Returns the same sequences with only the trained tokens of these indices, [k]."""
         values: dict[str, Any] = {k: v for k, v in vars(self).items() if v is not None}

@@ -12,4 +12,7 @@ OBJECTIVES = {
 SELECTIONS = {
     "dial": "poweropd.objectives.selection:Dial",
     "random": "poweropd.objectives.selection:Random",
+    "teachable": "poweropd.objectives.selection:Teachable",
 }
+#: Value of `objective.weights.name` -> the class of those token weights.
+WEIGHTS = {"drift": "poweropd.objectives.weights:Drift"}

@@ -42,12 +42,17 @@ class Objective(ABC):
 
     @abstractmethod
     def __call__(
-        self, hidden_states: Tensor, head: Head, batch: Batch, reward: Reward, token_weight: float
+        self,
+        hidden_states: Tensor,
+        head: Head,
+        batch: Batch,
+        reward: Reward,
+        token_weight: Tensor | float,
     ) -> tuple[Tensor, TokenRecord]:
         """Returns the loss of a micro-batch, and the record of its trained tokens.
 
-        `hidden_states` [N, H] and `head` are the student's. `token_weight` is a factor of every
-        token's loss, in which 1 / N of the whole step is.
+        `hidden_states` [N, H] and `head` are the student's. `token_weight`, one number or [N], is
+        a factor of each token's loss, in which 1 / N of the whole step is.
         """
 
     def num_tokens(self, lengths: Iterable[int]) -> int:
@@ -61,6 +66,13 @@ def teacher_of(
     """Returns what the kernels need of a teacher that has read the batch."""
     assert batch.teacher_hidden is not None, "the teacher has not read this batch"
     return TeacherHead(batch.teacher_hidden, head, batch.teacher.targets, reward, support)
+
+
+def factors(token_weight: Tensor | float, batch: Batch) -> Tensor:
+    """Returns the token weights of a batch, [N] float32, from one number or [N]."""
+    device = batch.task_reward.device
+    weights = torch.as_tensor(token_weight, dtype=torch.float32, device=device)
+    return weights.expand(len(batch.positions))
 
 
 def sampler_log_ratios(

@@ -30,7 +30,12 @@ class Compared(Objective):
     merged_ids: Tensor | None = None
 
     def __call__(
-        self, hidden_states: Tensor, head: Head, batch: Batch, reward: Reward, token_weight: float
+        self,
+        hidden_states: Tensor,
+        head: Head,
+        batch: Batch,
+        reward: Reward,
+        token_weight: Tensor | float,
     ) -> tuple[Tensor, ComparedTokens]:
         """Returns 0 and the record of a micro-batch's tokens; the rewards are the reward's."""
         teacher = None if self.teacher_head is None else teacher_of(batch, self.teacher_head)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from poweropd.data.batch import Batch
 from poweropd.kernels import Head, Support, full_vocab_loss, sampled_loss
-from poweropd.objectives.base import Objective, TokenRecord, teacher_of, token_record
+from poweropd.objectives.base import Objective, TokenRecord, factors, teacher_of, token_record
 from poweropd.rewards import Reward
 
 
@@ -24,17 +24,22 @@ class FullVocab(Objective):
     support: Support | None = None
 
     def __call__(
-        self, hidden_states: Tensor, head: Head, batch: Batch, reward: Reward, token_weight: float
+        self,
+        hidden_states: Tensor,
+        head: Head,
+        batch: Batch,
+        reward: Reward,
+        token_weight: Tensor | float,
     ) -> tuple[Tensor, TokenRecord]:
         """Returns the loss of a micro-batch, and the record of its trained tokens."""
-        targets = batch.student.targets
+        targets, token_weights = batch.student.targets, factors(token_weight, batch)
         teacher = teacher_of(batch, self.teacher_head, reward, self.support)
         loss, statistics = full_vocab_loss(
             hidden_states,
             head,
             targets,
             teacher,
-            token_weight,
+            token_weights,
             divergence=reward.divergence,
             top_k=self.top_k,
             merged_ids=self.merged_ids,
@@ -44,7 +49,7 @@ class FullVocab(Objective):
                 hidden_states,
                 head,
                 targets,
-                lambda _, tokens: token_weight * batch.task_reward[tokens],
+                lambda _, tokens: token_weights[tokens] * batch.task_reward[tokens],
                 # The student's log-probs are those over the support.
                 None if self.support is None else replace(teacher, reward=None),
                 merged_ids=self.merged_ids,

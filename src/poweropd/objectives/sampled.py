@@ -11,6 +11,7 @@ from poweropd.kernels import Head, PairStatistics, Support, sampled_loss
 from poweropd.objectives.base import (
     Objective,
     TokenRecord,
+    factors,
     sampler_log_ratios,
     teacher_of,
     token_record,
@@ -37,7 +38,12 @@ class Sampled(Objective):
     support: Support | None = None
 
     def __call__(
-        self, hidden_states: Tensor, head: Head, batch: Batch, reward: Reward, token_weight: float
+        self,
+        hidden_states: Tensor,
+        head: Head,
+        batch: Batch,
+        reward: Reward,
+        token_weight: Tensor | float,
     ) -> tuple[Tensor, TokenRecord]:
         """Returns the loss of a micro-batch, and the record of its trained tokens."""
         teacher, scored = None, batch.teacher_log_probs
@@ -48,6 +54,7 @@ class Sampled(Objective):
             assert scored is not None, "the examples have not been scored"
         rewards = torch.empty_like(batch.task_reward, dtype=torch.float32)
         weights = torch.ones_like(rewards)
+        token_weights = factors(token_weight, batch)
 
         def coefficient(chunk: PairStatistics, tokens: slice) -> Tensor:
             teacher_log_probs = chunk.teacher_log_probs if scored is None else scored[tokens]
@@ -55,7 +62,7 @@ class Sampled(Objective):
             if self.correction:
                 weights[tokens] = self._weights(batch, chunk, tokens)
             advantages = rewards[tokens] + batch.task_reward[tokens] - chunk.values
-            return token_weight * weights[tokens] * advantages
+            return token_weights[tokens] * weights[tokens] * advantages
 
         targets, merged_ids = batch.student.targets, self.merged_ids
         loss, statistics = sampled_loss(

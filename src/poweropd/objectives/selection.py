@@ -5,21 +5,23 @@ known before any forward.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from poweropd.data.batch import Batch
-from poweropd.kernels import Head, score_tokens
-from poweropd.objectives.base import Objective, TokenRecord, teacher_of
+from poweropd.errors import import_object
+from poweropd.kernels import Head
+from poweropd.objectives import SELECTIONS, WEIGHTS
+from poweropd.objectives.base import Objective, TokenRecord, factors
 from poweropd.objectives.full_vocab import FullVocab
 from poweropd.objectives.sampled import Sampled
+from poweropd.objectives.scoring import TokenScores
+from poweropd.objectives.weights import Drift
 from poweropd.rewards import Reward, log_ratio
-
-# () -> the teacher's and the student's log-probs of the targets, [N] each. It costs a head matmul.
-LogProbs = Callable[[], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Selection(ABC):
     keep: float
 
     @abstractmethod
-    def scores(self, batch: Batch, log_probs: LogProbs) -> Tensor:
+    def scores(self, batch: Batch, scores: TokenScores) -> Tensor:
         """Returns a score [N] of each token.
 
         Which scores are the highest must not depend on the other completions of the batch.
@@ -40,10 +42,9 @@ class Selection(ABC):
         # 0.07 * 100 is 7.000000000000001 in floating point, which is not meant to be 8.
         return torch.ceil(self.keep * lengths.double() - 1e-9).long()
 
-    def choose(self, batch: Batch, log_probs: LogProbs) -> Tensor:
+    def choose(self, batch: Batch, scores: TokenScores) -> Tensor:
         """Returns the indices of the kept tokens, increasing; of equal scores the earlier stays."""
-        scores = self.scores(batch, log_probs)
-        order = scores.argsort(descending=True, stable=True)
+        order = self.scores(batch, scores).argsort(descending=True, stable=True)
         owner, lengths = batch.completion_index, batch.completion_index.bincount()
         order = order[owner[order].argsort(stable=True)]  # by completion, then by score
         owner = owner[order]
@@ -57,9 +58,9 @@ class Dial(Selection):
 
     beta: float
 
-    def scores(self, batch: Batch, log_probs: LogProbs) -> Tensor:
+    def scores(self, batch: Batch, scores: TokenScores) -> Tensor:
         """Returns the scores [N]; an infinite log ratio counts as the largest number."""
-        teacher, student = log_probs()
+        teacher, student = scores.log_probs
         ratio = log_ratio(teacher, student).abs()
         ratio = ratio.clamp(max=torch.finfo(ratio.dtype).max)
         return ratio ** (1 - self.beta) * (teacher.exp() - student.exp()).abs() ** self.beta
@@ -69,48 +70,101 @@ class Dial(Selection):
 class Random(Selection):
     """Uniformly at random, the control of `Dial`; each completion's own seed decides."""
 
-    def scores(self, batch: Batch, log_probs: LogProbs) -> Tensor:
+    def scores(self, batch: Batch, scores: TokenScores) -> Tensor:
         """Returns uniform random scores [N], for which no log-probs are needed."""
-        lengths = batch.completion_index.bincount(minlength=len(batch.seeds)).tolist()
         drawn = [
-            torch.rand(n, generator=torch.Generator().manual_seed(seed))
-            for n, seed in zip(lengths, batch.seeds.tolist(), strict=True)
+            torch.rand(len(own), generator=torch.Generator().manual_seed(seed))
+            for own, seed in zip(
+                batch.by_completion(batch.positions), batch.seeds.tolist(), strict=True
+            )
         ]
         return torch.cat([torch.empty(0), *drawn]).to(batch.completion_index.device)
 
 
 @dataclass(frozen=True)
-class Selected(Objective):
-    """`objective` on the tokens that a selection keeps of each completion.
+class Teachable(Selection):
+    """KL(t || p), times the teacher's mass on the student's `top_k` ids (arXiv:2605.26844).
 
-    Scores are made of log-probs under the full softmax, for one more head matmul over all tokens;
-    the objective's own matmuls are over the kept tokens only.
+    So tokens stay in whose contexts the models disagree about ids that the student would sample.
+    Each factor is scaled to [0, 1] between its 5% and 95% quantiles within the completion.
+    """
+
+    top_k: int
+
+    def scores(self, batch: Batch, scores: TokenScores) -> Tensor:
+        """Returns the scores [N], for which both whole distributions are compared."""
+        found = scores.comparison(self.top_k)
+        divergence, mass = map(batch.by_completion, (found.forward_kl, found.teacher_mass))
+        parts = [
+            _between_quantiles(kl) * _between_quantiles(share)
+            for kl, share in zip(divergence, mass, strict=True)
+        ]
+        return torch.cat([found.forward_kl[:0], *parts])
+
+
+def _between_quantiles(values: Tensor) -> Tensor:
+    """Returns values [n], n >= 1, as the fraction of the way from their 5% to 95% quantile."""
+    low, high = values.quantile(values.new_tensor([0.05, 0.95]))
+    return ((values - low) / (high - low).clamp(min=torch.finfo(values.dtype).tiny)).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Selected(Objective):
+    """`objective` with the weights of each completion's tokens, on those that a selection keeps.
+
+    Weights and scores are made of all trained tokens under the full softmax, for further head
+    matmuls; the objective's own matmuls are over the kept tokens only.
     """
 
     objective: Sampled | FullVocab
-    selection: Selection
+    selection: Selection | None = None
+    weights: Drift | None = None
 
     def __call__(
-        self, hidden_states: Tensor, head: Head, batch: Batch, reward: Reward, token_weight: float
+        self,
+        hidden_states: Tensor,
+        head: Head,
+        batch: Batch,
+        reward: Reward,
+        token_weight: Tensor | float,
     ) -> tuple[Tensor, TokenRecord]:
         """Returns the loss of the kept tokens of a micro-batch, and their record."""
-
-        def log_probs() -> tuple[Tensor, Tensor]:
-            student = self._log_probs(hidden_states, head, batch.student.targets)
-            if batch.teacher_log_probs is not None:
-                return batch.teacher_log_probs, student
-            assert self.objective.teacher_head is not None, "the examples have not been scored"
-            teacher = teacher_of(batch, self.objective.teacher_head)
-            return self._log_probs(teacher.hidden, teacher.head, batch.teacher.targets), student
-
-        tokens = self.selection.choose(batch, log_probs)
+        own = self.objective
+        scores = TokenScores(hidden_states, head, batch, own.teacher_head, own.merged_ids)
+        token_weights = factors(token_weight, batch)
+        if self.weights is not None:
+            token_weights = token_weights * self.weights.of(batch, scores)
+        if self.selection is None:
+            return own(hidden_states, head, batch, reward, token_weights)
+        tokens = self.selection.choose(batch, scores)
         kept = hidden_states.index_select(0, tokens)
-        return self.objective(kept, head, batch.select(tokens), reward, token_weight)
+        return own(kept, head, batch.select(tokens), reward, token_weights[tokens])
 
     def num_tokens(self, lengths: Iterable[int]) -> int:
         """Returns how many tokens are kept, of completions with so many in their masks."""
+        if self.selection is None:
+            return super().num_tokens(lengths)
         return int(self.selection.counts(torch.tensor(list(lengths), dtype=torch.long)).sum())
 
-    def _log_probs(self, hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-        merged_ids = self.objective.merged_ids
-        return score_tokens(hidden, head, targets, merged_ids=merged_ids, entropy=False).log_probs
+
+def selected(
+    objective: Sampled | FullVocab,
+    select: Mapping[str, object] | None,
+    weights: Mapping[str, object] | None,
+) -> Objective:
+    """Returns an objective with the selection and the weights of a recipe, if it has any.
+
+    Both are given by their `name` in their table, and parameters, of which each takes its own.
+    """
+    if select is None and weights is None:
+        return objective
+    selection = _from_table("objective.select.name", SELECTIONS, select)
+    return Selected(objective, selection, _from_table("objective.weights.name", WEIGHTS, weights))
+
+
+def _from_table(key: str, table: Mapping[str, str], settings: Mapping[str, object] | None) -> Any:
+    """Returns the object that settings name, or None without any."""
+    if settings is None:
+        return None
+    kind = import_object(key, table[str(settings["name"])])
+    return kind(**{field.name: settings[field.name] for field in fields(kind)})

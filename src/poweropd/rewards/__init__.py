@@ -118,7 +118,8 @@ class Derived(Reward):
 class Trust(Derived):
     """A base reward where |ln t - ln p| <= bound, else 0: outliers train nothing.
 
-    (A selection of tokens, arXiv:2606.01249, whose number N stays that of all trained tokens.)
+    N stays the number of all trained tokens. (After TrOPD, arXiv:2606.01249, which draws whether a
+    token is trusted, with probability min(t / p, 1).)
     """
 
     bound: Number = positive_parameter(2.0)

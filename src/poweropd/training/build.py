@@ -31,9 +31,9 @@ from poweropd.errors import UsageError, import_object
 from poweropd.kernels import Support
 from poweropd.models import AUTO_DTYPE, attention, devices, fingerprints, loading, vocabulary
 from poweropd.models.language_model import Student, Teacher, dropout_rates
-from poweropd.objectives import OBJECTIVES, SELECTIONS
+from poweropd.objectives import OBJECTIVES
 from poweropd.objectives.base import Objective
-from poweropd.objectives.selection import Selected
+from poweropd.objectives.selection import selected
 from poweropd.rollouts import SCHEDULES, prefetch, staleness_problem
 from poweropd.rollouts.base import RolloutEngine, Sampling
 from poweropd.rollouts.factory import build_engine
@@ -309,7 +309,7 @@ def make_objective(
     config: Config, loaded: RunModels, stop_ids: Sequence[int], device: torch.device
 ) -> Objective:
     """Returns the objective of a recipe, with everything that stays the same over the run."""
-    section, rollout, select = config.objective, config.rollout, config.objective.select
+    section, rollout = config.objective, config.rollout
     support = Support(rollout.top_k, rollout.top_p, rollout.temperature)
     parts: dict[str, Any] = {
         "teacher_head": loaded.teacher.head() if config.needs_local_teacher else None,
@@ -323,11 +323,8 @@ def make_objective(
     }
     kind = import_object("objective.kind", OBJECTIVES[section.kind])
     objective = kind(**{field.name: parts[field.name] for field in fields(kind)})
-    if select is None:
-        return objective
-    selection = import_object("objective.select.name", SELECTIONS[select.name])
-    own = select.model_dump(include={field.name for field in fields(selection)})
-    return Selected(objective, selection(**own))
+    tree = section.model_dump()
+    return selected(objective, tree["select"], tree["weights"])
 
 
 def make_engine(
