@@ -340,7 +340,7 @@ def test_every_recipe_satisfies_the_schema(path: Path) -> None:
         ("train.steps=0", False),
         ("train.stesp=3", False),
         ("rollout.engine=mine", False),
-        ("rollout.staleness=2", False),
+        ("rollout.staleness=5", False),
         ("objective.stop=semantics", False),
         ("teacher={by: domain, math: {modle: x}}", False),
     ],

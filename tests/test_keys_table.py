@@ -17,6 +17,10 @@ TESTS = Path(__file__).parent
 
 BENCHMARKS = "graders::benchmarks_of_a_recipe_have_columns_graders_and_numbers_of_their_own"
 
+SCHEDULE = ("schedule", "start", "end", "steps")
+STEP_LENGTHS = "schedules::a_step_is_as_long_as_its_schedule_says"
+STEP_TEMPERATURES = "schedules::a_step_is_sampled_at_its_temperature"
+
 # Key -> the test that fails if the code ignores the key, as "file::function" without "test_".
 PROOFS = {
     "run.dir": "keys::a_run_is_kept_in_its_directory",
@@ -80,8 +84,8 @@ PROOFS = {
     "rollout.engine": (
         "rollouts_engines::the_engine_of_the_docs_trains_on_the_students_tokens_alone"
     ),
-    "rollout.max_new_tokens": "keys::so_many_prompts_and_completions_make_a_step",
-    "rollout.temperature": "keys::temperature_and_truncation_change_what_is_sampled",
+    **{f"rollout.max_new_tokens.{key}": STEP_LENGTHS for key in SCHEDULE},
+    **{f"rollout.temperature.{key}": STEP_TEMPERATURES for key in SCHEDULE},
     "rollout.top_p": "keys::temperature_and_truncation_change_what_is_sampled",
     "rollout.top_k": "keys::temperature_and_truncation_change_what_is_sampled",
     "rollout.per_prompt": "keys::so_many_prompts_and_completions_make_a_step",
@@ -103,8 +107,11 @@ PROOFS = {
     "rollout.server.api_key_env": "keys_engines::the_key_of_the_server_is_sent",
     "rollout.verify_every": "keys_engines::weights_are_compared_so_often",
     "rollout.staleness": (
-        "rollouts_engines::one_step_ahead_every_step_is_sampled_by_the_weights_before_the_last"
+        "rollouts_engines::ahead_every_step_is_sampled_by_weights_of_so_many_steps_before"
     ),
+    "rollout.off_policy.file": "off_policy::prompts_are_found_by_their_row_or_by_what_they_say",
+    "rollout.off_policy.share": "off_policy::which_completions_are_given_is_a_function_of_the_step",
+    "rollout.off_policy.weights": "off_policy::weights_are_in_the_gradient_and_in_the_metrics",
     "rollout.task_reward.name": "rollouts_engines::the_grader_is_a_task_reward",
     "rollout.task_reward.weight": "rollouts_engines::the_grader_is_a_task_reward",
     "rollout.task_reward.answer_column": "graders::any_grader_is_a_task_reward",

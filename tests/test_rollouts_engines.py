@@ -77,23 +77,28 @@ class Copied:
 AHEAD = {"rollout.engine": f"{__name__}:Copied", "rollout.staleness": 1, "train.steps": 6}
 
 
-def test_one_step_ahead_every_step_is_sampled_by_the_weights_before_the_last(
-    recipe: MAKES,
+@pytest.mark.parametrize("staleness", [1, 2, 4])
+def test_ahead_every_step_is_sampled_by_weights_of_so_many_steps_before(
+    recipe: MAKES, staleness: int
 ) -> None:
-    trainer = Trainer(recipe(**AHEAD), progress=False)
+    trainer = Trainer(recipe(**{**AHEAD, "rollout.staleness": staleness}), progress=False)
     engine = trainer.engine.engine
     after = [engine.mark()]
     for step in range(6):
         trainer.step(step)
         after.append(engine.mark())
-    # Step 0 has no choice; step s + 1 is sampled by what the sync of step s - 1 left.
-    assert engine.sampled_by == [after[0], *after[:5]]
+    # Step s is sampled by the weights after s - n steps; the first ones have no choice.
+    assert engine.sampled_by == [after[max(0, step - staleness)] for step in range(6)]
     assert len(set(after)) == 7
 
 
-def test_what_was_sampled_ahead_survives_an_interruption(recipe: MAKES, tmp_path: Path) -> None:
-    Trainer(recipe(**AHEAD), progress=False).train()
-    parts = recipe(**AHEAD, **{"run.dir": str(tmp_path / "parts")})
+@pytest.mark.parametrize("staleness", [1, 3])
+def test_what_was_sampled_ahead_survives_an_interruption(
+    recipe: MAKES, tmp_path: Path, staleness: int
+) -> None:
+    ahead = {**AHEAD, "rollout.staleness": staleness}
+    Trainer(recipe(**ahead), progress=False).train()
+    parts = recipe(**ahead, **{"run.dir": str(tmp_path / "parts")})
     for until in (1, 4, None):
         Trainer(parts, progress=False).train(until=until)
     assert metrics(tmp_path / "run") == metrics(tmp_path / "parts")

@@ -27,7 +27,7 @@ def load_recipe(path: Path, overrides: Sequence[str] | None) -> "Config":
 
 
 def check_paths(config: "Config") -> None:
-    """Raises UsageError for a model or prompts of a recipe that are a path where nothing is."""
+    """Raises UsageError for a model or data of a recipe that are a path where nothing is."""
     from poweropd.data import sources
     from poweropd.models import places
 
@@ -41,3 +41,5 @@ def check_paths(config: "Config") -> None:
         except UsageError as error:
             raise UsageError(f"{key}: {error}") from None
     sources.check_source("data.prompts", config.data.prompts)
+    if config.rollout.off_policy is not None:
+        sources.check_source("rollout.off_policy.file", config.rollout.off_policy.file)

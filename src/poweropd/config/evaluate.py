@@ -35,7 +35,7 @@ class DivergenceConfig(Section):
     limit: PositiveInt | None = None
     """Prompts, the first ones; null is all."""
     max_new_tokens: PositiveInt | None = None
-    """Tokens of the longest completion; null is rollout.max_new_tokens."""
+    """Tokens of the longest completion; null is rollout.max_new_tokens, the most of a schedule."""
     temperature: NonNegativeFloat = DivergenceSettings.temperature
     """Sampling temperature; the estimate by a served teacher needs 1."""
 

@@ -5,13 +5,22 @@ tables stand here, since rooms that import this one implement them.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, GetPydanticSchema, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetPydanticSchema,
+    Tag,
+    model_validator,
+)
 from pydantic_core import core_schema
 
 from poweropd.errors import shown
 from poweropd.models import AUTO_DTYPE, DTYPES
+from poweropd.rewards import SCHEDULES, Schedule
 
 #: Learning-rate schedule -> its name in transformers, whose plain "constant" ignores the warm-up.
 LEARNING_RATE_SCHEDULES = {
@@ -84,3 +93,52 @@ class Section(BaseModel):
                     name = shown(str(key))[1:-1]
                     raise ValueError(f"{name}: unknown key (known: {known})")
         return tree
+
+
+class ScheduleConfig(Section):
+    """A number that moves from `start` to `end` over the first `steps` optimizer steps."""
+
+    schedule: Annotated[str, one_of(SCHEDULES)]
+    """Its shape: a straight line, half a wave of the cosine, or always `start`."""
+    start: NonNegativeFloat
+    """Its value at the first step."""
+    end: NonNegativeFloat | None = None
+    """Its value after `steps` steps, which stays; a constant schedule has none."""
+    steps: PositiveInt = 1
+    """Optimizer steps in which it moves."""
+
+    @model_validator(mode="after")
+    def _valid(self) -> Self:
+        if self.schedule != "constant" and self.end is None:
+            raise ValueError(f"end: a {self.schedule} schedule needs it")
+        if self.schedule == "constant" and self.end is not None:
+            raise ValueError("end: a constant schedule has none")
+        return self
+
+    def resolved(self) -> Schedule:
+        """Returns the schedule as rewards have it."""
+        return Schedule(self.schedule, self.start, self.end, self.steps)
+
+
+def number_at(number: float | ScheduleConfig, step: int) -> float:
+    """Returns the value at optimizer step `step`, counted from 0, of what may be a schedule."""
+    return number.resolved().at(step) if isinstance(number, ScheduleConfig) else number
+
+
+def ends_of(number: float | ScheduleConfig) -> tuple[float, ...]:
+    """Returns the values between which a number moves; the number itself if it is no schedule."""
+    return number.resolved().ends() if isinstance(number, ScheduleConfig) else (number,)
+
+
+def _how_given(number: object) -> str:
+    return "(schedule)" if isinstance(number, Mapping | ScheduleConfig) else "(number)"
+
+
+ScheduledTokens = Annotated[
+    Annotated[PositiveInt, Tag("(number)")] | Annotated[ScheduleConfig, Tag("(schedule)")],
+    Discriminator(_how_given),
+]
+ScheduledNumber = Annotated[
+    Annotated[NonNegativeFloat, Tag("(number)")] | Annotated[ScheduleConfig, Tag("(schedule)")],
+    Discriminator(_how_given),
+]

@@ -10,14 +10,18 @@ from pydantic import ConfigDict, Field, model_validator
 from poweropd import net, rollouts
 from poweropd.config.benchmarks import check_grader
 from poweropd.config.fields import (
+    Address,
     MayChange,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveFraction,
     PositiveInt,
     Private,
+    ScheduledNumber,
+    ScheduledTokens,
     Section,
+    ends_of,
+    number_at,
     one_of,
 )
 from poweropd.grading.graders import ALIASES, GRADERS
@@ -73,15 +77,26 @@ class TaskRewardConfig(Section):
         return self
 
 
+class OffPolicyConfig(Section):
+    """Completions from a file, in place of some that the student would sample."""
+
+    file: Annotated[str, Address]
+    """File with a completion in each row: of the teacher, say, or of an earlier student."""
+    share: PositiveFraction
+    """Share of all completions that are taken from the file."""
+    weights: Literal["truncated", "none"] = "truncated"
+    """Importance weights of their tokens: min(p_student / p_sampler, 2), or none, with a bias."""
+
+
 class RolloutConfig(Section):
     """How the student samples completions."""
 
     engine: Annotated[str, one_of(rollouts.ENGINES, custom=True)] = "transformers"
     """What samples; a function of yours makes another engine."""
-    max_new_tokens: PositiveInt = 1024
-    """Tokens of the longest completion."""
-    temperature: NonNegativeFloat = 1.0
-    """Sampling temperature; 0 is greedy."""
+    max_new_tokens: ScheduledTokens = 1024
+    """Tokens of the longest completion; a schedule over the optimizer steps is rounded."""
+    temperature: ScheduledNumber = 1.0
+    """Sampling temperature, or a schedule of it; 0 is greedy."""
     top_p: PositiveFraction = 1.0
     """Probability mass of the most probable tokens that sampling keeps; 1 keeps all tokens."""
     top_k: NonNegativeInt = 0
@@ -104,8 +119,36 @@ class RolloutConfig(Section):
     """Syncs between two comparisons of a vLLM engine's weights with the student's."""
     staleness: Annotated[int, one_of(rollouts.SCHEDULES)] = 0
     """Optimizer steps by which the weights that sample lag behind those that are trained."""
+    off_policy: OffPolicyConfig | None = None
+    """Completions from a file, mixed in; null is none."""
     task_reward: TaskRewardConfig | None = None
     """The outcome reward of completions; null is none."""
+
+    @model_validator(mode="after")
+    def _valid(self) -> Self:
+        ends = zip(("start", "end"), ends_of(self.max_new_tokens), strict=False)
+        for key, tokens in ends:
+            if tokens < 1:
+                raise ValueError(f"max_new_tokens.{key}: expected at least 1, got {tokens:g}")
+        return self
+
+    def max_new_tokens_at(self, step: int) -> int:
+        """Returns the tokens of the longest completion of optimizer step `step`, from 0."""
+        return round(number_at(self.max_new_tokens, step))
+
+    def temperature_at(self, step: int) -> float:
+        """Returns the sampling temperature of optimizer step `step`, from 0."""
+        return number_at(self.temperature, step)
+
+    @property
+    def longest(self) -> int:
+        """Returns the tokens of the longest completion of any step."""
+        return round(max(ends_of(self.max_new_tokens)))
+
+    @property
+    def weights_off_policy(self) -> bool:
+        """Returns whether completions of a file are weighted, where tokens are sampled."""
+        return self.off_policy is not None and self.off_policy.weights == "truncated"
 
     @property
     def truncates_scores(self) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from poweropd.config import rollouts, sections, teachers
+from poweropd.config.fields import ScheduleConfig
 from poweropd.rewards import Reward
 from poweropd.rollouts import staleness_problem
 
@@ -49,6 +50,11 @@ def conflicts(
                 "rollout.correction: truncated needs objective.kind=sampled; full_vocab does not "
                 "depend on how a token was sampled"
             )
+        if rollout.off_policy is not None and rollout.task_reward is not None:
+            yield (
+                "rollout.task_reward: beside rollout.off_policy it needs objective.kind=sampled, "
+                "since full_vocab has no weights for the tokens that it rewards"
+            )
     elif objective.top_k is not None:
         yield (
             f"objective.top_k: {objective.top_k} needs objective.kind=full_vocab; to sample "
@@ -61,7 +67,12 @@ def conflicts(
             "rollout.score: truncated cannot go with objective.stop=cross, which scores the "
             "teacher on an id that may be outside the student's support"
         )
-    if truncated and rollout.temperature == 0:
+    if truncated and isinstance(rollout.temperature, ScheduleConfig):
+        yield (
+            "rollout.temperature: a schedule needs rollout.score=full, for the support of "
+            "truncated is that of one temperature"
+        )
+    elif truncated and rollout.temperature == 0:
         yield (
             "rollout.score: truncated needs rollout.temperature > 0, for the support of "
             "greedy sampling is a single id"

@@ -75,6 +75,7 @@ class Batch:
     keys: Tensor  # [B, 2] prompt_index and sample_index of each completion
     teacher_entropy: Tensor  # [N] float32, NaN where it is not known
     teacher_top1: Tensor  # [N] float32, NaN where it is not known
+    off_policy: Tensor  # [N] bool, whether the token's completion comes from a file
     sampling_log_probs: Tensor | None = None  # [N] float32, see `Example.sampling_log_probs`
     teacher_hidden: Tensor | None = None  # [N, H], if the objective needs it
 
@@ -116,6 +117,7 @@ def collate(examples: Sequence[Example], flat: bool = False, teacher_flat: bool 
         keys=torch.tensor([e.rollout.key for e in examples]),
         teacher_entropy=_or_nan([e.teacher_entropy for e in examples], counts),
         teacher_top1=_or_nan([e.teacher_top1 for e in examples], counts),
+        off_policy=torch.tensor([e.rollout.off_policy for e in examples]).repeat_interleave(counts),
         sampling_log_probs=_concatenated([e.sampling_log_probs for e in examples]),
     )
 
@@ -167,6 +169,7 @@ def _empty_batch() -> Batch:
         keys=none.view(0, 2),
         teacher_entropy=zeros,
         teacher_top1=zeros,
+        off_policy=none.bool(),
         sampling_log_probs=zeros,
     )
 

@@ -62,6 +62,7 @@ class Rollout:
     sampling_log_probs: list[float]
     stopped: bool  # whether it ended with a stop token, which is then the last id
     completion_mask: list[bool] | None = None
+    off_policy: bool = False  # whether it comes from a file, and no engine sampled it
 
     @property
     def key(self) -> tuple[int, int]:
@@ -111,11 +112,12 @@ class Example:
     def sampling_log_probs(self) -> Tensor | None:
         """Returns the sampler's log-probs of the trained tokens, [n] float32.
 
-        They are NaN where the student is scored on another token than the sampled one; None stands
-        for an engine that gave none.
+        They are NaN where the student is scored on another token than the sampled one, and for a
+        completion of a file without any; None stands for an engine that gave none.
         """
         if not self.rollout.sampling_log_probs:
-            return None
+            unknown = torch.full((self.num_tokens,), torch.nan)
+            return unknown if self.rollout.off_policy else None
         log_probs = torch.tensor(self.rollout.sampling_log_probs)[self.positions]
         sampled = torch.tensor(self.rollout.completion_ids)[self.positions]
         return log_probs.where(sampled == self.student_targets, torch.nan)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from poweropd.data.off_policy import OffPolicy
 from poweropd.data.prompts import Prompt
 from poweropd.models import loading, places
 
@@ -45,6 +46,19 @@ def of_prompts(prompts: Sequence[Prompt]) -> str:
             array("q", prompt.prompt_ids).tobytes(),
             array("q", prompt.teacher_prompt_ids).tobytes(),
             prompt.domain.encode(),
+        )
+    )
+
+
+def of_completions(completions: OffPolicy) -> str:
+    """Returns a fingerprint of a file's completions by their prompts, with their log-probs."""
+    return _hash_of(
+        part
+        for index, found in sorted(completions.completions.items())
+        for one in found
+        for part in (
+            array("q", [index, *one.ids]).tobytes(),
+            array("d", one.log_probs).tobytes(),
         )
     )
 

@@ -28,12 +28,14 @@ class Sampled(Objective):
 
     That is arXiv:2606.17199 if the importance weights w are 1, and the bonus and the baseline's
     values V are 0. The teacher's log-probs come with the batch or, with a `teacher_head`, from its
-    hidden states; `baseline`, `merged_ids` and `support` need the latter.
+    hidden states; `baseline`, `merged_ids` and `support` need the latter. `correction` weights
+    every token, `off_policy` those of completions from a file.
     """
 
     teacher_head: Head | None = None
     baseline: bool = False
     correction: bool = False
+    off_policy: bool = False
     merged_ids: Tensor | None = None
     support: Support | None = None
 
@@ -59,7 +61,7 @@ class Sampled(Objective):
         def coefficient(chunk: PairStatistics, tokens: slice) -> Tensor:
             teacher_log_probs = chunk.teacher_log_probs if scored is None else scored[tokens]
             rewards[tokens] = reward(teacher_log_probs, chunk.log_probs)
-            if self.correction:
+            if self.correction or self.off_policy:
                 weights[tokens] = self._weights(batch, chunk, tokens)
             advantages = rewards[tokens] + batch.task_reward[tokens] - chunk.values
             return token_weights[tokens] * weights[tokens] * advantages
@@ -75,9 +77,11 @@ class Sampled(Objective):
     def _weights(self, batch: Batch, chunk: PairStatistics, tokens: slice) -> Tensor:
         """Returns min(p_student / p_sampler, MAX_IMPORTANCE_WEIGHT), 1 if that is not known."""
         if batch.sampling_log_probs is None:
+            key = "rollout.correction" if self.correction else "rollout.off_policy.weights"
             raise UsageError(
-                "rollout.correction: truncated needs the sampler's log-probs, and the engine gave "
-                "none with its completions: set rollout.correction=none"
+                f"{key}: truncated needs the sampler's log-probs, and the engine gave none with "
+                f"its completions: set {key}=none"
             )
         ratios = sampler_log_ratios(batch, chunk, self.merged_ids, tokens)
-        return ratios.exp().clamp(max=MAX_IMPORTANCE_WEIGHT).nan_to_num(nan=1.0)
+        weights = ratios.exp().clamp(max=MAX_IMPORTANCE_WEIGHT).nan_to_num(nan=1.0)
+        return weights if self.correction else weights.where(batch.off_policy[tokens], 1.0)

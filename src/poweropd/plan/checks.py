@@ -223,7 +223,7 @@ def filter_prompts(
 ) -> tuple[list[data_prompts.Prompt], str]:
     """Returns the prompts that fit both contexts, and how many do not."""
     own, other = (model.geometry.context or loading.UNLIMITED for model in models.values())
-    new = config.rollout.max_new_tokens
+    new = config.rollout.longest
     kept = [prompt for prompt in prompts if data_prompts.fits(prompt, own, other, new)]
     return kept, data_prompts.filter_notice(len(kept), len(prompts))
 
@@ -235,7 +235,7 @@ def check_context(
 ) -> PlanCheck:
     """Checks that prompts and completions fit; without prompts, says how long they may be."""
     own, other = (model.geometry.context or loading.UNLIMITED for model in models.values())
-    new, context = config.rollout.max_new_tokens, min(own, other)
+    new, context = config.rollout.longest, min(own, other)
     if new >= context:
         detail = f"rollout.max_new_tokens={new} leaves no room for a prompt in {context}"
         return PlanCheck("context", "failed", detail)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Literal
 
 from poweropd.config import Config
@@ -39,12 +40,17 @@ class Workload:
 
     @classmethod
     def of(cls, config: Config, prompt: float, completion: float | None) -> "Workload":
-        """Returns the workload of a recipe; completions of unknown length have the longest."""
-        longest = config.rollout.max_new_tokens
+        """Returns the workload of a recipe; completions of unknown length are as long as may be.
+
+        That is the mean over the steps if a schedule moves it.
+        """
+        rollout, steps = config.rollout, range(config.train.steps)
+        longest = rollout.longest
+        completion = completion or fmean(map(rollout.max_new_tokens_at, steps))
         return cls(
             completions=config.train.prompts_per_step * config.rollout.per_prompt,
             prompt=round(prompt),
-            completion=round(min(completion or longest, longest)),
+            completion=round(min(completion, longest)),
             longest=longest,
         )
 

@@ -30,7 +30,7 @@ ENGINES = {
 #: Value of `rollout.staleness` -> when a step's completions are sampled, as "module:class".
 SCHEDULES = {
     0: "poweropd.rollouts.prefetch:OnTime",
-    1: "poweropd.rollouts.prefetch:Ahead",
+    **dict.fromkeys(range(1, 5), "poweropd.rollouts.prefetch:Ahead"),
 }
 
 

@@ -1,5 +1,6 @@
-"""Builds the rollout engine of a recipe, `rollout.engine`, around the run's student."""
+"""Builds the rollout engine of a recipe, around the run's student, and says when it samples."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 from accelerate import Accelerator
@@ -11,10 +12,13 @@ from poweropd.data.rollout import Example, Request, Rollout, make_example
 from poweropd.errors import UsageError, import_object
 from poweropd.models import devices, loading
 from poweropd.models.language_model import Student
-from poweropd.rollouts import ENGINES
+from poweropd.rollouts import ENGINES, SCHEDULES, prefetch, staleness_problem
 from poweropd.rollouts.base import RolloutEngine, Sampling
 from poweropd.rollouts.guards import TOLERANCES, CheckedEngine, VerifiedEngine
+from poweropd.rollouts.prefetch import OnTime
 from poweropd.rollouts.renumbered import RenumberedEngine
+
+logger = logging.getLogger("poweropd")
 
 PROBES, PROBE_TOKENS = 4, 16  # what a verification samples
 
@@ -38,7 +42,7 @@ def build_engine(
     if facts is None:
         engine = user_engine(name, student, config, tokenizer)
     else:
-        longest = max(len(prompt.prompt_ids) for prompt in prompts) + config.rollout.max_new_tokens
+        longest = max(len(prompt.prompt_ids) for prompt in prompts) + config.rollout.longest
         if config.evaluate is not None and config.evaluate.has_other_prompts:  # of any length
             longest = context
         room = longest if longest < loading.UNLIMITED else None
@@ -58,7 +62,7 @@ def build_engine(
 
     shortest = sorted(prompts, key=lambda p: len(p.prompt_ids))[:PROBES]
     probes = [Request(prompt, number, 0, seed=number) for number, prompt in enumerate(shortest)]
-    tokens = min(PROBE_TOKENS, config.rollout.max_new_tokens)
+    tokens = min(PROBE_TOKENS, config.rollout.longest)
     return VerifiedEngine(
         engine,
         (probes, Sampling(max_new_tokens=tokens, stop_ids=())),
@@ -66,6 +70,25 @@ def build_engine(
         every=config.rollout.verify_every,
         tolerance=TOLERANCES[devices.name_of(student.compute_dtype)],
     )
+
+
+def build_schedule(config: Config, engine: RolloutEngine, sample: prefetch.Sample) -> OnTime:
+    """Builds what says when the completions of a step are sampled, by the recipe's staleness.
+
+    Raises UsageError for a user's own engine that cannot sample beside an update.
+    """
+    staleness = config.rollout.staleness
+    problem = staleness_problem(staleness, config.rollout.engine, engine.concurrent)
+    if problem is not None:  # the recipe's rules know the other engines
+        raise UsageError(problem)
+    if staleness and config.rollout.correction == "none":
+        logger.warning(
+            "rollout.staleness: %d trains on completions of the student so many steps ago; "
+            "rollout.correction=truncated weights them as its own",
+            staleness,
+        )
+    schedule: type[OnTime] = import_object("rollout.staleness", SCHEDULES[staleness])
+    return schedule(sample, config.train.steps, staleness)
 
 
 def user_engine(

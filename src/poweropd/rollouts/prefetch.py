@@ -1,8 +1,9 @@
-"""Rollout schedules: a step's completions are sampled on time, or one step ahead of the update.
+"""Rollout schedules: a step's completions are sampled on time, or steps ahead of the update.
 
-Ahead, the completions of step s + 1 are sampled while step s is trained, so always by the weights
-that the sync of step s - 1 left in the engine: which weights sample what is a function of the step
-alone. What is sampled and not yet trained on belongs into the checkpoint.
+With a staleness of n, the completions of step s are sampled by the weights after s - n optimizer
+steps, and those of the first n + 1 steps by the weights at the start: while step s is trained, the
+engine samples step s + n. It is done before its weights change, so which weights sample what is a
+function of the step alone. What is sampled and not yet trained on belongs into the checkpoint.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from poweropd.data.rollout import Request, Rollout
+from poweropd.errors import RunError
 
 Sample = Callable[[int], Iterator[Rollout]]
 Row = dict[str, Any]
@@ -18,18 +20,21 @@ Row = dict[str, Any]
 class OnTime:
     """Staleness 0: a step's completions are sampled when the step begins."""
 
-    def __init__(self, sample: Sample, steps: int) -> None:
-        self.sample, self.steps = sample, steps
+    def __init__(self, sample: Sample, steps: int, staleness: int = 0) -> None:
+        self.sample, self.steps, self.staleness = sample, steps, staleness
 
     def take(self, step: int) -> Iterable[Rollout]:
         """Returns this process's completions of a step, counted from 0."""
         return self.sample(step)
 
     def begin(self, step: int) -> None:
-        """Starts to sample `step` if that is done ahead: only training follows until `finish`."""
+        """Starts to sample what is sampled while `step` is trained, until `finish`."""
 
     def finish(self) -> None:
-        """Returns once nothing is being sampled, so that the engine's weights may change."""
+        """Returns once nothing is being sampled, so that the engine's weights may change.
+
+        Raises RunError if that failed; what was sampled before is kept.
+        """
 
     def put_back(self) -> None:
         """Keeps the step taken last, which was not trained on and will be taken again."""
@@ -38,59 +43,85 @@ class OnTime:
         """Returns what is sampled and not taken, as JSON."""
         return []
 
-    def restore(self, rows: Sequence[Mapping[str, Any]], requests: Sequence[Request]) -> None:
-        """Takes over what was `pending` at a checkpoint and answers one of these requests."""
+    def restore(
+        self, rows: Sequence[Mapping[str, Any]], requests: Callable[[int], Sequence[Request]]
+    ) -> None:
+        """Takes over what was `pending` at a checkpoint.
+
+        `requests` returns this process's requests of a step.
+        """
 
 
 class Ahead(OnTime):
-    """Staleness 1: a thread samples the next of `steps` steps while one is trained."""
+    """Staleness n >= 1: a thread samples the n-th next of `steps` steps while one is trained."""
 
-    def __init__(self, sample: Sample, steps: int) -> None:
-        super().__init__(sample, steps)
-        self.ready: list[Rollout] = []
-        self.taken: list[Rollout] = []
+    def __init__(self, sample: Sample, steps: int, staleness: int = 1) -> None:
+        super().__init__(sample, steps, staleness)
+        self.ready: dict[int, list[Rollout]] = {}  # by step
+        self.taken: dict[int, list[Rollout]] = {}  # the step that is trained
         self._thread = ThreadPoolExecutor(1, "rollouts")
-        self._running: Future[list[Rollout]] | None = None
+        self._running: dict[int, Future[list[Rollout]]] = {}  # by step
 
     def take(self, step: int) -> Iterable[Rollout]:
-        self.taken, self.ready = self.ready, []
-        return self.taken or self.sample(step)  # nothing is ready at the first step
+        self.taken = {step: self.ready.pop(step)} if step in self.ready else {}
+        # Nothing is ready at the first step.
+        return self.taken[step] if self.taken else self.sample(step)
 
     def begin(self, step: int) -> None:
-        if step < self.steps:
-            self._running = self._thread.submit(lambda: list(self.sample(step)))
+        ahead = range(step + 1, min(step + self.staleness + 1, self.steps))
+        for other in (other for other in ahead if other not in self.ready):
+            self._running[other] = self._thread.submit(self._sampled, other)
+
+    def _sampled(self, step: int) -> list[Rollout]:
+        return list(self.sample(step))
 
     def finish(self) -> None:
-        if self._running is not None:
-            self.taken = []  # they are trained on
-            self.ready, self._running = self._running.result(), None
+        running, self._running, self.taken = self._running, {}, {}  # that step is trained on
+        failures = []
+        for step, future in running.items():
+            try:
+                self.ready[step] = future.result()
+            except RunError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     def put_back(self) -> None:
-        self.ready = self.taken
+        self.ready |= self.taken
 
     def pending(self) -> list[Row]:
         return [
             {
+                "step": step,
                 "prompt_index": rollout.request.prompt_index,
                 "sample_index": rollout.request.sample_index,
                 "completion_ids": rollout.completion_ids,
                 "sampling_log_probs": rollout.sampling_log_probs,
                 "stopped": rollout.stopped,
                 "completion_mask": rollout.completion_mask,
+                "off_policy": rollout.off_policy,
             }
-            for rollout in self.ready
+            for step, rollouts in self.ready.items()
+            for rollout in rollouts
         ]
 
-    def restore(self, rows: Sequence[Mapping[str, Any]], requests: Sequence[Request]) -> None:
-        asked = {request.key: request for request in requests}
-        self.ready = [
-            Rollout(
-                asked[key],
-                row["completion_ids"],
-                row["sampling_log_probs"],
-                row["stopped"],
-                row["completion_mask"],
-            )
-            for row in rows
-            if (key := (row["prompt_index"], row["sample_index"])) in asked
-        ]
+    def restore(
+        self, rows: Sequence[Mapping[str, Any]], requests: Callable[[int], Sequence[Request]]
+    ) -> None:
+        for step in sorted({row["step"] for row in rows}):
+            asked = {request.key: request for request in requests(step)}
+            found = [
+                Rollout(
+                    asked[key],
+                    row["completion_ids"],
+                    row["sampling_log_probs"],
+                    row["stopped"],
+                    row["completion_mask"],
+                    row.get("off_policy", False),
+                )
+                for row in rows
+                if row["step"] == step
+                and (key := (row["prompt_index"], row["sample_index"])) in asked
+            ]
+            if len(found) == len(asked):  # the engine of another process may have failed
+                self.ready[step] = found

@@ -131,6 +131,10 @@ OF_STEPS = (
     Metric("task_reward/mean", "mean task reward"),
     Metric("sampler/mean_abs_difference", "mean |ln p - ln sampler's p|", "nats"),
     Metric("sampler/effective_sample_size", "effective sample size", "share of the tokens"),
+    Metric("rollout/max_new_tokens", "tokens that a completion may have", curve="zero"),
+    Metric("rollout/temperature", "sampling temperature", curve="zero"),
+    Metric("off_policy/share", "completions that come from a file", "share"),
+    Metric("off_policy/mean_weight", "mean importance weight of a file's tokens"),
     Metric("learning_rate", "learning rate"),
     Metric("mfu", "model FLOPs utilisation", "share", curve="linear"),
     Metric(

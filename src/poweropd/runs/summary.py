@@ -141,7 +141,7 @@ def _beside_teacher(config: Config) -> dict[str, object]:
         "problem": places.pop("column", None),
         **places,
         "limit": PROMPTS,
-        "max-new-tokens": config.rollout.max_new_tokens,
+        "max-new-tokens": config.rollout.longest,
     }
 
 

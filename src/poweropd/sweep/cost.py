@@ -39,7 +39,7 @@ class RunCost:
     @property
     def longest(self) -> int:
         """Returns the tokens of the longest completion."""
-        return self.training.config.rollout.max_new_tokens
+        return self.training.config.rollout.longest
 
 
 def run_cost(training: Training, hub: Hub) -> RunCost:

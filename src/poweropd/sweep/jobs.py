@@ -133,5 +133,5 @@ Job = Training | ShippedModel
 
 def solving(config: Config) -> EvaluationSettings:
     """Returns how measurements sample: one completion a problem, from the whole vocabulary."""
-    length = config.rollout.max_new_tokens
+    length = config.rollout.longest
     return EvaluationSettings(n=1, max_new_tokens=length, top_p=1.0, top_k=0)

@@ -14,6 +14,7 @@ from poweropd import stops
 from poweropd.config import Config
 from poweropd.config.sections import LORA_RATE
 from poweropd.data import preview
+from poweropd.data.off_policy import AllowedTokens, OffPolicy, load_off_policy
 from poweropd.data.prompts import (
     Prompt,
     PromptOrder,
@@ -34,9 +35,9 @@ from poweropd.models.language_model import Student, Teacher, dropout_rates
 from poweropd.objectives import OBJECTIVES
 from poweropd.objectives.base import Objective
 from poweropd.objectives.selection import selected
-from poweropd.rollouts import SCHEDULES, prefetch, staleness_problem
 from poweropd.rollouts.base import RolloutEngine, Sampling
 from poweropd.rollouts.factory import build_engine
+from poweropd.rollouts.requests import StepRequests
 from poweropd.runs.directory import RunDirectory
 from poweropd.teachers.base import TeacherScorer, Unscored
 from poweropd.teachers.factory import (
@@ -69,6 +70,7 @@ class RunInputs:
     student_context: int  # tokens
     unshared: frozenset[int]  # ids that are not the same token to all models
     holdout: list[Prompt] = field(default_factory=list)  # kept out of training
+    off_policy: OffPolicy | None = None  # completions that are not sampled
 
     @classmethod
     def load(cls, config: Config, notify: bool = True) -> "RunInputs":
@@ -88,7 +90,7 @@ class RunInputs:
         stop_ids = found_stops
         for name, teacher in teachers.items():
             own = [prompt for prompt in prompts if prompt.domain == name]
-            check_lengths(own, context, teacher.context, config.rollout.max_new_tokens)
+            check_lengths(own, context, teacher.context, config.rollout.longest)
             section = config.teachers[name]
             teacher_config = (
                 None
@@ -112,6 +114,10 @@ class RunInputs:
             logger.info("%s", epochs_notice(config.train, len(trained)))
         order = PromptOrder(len(trained), config.train.seed, config.data.shuffle)
         inputs = cls(tokenizer, trained, order, stop_ids, teachers, context, unshared, held)
+        if config.rollout.off_policy is not None:
+            size = min(len(tokenizer), vocab_size or len(tokenizer))
+            tokens = AllowedTokens(tokenizer, size, inputs.stop_ids, unshared)
+            inputs = replace(inputs, off_policy=load_off_policy(config, trained, tokens))
         if notify:
             inputs.show_first_prompt(config)
         return inputs
@@ -174,7 +180,7 @@ def _filtered(
     notify: bool,
 ) -> list[Prompt]:
     """Returns the prompts that fit the contexts, `context` of the student and their teacher's."""
-    new = config.rollout.max_new_tokens
+    new = config.rollout.longest
     kept = [
         prompt for prompt in prompts if fits(prompt, context, teachers[prompt.domain].context, new)
     ]
@@ -200,6 +206,8 @@ def input_fingerprints(
         found["the held-out prompts of data.prompts"] = fingerprints.of_prompts(inputs.holdout)
     if judged:
         found[PROMPTS_KEY] = fingerprints.of_prompts(judged)
+    if inputs.off_policy is not None:
+        found["rollout.off_policy.file"] = fingerprints.of_completions(inputs.off_policy)
     if inputs.unshared:
         found["the tokens that student and teacher share"] = fingerprints.of_ids(inputs.unshared)
     for name, section in config.teachers.items():
@@ -310,11 +318,12 @@ def make_objective(
 ) -> Objective:
     """Returns the objective of a recipe, with everything that stays the same over the run."""
     section, rollout = config.objective, config.rollout
-    support = Support(rollout.top_k, rollout.top_p, rollout.temperature)
+    support = Support(rollout.top_k, rollout.top_p, rollout.temperature_at(0))
     parts: dict[str, Any] = {
         "teacher_head": loaded.teacher.head() if config.needs_local_teacher else None,
         "baseline": section.baseline == "value",
         "correction": rollout.correction == "truncated",
+        "off_policy": rollout.weights_off_policy,
         "top_k": section.top_k,
         "merged_ids": (
             torch.tensor(stop_ids, device=device) if section.stop == "semantic" else None
@@ -341,31 +350,20 @@ def make_engine(
 
 
 def make_sampling(config: Config, inputs: RunInputs) -> Sampling:
-    """Returns how training samples: the recipe's settings and the stop ids of all models."""
+    """Returns how the first step samples: the recipe's settings and the stop ids of all models."""
     return Sampling(
-        max_new_tokens=config.rollout.max_new_tokens,
+        max_new_tokens=config.rollout.max_new_tokens_at(0),
         stop_ids=inputs.stop_ids,
-        temperature=config.rollout.temperature,
+        temperature=config.rollout.temperature_at(0),
         top_p=config.rollout.top_p,
         top_k=config.rollout.top_k,
     )
 
 
-def make_schedule(
-    config: Config, engine: RolloutEngine, sample: prefetch.Sample
-) -> prefetch.OnTime:
-    """Returns when the completions of a step are sampled, by the recipe's staleness."""
-    staleness = config.rollout.staleness
-    problem = staleness_problem(staleness, config.rollout.engine, engine.concurrent)
-    if problem is not None:  # of a user's own engine; the recipe's rules know the others
-        raise UsageError(problem)
-    if staleness and config.rollout.correction == "none":
-        logger.warning(
-            "rollout.staleness: 1 trains on completions of the student one step ago; "
-            "rollout.correction=truncated weights them as its own"
-        )
-    schedule: type[prefetch.OnTime] = import_object("rollout.staleness", SCHEDULES[staleness])
-    return schedule(sample, config.train.steps)
+def step_requests(config: Config, inputs: RunInputs, accelerator: Accelerator) -> StepRequests:
+    """Returns what each step asks for in this process."""
+    own = slice(accelerator.process_index, None, accelerator.num_processes)
+    return StepRequests(config, inputs.prompts, inputs.order, inputs.off_policy, own)
 
 
 def make_task_rewards(config: Config, inputs: RunInputs) -> TaskRewards | None:

@@ -64,7 +64,8 @@ def fresh_batches(trainer: Trainer, batches: int) -> list[list[Example]]:
         Request(prompt, number, 0, completion_seed(seed, -1, number, 0))
         for number, prompt in enumerate(prompts)
     ]
-    examples = trainer.scored(trainer.engine.generate(requests, trainer.sampling))
+    sampling = trainer.asked.sampling(trainer.steps_done, trainer.sampling)
+    examples = trainer.scored(trainer.engine.generate(requests, sampling))
     return [examples[i::batches] for i in range(batches)]
 
 

@@ -1,19 +1,25 @@
 """What a step reports: numbers of its completions, its trained tokens, and its sampler."""
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from poweropd.config import Config
-from poweropd.objectives.base import TokenRecord
+from poweropd.config.fields import ScheduleConfig
+from poweropd.config.rollouts import RolloutConfig
 from poweropd.rewards import log_ratio
 from poweropd.runs.metrics import StepMetrics
 from poweropd.training.update import UpdateOutcome
 
+logger = logging.getLogger("poweropd")
+
 FIRST_STEPS = 3  # after which a run is judged
 NEARLY_ALL = 0.99
+# Mean |ln p_student - ln p_sampler| of a step's tokens above which a run is warned.
+SAMPLER_TOLERANCE = 0.05
 
 
 def token_metrics(outcome: UpdateOutcome | None, domains: Sequence[str] = ()) -> StepMetrics:
@@ -64,21 +70,56 @@ def teacher_metrics(outcome: UpdateOutcome, domains: Sequence[str]) -> dict[str,
     return metrics
 
 
-def sampler_metrics(record: TokenRecord) -> dict[str, float]:
-    """Says how far the sampler is from the student; {} if the engine gave no log-probs.
+def sampler_metrics(
+    outcome: UpdateOutcome | None,
+    rollout: RolloutConfig,
+    given: Collection[tuple[int, int]] = (),
+) -> dict[str, float]:
+    """Says how far the sampler is from the student, where its log-probs are known.
 
-    The effective sample size, (sum w)^2 / (N sum w^2), is a share of the N tokens.
+    The effective sample size, (sum w)^2 / (N sum w^2), is a share of the N tokens; it is left out
+    where nothing is weighted. given: the keys of completions from a file, which no engine sampled;
+    the mean of their weights stands apart.
     """
-    known = record.sampler_log_ratios.double()
-    known = known[~known.isnan()]
-    if not len(known):
+    if outcome is None:
         return {}
-    weights = record.weights.double()
-    size = weights.sum() ** 2 / (len(weights) * weights.square().sum())
-    return {
-        "sampler/mean_abs_difference": known.abs().mean().item(),
-        "sampler/effective_sample_size": size.item(),
+    record = outcome.record
+    ratios, weights = record.sampler_log_ratios.double(), record.weights.double()
+    keys = zip(record.prompt_indices.tolist(), record.sample_indices.tolist(), strict=True)
+    from_file = torch.tensor([key in given for key in keys], dtype=torch.bool)
+    metrics: dict[str, float] = {}
+    if from_file.any():
+        metrics["off_policy/mean_weight"] = weights[from_file].mean().item()
+    sampled = ratios[~ratios.isnan() & ~from_file]
+    if len(sampled):
+        metrics["sampler/mean_abs_difference"] = sampled.abs().mean().item()
+    weighted = rollout.correction != "none" or rollout.weights_off_policy
+    if weighted and not ratios.isnan().all():
+        size = weights.sum() ** 2 / (len(weights) * weights.square().sum())
+        metrics["sampler/effective_sample_size"] = size.item()
+    return metrics
+
+
+def warn_of_sampler(metrics: StepMetrics) -> None:
+    """Warns if a step's sampler is far from the student."""
+    difference = metrics.get("sampler/mean_abs_difference", 0.0)
+    if difference > SAMPLER_TOLERANCE:
+        logger.warning(
+            "the sampler's log-probs differ from the student's by %.3f on average (more than "
+            "%g): completions are not quite the student's own; see rollout.correction",
+            difference,
+            SAMPLER_TOLERANCE,
+        )
+
+
+def schedule_metrics(rollout: RolloutConfig, step: int) -> dict[str, float]:
+    """Returns the values at step `step`, from 0, of what a schedule of the rollout moves."""
+    values = {
+        "max_new_tokens": rollout.max_new_tokens_at(step),
+        "temperature": rollout.temperature_at(step),
     }
+    scheduled = {key for key, value in rollout if isinstance(value, ScheduleConfig)}
+    return {f"rollout/{key}": value for key, value in values.items() if key in scheduled}
 
 
 def distribution(values: Tensor) -> dict[str, float]:
@@ -96,8 +137,10 @@ def distribution(values: Tensor) -> dict[str, float]:
 
 
 def completion_metrics(lengths: Sequence[int], stopped: Sequence[bool]) -> dict[str, float]:
-    """Returns the mean length of completions, in tokens, and how many of them stopped."""
+    """Returns the mean length of completions, in tokens, and how many stopped; {} of none."""
     count = len(lengths)
+    if not count:
+        return {}
     return {
         "completions/mean_length": sum(lengths) / count,
         "completions/truncated_fraction": sum(not s for s in stopped) / count,
@@ -127,8 +170,8 @@ def hints(rows: Sequence[StepMetrics], config: Config) -> list[str]:
     if truncated >= NEARLY_ALL:
         found.append(
             f"{truncated:.0%} of completions ran into rollout.max_new_tokens="
-            f"{config.rollout.max_new_tokens} without a stop token: raise it, or check that the "
-            "student knows when to stop"
+            f"{config.rollout.max_new_tokens_at(0)} without a stop token: raise it, or check that "
+            "the student knows when to stop"
         )
     return found
 

@@ -18,7 +18,7 @@ from poweropd.evaluation.runner import Subject
 from poweropd.models import sharding
 from poweropd.models.loading import context_length
 from poweropd.models.sharding import collected, load_optimizer_state, optimizer_state
-from poweropd.rollouts.base import completion_seed
+from poweropd.rollouts.factory import build_schedule
 from poweropd.runs import card
 from poweropd.runs.directory import RunDirectory
 from poweropd.runs.files import replaced_directory
@@ -32,16 +32,15 @@ from poweropd.training.metrics import (
     completion_metrics,
     hints,
     sampler_metrics,
+    schedule_metrics,
     token_metrics,
+    warn_of_sampler,
 )
 from poweropd.training.progress import TrainingProgress
 from poweropd.training.update import UpdateOutcome
 from poweropd.training.validation import make_judges, teacher_subject
 
 logger = logging.getLogger("poweropd")
-
-# Mean |ln p_student - ln p_sampler| of a step's tokens above which a run is warned.
-SAMPLER_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,8 @@ class Trainer:
         self.judges = make_judges(config, *teachers, compare, self.accelerator, together)
         self.sampling = build.make_sampling(config, self.inputs)
         export.rehearse(self.student, self.inputs.tokenizer, list(self.sampling.stop_ids))
-        self.rollouts = build.make_schedule(config, self.engine, self.sample)
+        self.asked = build.step_requests(config, inputs, self.accelerator)
+        self.rollouts = build_schedule(config, self.engine, self.sample)
         self.task_rewards = build.make_task_rewards(config, self.inputs)
         self.recorder = RewardRecorder(self.run.rewards, self.inputs.tokenizer.decode)
         self.utilization = build.make_utilization(config, self.models)
@@ -163,34 +163,35 @@ class Trainer:
             examples = self._collect()
         with clock.phase("update"):
             outcome = self.updater.update(examples, self.reward.at(step), step)
-        with clock.phase("rollout"):
-            self.rollouts.finish()
+        try:
+            with clock.phase("rollout"), self._raising_together():
+                self.rollouts.finish()
+        except RunError:  # this step is done, whatever became of a later one's completions
+            self._keep(step, self._metrics(step, rollouts, examples, outcome, clock))
+            raise
         with clock.phase("sync"):
             self.engine.sync()
         return self._metrics(step, rollouts, examples, outcome, clock)
 
+    def _keep(self, step: int, metrics: StepMetrics) -> None:
+        """Records a step behind which the run ends, and writes a checkpoint of it."""
+        self.steps_done = step + 1
+        self._record(metrics)
+        self._save_checkpoint()
+
     def prompts(self, step: int) -> list[Prompt]:
         """Returns the prompts of a step, over all processes."""
-        rows = self.inputs.order.at_step(step, self.config.train.prompts_per_step)
-        return [self.inputs.prompts[row] for row in rows]
+        return self.asked.prompts(step)
 
     def requests(self, step: int) -> list[Request]:
-        """Makes this process's share of the requests of a step."""
-        requests = [
-            Request(
-                prompt=prompt,
-                prompt_index=number,
-                sample_index=sample,
-                seed=completion_seed(self.config.train.seed, step, number, sample),
-            )
-            for number, prompt in enumerate(self.prompts(step))
-            for sample in range(self.config.rollout.per_prompt)
-        ]
-        return requests[self.accelerator.process_index :: self.accelerator.num_processes]
+        """Returns this process's share of the requests of a step."""
+        return self.asked.requests(step)
 
     def sample(self, step: int) -> Iterator[Rollout]:
-        """Yields this process's completions of a step, as they end, by the current student."""
-        return self.engine.generate(self.requests(step), self.sampling)
+        """Yields this process's completions of a step: a file's, then sampled ones as they end."""
+        yield from self.asked.given(step).values()
+        sampling = self.asked.sampling(step, self.sampling)
+        yield from self.engine.generate(self.asked.sampled(step), sampling)
 
     def scored(self, rollouts: Iterable[Rollout]) -> list[Example]:
         """Makes examples of completions, with the teacher's scores, as the updater takes them."""
@@ -205,7 +206,7 @@ class Trainer:
             for rollout in self.rollouts.take(step):
                 self._submit(rollout)
                 rollouts.append(rollout)
-        self.rollouts.begin(step + 1)
+        self.rollouts.begin(step)
         return rollouts
 
     def _submit(self, rollout: Rollout) -> None:
@@ -269,33 +270,27 @@ class Trainer:
         clock: StepClock,
     ) -> StepMetrics:
         """Returns the step's line of metrics.jsonl, the same on every process but for times."""
-        ends = gather_object([(len(r.completion_ids), r.stopped) for r in rollouts])
+        every = gather_object(
+            [(r.key, len(r.completion_ids), r.stopped, r.off_policy) for r in rollouts]
+        )
+        ends = [(tokens, stopped) for _, tokens, stopped, given in every if not given]
+        given = {key for key, _, _, given in every if given}
         completions = completion_metrics([n for n, _ in ends], [stopped for _, stopped in ends])
         learning_rate = self.updater.learning_rate(step)
         metrics: StepMetrics = {"step": step + 1, **completions, "learning_rate": learning_rate}
         if self.task_rewards is not None:
             found = gather_object(self.task_rewards.collected)
             metrics["task_reward/mean"] = sum(found) / len(found)
+        metrics |= schedule_metrics(self.config.rollout, step)
         metrics |= token_metrics(outcome, [prompt.domain for prompt in self.prompts(step)])
-        metrics |= self._sampler_metrics(outcome)
+        metrics |= sampler_metrics(outcome, self.config.rollout, given)
+        if self.inputs.off_policy is not None:
+            metrics["off_policy/share"] = len(given) / len(every)
+        if self.accelerator.is_main_process:
+            warn_of_sampler(metrics)
         metrics |= self._record_rewards(step + 1, rollouts, outcome)
         metrics |= clock.metrics(sum(n for n, _ in ends))
         return metrics | (self.utilization.metrics(examples, clock) if self.utilization else {})
-
-    def _sampler_metrics(self, outcome: UpdateOutcome | None) -> dict[str, float]:
-        """Returns how far the sampler is from the student, and warns if that is far."""
-        metrics = {} if outcome is None else sampler_metrics(outcome.record)
-        difference = metrics.get("sampler/mean_abs_difference", 0.0)
-        if difference > SAMPLER_TOLERANCE and self.accelerator.is_main_process:
-            logger.warning(
-                "the sampler's log-probs differ from the student's by %.3f on average (more than "
-                "%g): completions are not quite the student's own; see rollout.correction",
-                difference,
-                SAMPLER_TOLERANCE,
-            )
-        if self.config.rollout.correction == "none":
-            metrics.pop("sampler/effective_sample_size", None)
-        return metrics
 
     def _record_rewards(
         self, step: int, rollouts: Sequence[Rollout], outcome: UpdateOutcome | None
@@ -372,7 +367,9 @@ class Trainer:
             load_optimizer_state(self.updater.optimizer, optimizer)
             self.updater.max_tokens = min(state["max_tokens"], self.updater.max_tokens)
             steps = state["step"]
-            self.rollouts.restore(state["rollouts"], self.requests(steps))
+            # Checkpoints from before a staleness of 2 hold the next step alone and do not name it.
+            rows = [{"step": steps, **row} for row in state["rollouts"]]
+            self.rollouts.restore(rows, self.requests)
             logger.info("resuming %s at step %d", self.run.path, steps)
         with self._alone():
             # A complete run is kept as it is, also if its checkpoints were removed.

@@ -240,7 +240,7 @@ def _divergence_settings(config: Config, section: EvaluateConfig) -> DivergenceS
         return DivergenceSettings()
     return DivergenceSettings(
         n=divergence.n,
-        max_new_tokens=divergence.max_new_tokens or config.rollout.max_new_tokens,
+        max_new_tokens=divergence.max_new_tokens or config.rollout.longest,
         temperature=divergence.temperature,
         seed=config.train.seed,
     )
