@@ -69,6 +69,7 @@ def random_record(lengths: list[int], seed: int) -> TokenRecord:
         sample_indices=torch.zeros(n, dtype=torch.long),
         sampler_log_ratios=torch.zeros(n),
         weights=torch.ones(n),
+        span_sizes=torch.ones(n),
     )
 
 

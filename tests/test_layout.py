@@ -35,7 +35,7 @@ MAY_IMPORT = {
     },
     "data": {"config", "embedded", "stops"},
     "objectives": {"data", "kernels", "rewards"},
-    "models": {"config", "data", "embedded", "kernels", "objectives", "rewards"},
+    "models": {"config", "data", "embedded", "kernels", "objectives", "rewards", "stops"},
     "rollouts": {"config", "data", "models", "net"},
     "teachers": {"config", "data", "models", "net", "rewards", "runs", "stops"},
     "runs": {"config", "data", "embedded", "objectives", "rewards", "terminal"},

@@ -132,7 +132,8 @@ def test_a_turn_ends_with_the_stop_of_its_own_teacher(several: MAKES) -> None:
 
 def of_domain(example: Example, domain: str, index: int) -> Example:
     request = example.rollout.request
-    request = replace(request, prompt=replace(request.prompt, domain=domain, index=index))
+    prompt = replace(request.prompt, domain=domain, index=index)
+    request = replace(request, prompt=prompt, prompt_index=index)
     return replace(example, rollout=replace(example.rollout, request=request))
 
 

@@ -10,7 +10,7 @@ import argparse
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from poweropd.embedded import END_OF_TEXT, TURN_END, TURN_START, task
 
 SPECIAL = [END_OF_TEXT, TURN_START, TURN_END]
 WORDS = ["user", "assistant", "system", "\\boxed", "\n"]  # each is one token, as is any character
+PATTERN = r"system|user|assistant|\\boxed|[\s\S]"  # of a token
 UNKNOWN = "?"  # the token for characters outside printable ASCII
 
 # The template writes Qwen's turns. Qwen3's templates know `enable_thinking`; these models never
@@ -98,12 +99,13 @@ def slipped(rng: random.Random, number: int) -> int:
 # --- Tokenizer and models -----------------------------------------------------------------------
 
 
-def make_tokenizer(stop: str) -> PreTrainedTokenizerFast:
-    """Returns a character-level tokenizer with Qwen's template; `stop` ends a sequence."""
-    tokens = [*SPECIAL, *WORDS, *(chr(code) for code in range(32, 127))]
+def make_tokenizer(
+    stop: str, words: Sequence[str] = WORDS, pattern: str = PATTERN
+) -> PreTrainedTokenizerFast:
+    """Returns a tokenizer of words and characters with Qwen's template; `stop` ends a sequence."""
+    tokens = [*SPECIAL, *words, *(chr(code) for code in range(32, 127))]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    pattern = r"system|user|assistant|\\boxed|[\s\S]"
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
@@ -155,8 +157,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, problem: task.ToyProblem) 
 
 
 def train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """Trains a fresh model."""
+    return teach(make_model(recipe, tokenizer).train(), recipe, tokenizer)
+
+
+def teach(
+    model: Qwen3ForCausalLM, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
+) -> Qwen3ForCausalLM:
     """Trains on fresh examples, with a cosine learning rate after a linear warm-up."""
-    model = make_model(recipe, tokenizer).train()
     lessons = make_examples(recipe, tokenizer)
     optimizer = torch.optim.AdamW(
         model.parameters(), recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01

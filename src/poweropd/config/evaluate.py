@@ -111,8 +111,16 @@ def evaluation_conflicts(
     section: EvaluateConfig | None,
     data: DataConfig,
     teachers: Mapping[str, TeacherConfig],
+    train: sections.TrainConfig,
 ) -> Iterator[str]:
     """Yields what is wrong with the section beside others, with the key in front."""
+    measured = resolved(section, data, train)
+    by_spans = any(one.align == "spans" for one in teachers.values())
+    if by_spans and measured is not None and measured.divergence is not None:
+        yield (
+            "evaluate.divergence: it compares both models token by token and cannot go with "
+            "teacher.align=spans: drop it (and data.holdout), or set evaluate.benchmarks"
+        )
     if section is None:
         return
     divergence = section.divergence

@@ -57,7 +57,7 @@ class Config(Section):
         reward = self.reward.checked(info.context)
         found = chain(
             rules.conflicts(self.objective, self.rollout, reward, self.teacher),
-            evaluation.evaluation_conflicts(self.evaluate, self.data, self.teachers),
+            evaluation.evaluation_conflicts(self.evaluate, self.data, self.teachers, self.train),
         )
         if (conflict := next(found, None)) is not None:
             raise ValueError(conflict)

@@ -80,6 +80,7 @@ def conflicts(
     if stale := staleness_problem(rollout.staleness, rollout.engine):
         yield stale
     need = needs_local_teacher(objective, rollout)
+    yield from _of_spans(teacher, need, objective)
     if need is not None:
         yield from _of_teacher(teacher, need)
 
@@ -90,6 +91,35 @@ def _of_selection(select: sections.SelectConfig) -> Iterator[str]:
         default = type(select).model_fields[key].default
         if select.name != owner and select.model_dump()[key] != default:
             yield f"objective.select.{key}: it belongs to {owner}, and {select.name} has none"
+
+
+def _of_spans(
+    teacher: teachers.AnyTeacher, need: str | None, objective: sections.ObjectiveConfig
+) -> Iterator[str]:
+    """Yields what cannot go with a teacher that is compared on spans of text."""
+    for key, one in teachers.by_key(teacher).items():
+        if one.align != "spans":
+            continue
+        if need is not None:
+            yield (
+                f"{key}.align: spans cannot go with {need}, which compares both models token by "
+                "token: their vocabularies differ"
+            )
+        if objective.stop in ("raw", "canonical"):
+            yield (
+                f"{key}.align: spans cannot go with objective.stop={objective.stop}, which scores "
+                "both models on one stop token: set objective.stop=cross, by which each has its "
+                "own, or mask"
+            )
+        if objective.select is not None or objective.weights is not None:
+            yield (
+                f"{key}.align: spans are trained whole: drop objective.select and objective.weights"
+            )
+        if one.measure_quantization:
+            yield (
+                f"{key}.measure_quantization: it compares rewards token by token and cannot go "
+                "with align=spans"
+            )
 
 
 def _of_teacher(teacher: teachers.AnyTeacher, need: str) -> Iterator[str]:

@@ -40,6 +40,8 @@ class TeacherConfig(Section):
     """In the training process: a quantization config of transformers, with its quant_method."""
     measure_quantization: bool = False
     """Whether the first step is also scored without quantization, to write down the difference."""
+    align: Literal["ids", "spans"] = "ids"
+    """What is compared: ids that both tokenizers have, or spans of text, by any two tokenizers."""
     offload: bool = False
     """In the training process: whether the weights are on the CPU while they are not used."""
     servers: Annotated[list[str], MayChange, Private] = Field(default_factory=list)
@@ -90,6 +92,13 @@ class TeachersConfig(Section):
         if not self.model_extra:
             raise ValueError(f"by: expected a teacher for each value of column {self.by!r}")
         return self
+
+
+def by_key(teacher: "TeacherConfig | TeachersConfig") -> dict[str, TeacherConfig]:
+    """Returns the teachers of a recipe by their keys in it, such as "teacher.math"."""
+    if isinstance(teacher, TeachersConfig):
+        return {f"teacher.{name}": one for name, one in teacher.__pydantic_extra__.items()}
+    return {"teacher": teacher}
 
 
 def _how_many(teacher: object) -> str:

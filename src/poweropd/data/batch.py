@@ -8,6 +8,7 @@ again from 0 say where each sequence begins.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Self
 
 import torch
@@ -78,6 +79,7 @@ class Batch:
     off_policy: Tensor  # [N] bool, whether the token's completion comes from a file
     sampling_log_probs: Tensor | None = None  # [N] float32, see `Example.sampling_log_probs`
     teacher_hidden: Tensor | None = None  # [N, H], if the objective needs it
+    spans: Tensor | None = None  # [N] number of each token's span; None if each token is one
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copies all tensors to a device."""
@@ -119,7 +121,20 @@ def collate(examples: Sequence[Example], flat: bool = False, teacher_flat: bool 
         teacher_top1=_or_nan([e.teacher_top1 for e in examples], counts),
         off_policy=torch.tensor([e.rollout.off_policy for e in examples]).repeat_interleave(counts),
         sampling_log_probs=_concatenated([e.sampling_log_probs for e in examples]),
+        spans=_numbered_spans(examples),
     )
+
+
+def _numbered_spans(examples: Sequence[Example]) -> Tensor | None:
+    """Returns the number of each token's span in the batch, [N]; None without an example in spans.
+
+    Tokens of an example without spans are a span each.
+    """
+    if all(e.spans is None for e in examples):
+        return None
+    own = [torch.arange(e.num_tokens) if e.spans is None else e.spans for e in examples]
+    firsts = accumulate((int(numbers[-1]) + 1 for numbers in own[:-1]), initial=0)
+    return torch.cat([first + numbers for first, numbers in zip(firsts, own, strict=True)])
 
 
 def _concatenated(parts: Sequence[Tensor | None]) -> Tensor | None:

@@ -112,10 +112,12 @@ def load_prompts(
     tokenizer: "PreTrainedTokenizerBase",
     teacher_tokenizers: Mapping[str, "PreTrainedTokenizerBase"],
     domain_column: str | None = None,
+    apart: Collection[str] = (),
 ) -> list[Prompt]:
     """Loads all prompts of a recipe's `data` section, tokenized for student and teacher.
 
-    The column `domain_column` holds the name of a prompt's teacher, if there are several.
+    The column `domain_column` holds the name of a prompt's teacher, if there are several. Teachers
+    read the student's tokens, unless they have a column or, as those `apart`, tokens of their own.
     """
     rows = placed_rows(data.prompts, data.split, data.config, data.revision)
     reader, prompts = RowReader(data), list[Prompt]()
@@ -126,8 +128,8 @@ def load_prompts(
         other = list(own)
         for name, teacher_tokenizer in teacher_tokenizers.items():
             members = [i for i, domain in enumerate(domains) if domain == name]
-            if data.teacher_column is not None and members:
-                column = data.teacher_column
+            column = data.teacher_column or (reader.column if name in apart else None)
+            if column is not None and members:
                 asked = [reader.teacher_prompt(*chunk[i], column) for i in members]
                 encoded = _encoded(teacher_tokenizer, asked, data)
                 for i, ids in zip(members, encoded, strict=True):

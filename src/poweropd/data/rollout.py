@@ -83,9 +83,10 @@ class Example:
     positions: Tensor  # [n] positions in the completion, increasing
     student_targets: Tensor  # [n]
     teacher_targets: Tensor  # [n]
-    teacher_log_probs: Tensor | None = None  # [n] float32, once scored
+    teacher_log_probs: Tensor | None = None  # [n] float32, once scored; of the spans, if any
     teacher_entropy: Tensor | None = None  # [n] float32, nats, if the teacher says it
-    teacher_top1: Tensor | None = None  # [n] bool: no token is more probable to the teacher
+    teacher_top1: Tensor | None = None  # [n]: 1 if no token is more probable to the teacher
+    spans: Tensor | None = None  # [n] number of each token's span, see `teachers.spans`
     task_reward: float = 0.0  # weighted; added to the reward of each of its tokens
 
     @property
@@ -131,6 +132,18 @@ class Example:
         key = f"{self.rollout.key} {self.prompt.prompt_ids} {self.rollout.completion_ids}"
         return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1
 
+    def kept(self, tokens: Tensor, spans: Tensor) -> "Example":
+        """Returns the example with only the trained tokens of a mask [n], which are in spans."""
+        positions, student = self.positions[tokens], self.student_targets[tokens]
+        teacher = self.teacher_targets[tokens]
+        return replace(
+            self,
+            positions=positions,
+            student_targets=student,
+            teacher_targets=teacher,
+            spans=spans,
+        )
+
     def scored(
         self,
         teacher_log_probs: Tensor,
@@ -144,6 +157,12 @@ class Example:
             teacher_entropy=teacher_entropy,
             teacher_top1=teacher_top1,
         )
+
+
+def span_totals(values: Tensor, spans: Tensor) -> Tensor:
+    """Returns for each value the sum of all values of its span, [N]; `spans` are increasing."""
+    _, owner, sizes = spans.unique_consecutive(return_inverse=True, return_counts=True)
+    return torch.segment_reduce(values, "sum", lengths=sizes)[owner]
 
 
 def make_example(

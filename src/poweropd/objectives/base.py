@@ -10,12 +10,16 @@ from torch import Tensor
 
 from poweropd.data.batch import Batch
 from poweropd.kernels import Head, PairStatistics, Support, TeacherHead, TokenStatistics
-from poweropd.rewards import Reward
+from poweropd.rewards import Reward, log_ratio
 
 
 @dataclass(frozen=True)
 class TokenRecord:
-    """What is known of each trained token, [N] float32 each, without a gradient."""
+    """What is known of each trained token, [N] float32 each, without a gradient.
+
+    Where a teacher has another tokenizer, rewards and both models' log-probs are those of the
+    token's span.
+    """
 
     positions: Tensor  # in the completion
     rewards: Tensor  # r(t, p) alone: no bonus, no baseline
@@ -29,12 +33,21 @@ class TokenRecord:
     teacher_top1: Tensor  # as `top1`; NaN if it is not known
     prompt_indices: Tensor  # with the next: which completion of the step
     sample_indices: Tensor
+    span_sizes: Tensor  # trained tokens of the token's span; 1 without spans
 
     @classmethod
     def cat(cls, records: Sequence[Self]) -> Self:
         """Returns one record of all tokens, on the CPU."""
         columns = zip(*(vars(r).values() for r in records), strict=True)
         return cls(*(torch.cat([part.cpu() for part in column]) for column in columns))
+
+    @property
+    def log_ratios(self) -> Tensor:
+        """Returns ln t - ln p of each token, [N]: an equal part of its span's.
+
+        Their sum over a completion's tokens is that of its spans.
+        """
+        return log_ratio(self.teacher_log_probs, self.student_log_probs) / self.span_sizes
 
 
 class Objective(ABC):
@@ -116,4 +129,5 @@ def token_record(
         teacher_top1=batch.teacher_top1,
         prompt_indices=batch.keys[batch.completion_index, 0],
         sample_indices=batch.keys[batch.completion_index, 1],
+        span_sizes=torch.ones_like(rewards),
     )

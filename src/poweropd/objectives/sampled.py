@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from poweropd.data.batch import Batch
+from poweropd.data.rollout import span_totals
 from poweropd.errors import UsageError
 from poweropd.kernels import Head, PairStatistics, Support, sampled_loss
 from poweropd.objectives.base import (
@@ -16,6 +17,7 @@ from poweropd.objectives.base import (
     teacher_of,
     token_record,
 )
+from poweropd.objectives.spans import SpanScores
 from poweropd.rewards import Reward
 
 # Above this an importance weight is cut off.
@@ -29,7 +31,8 @@ class Sampled(Objective):
     That is arXiv:2606.17199 if the importance weights w are 1, and the bonus and the baseline's
     values V are 0. The teacher's log-probs come with the batch or, with a `teacher_head`, from its
     hidden states; `baseline`, `merged_ids` and `support` need the latter. `correction` weights
-    every token, `off_policy` those of completions from a file.
+    every token, `off_policy` those of completions from a file. In a batch with spans r and w are
+    those of the span that a token belongs to.
     """
 
     teacher_head: Head | None = None
@@ -57,8 +60,11 @@ class Sampled(Objective):
         rewards = torch.empty_like(batch.task_reward, dtype=torch.float32)
         weights = torch.ones_like(rewards)
         token_weights = factors(token_weight, batch)
+        spans = None if batch.spans is None else SpanScores.of(hidden_states, head, batch)
 
         def coefficient(chunk: PairStatistics, tokens: slice) -> Tensor:
+            if spans is not None:
+                chunk = replace(chunk, log_probs=spans.of_spans(chunk.log_probs, tokens))
             teacher_log_probs = chunk.teacher_log_probs if scored is None else scored[tokens]
             rewards[tokens] = reward(teacher_log_probs, chunk.log_probs)
             if self.correction or self.off_policy:
@@ -72,7 +78,8 @@ class Sampled(Objective):
         )
         if scored is not None:
             statistics = replace(statistics, teacher_log_probs=scored)
-        return loss, token_record(batch, rewards, statistics, merged_ids, weights)
+        record = token_record(batch, rewards, statistics, merged_ids, weights)
+        return loss, record if spans is None else spans.recorded(record)
 
     def _weights(self, batch: Batch, chunk: PairStatistics, tokens: slice) -> Tensor:
         """Returns min(p_student / p_sampler, MAX_IMPORTANCE_WEIGHT), 1 if that is not known."""
@@ -82,6 +89,9 @@ class Sampled(Objective):
                 f"{key}: truncated needs the sampler's log-probs, and the engine gave none with "
                 f"its completions: set {key}=none"
             )
+        if batch.spans is not None:
+            of_spans = span_totals(batch.sampling_log_probs, batch.spans)
+            batch = replace(batch, sampling_log_probs=of_spans)
         ratios = sampler_log_ratios(batch, chunk, self.merged_ids, tokens)
         weights = ratios.exp().clamp(max=MAX_IMPORTANCE_WEIGHT).nan_to_num(nan=1.0)
         return weights if self.correction else weights.where(batch.off_policy[tokens], 1.0)

@@ -26,6 +26,7 @@ from poweropd.embedded import EMBEDDED_PREFIX
 from poweropd.errors import UsageError
 from poweropd.models import loading, places, vocabulary
 from poweropd.models.geometry import KNOWN, Geometry
+from poweropd.models.token_bytes import TokenBytes
 
 Status = Literal["ok", "warning", "failed", "not checked"]
 Tokenizers = tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]  # the student's, the teacher's
@@ -84,7 +85,7 @@ def inspect(config: Config) -> Inspected:
         prompts, filtered = filter_prompts(config, models, prompts)
         prompt_check = replace(prompt_check, detail=f"{prompt_check.detail}; {filtered}")
     checks = [
-        _run_check("vocabulary", lambda: check_vocabulary(tokenizers)),
+        _run_check("vocabulary", lambda: check_vocabulary(config, tokenizers)),
         _run_check("stop ids", lambda: check_stop_ids(config, tokenizers)),
         _run_check("chat template", lambda: check_template(config, tokenizers, prompts)),
         prompt_check,
@@ -160,7 +161,22 @@ def _run_check(name: str, check: Callable[[], tuple[Status, str]]) -> PlanCheck:
         return PlanCheck(name, "failed", str(error))
 
 
-def check_vocabulary(tokenizers: Tokenizers) -> tuple[Status, str]:
+def by_spans(config: Config) -> bool:
+    """Returns whether the models are compared on spans of text, so that no id need be shared."""
+    return config.only_teacher.align == "spans"
+
+
+def unshared_ids(config: Config, tokenizers: Tokenizers) -> list[int]:
+    """Returns the ids that are not the same token to both models, where they have to be."""
+    return [] if by_spans(config) else vocabulary.unshared_ids(*tokenizers)
+
+
+def check_vocabulary(config: Config, tokenizers: Tokenizers) -> tuple[Status, str]:
+    if by_spans(config):
+        for tokenizer, key in zip(tokenizers, ("model.student", "teacher.model"), strict=True):
+            TokenBytes(tokenizer, key)
+        own, other = map(len, tokenizers)
+        return "ok", f"{own:,} and {other:,} tokens, compared on spans of text"
     unshared = vocabulary.unshared_ids(*tokenizers)
     if unshared:
         return "warning", vocabulary.unshared_notice(unshared, *tokenizers)
@@ -173,6 +189,9 @@ def check_stop_ids(config: Config, tokenizers: Tokenizers) -> tuple[Status, str]
         stops.stop_ids(tokenizer, loading.load_generation_config(name))
         for tokenizer, name in zip(tokenizers, names, strict=True)
     )
+    if by_spans(config):
+        names = tokenizers[0].decode(own[0]), tokenizers[1].decode(other[0])
+        return "ok", "the student ends a turn with {}, the teacher with {}".format(*names)
     unshared = vocabulary.unshared_ids(*tokenizers)
     own, other = stops.shared_stops(own, other, unshared, policy, tokenizers[0])
     notice = stops.difference(own, other, policy, tokenizers[0])
@@ -186,7 +205,7 @@ def check_template(
 ) -> tuple[Status, str]:
     settings = (["?"], config.data.chat, config.data.system)
     (ids,) = encode_chat(tokenizers[0], *settings)
-    if config.data.teacher_column is not None:
+    if config.data.teacher_column is not None or by_spans(config):
         encode_chat(tokenizers[1], *settings)
     if config.data.chat is None:
         return "ok", "prompts are plain text"
@@ -204,12 +223,14 @@ def check_prompts(
     if not hub.can_load(source):
         return None, PlanCheck("prompts", "not checked", f"hub unreachable: {source}")
     try:
-        prompts = data_prompts.load_prompts(config.data, tokenizers[0], {"": tokenizers[1]})
+        prompts = data_prompts.load_prompts(
+            config.data, tokenizers[0], {"": tokenizers[1]}, apart=[""] if by_spans(config) else []
+        )
         data_prompts.split_holdout(prompts, config.data.holdout, config.train.seed)
     except UsageError as error:
         return None, PlanCheck("prompts", "failed", str(error))
     try:
-        unshared = {*vocabulary.unshared_ids(*tokenizers)}
+        unshared = {*unshared_ids(config, tokenizers)}
         data_prompts.check_shared(prompts, unshared, tokenizers[0])
     except UsageError as error:
         return prompts, PlanCheck("prompts", "failed", str(error))

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from poweropd.objectives.base import TokenRecord
-from poweropd.rewards import log_ratio
 from poweropd.runs.bins import NUM_POSITIONS, NUM_VALUES, POSITION_STARTS, position_bins, value_bins
 
 UNIT = 2.0**-30  # the unit of all sums
@@ -53,7 +52,7 @@ _KEYS = {"step", "position", "quantity", "value_bin"}
 def position_table(step: int, tokens: TokenRecord) -> pa.Table:
     """Returns statistics of one step's tokens by completion position, with schema POSITIONS."""
     known = ~tokens.teacher_entropy.isnan()
-    log_ratios = log_ratio(tokens.teacher_log_probs, tokens.student_log_probs)
+    log_ratios = tokens.log_ratios
     top1, teacher_top1 = tokens.top1 > 0, known & (tokens.teacher_top1 > 0)
     columns = {
         "step": torch.full_like(known, step, dtype=torch.int32),
@@ -86,7 +85,7 @@ def _fixed(values: Tensor) -> Tensor:
 def histogram_table(step: int, tokens: TokenRecord) -> pa.Table:
     """Counts one step's tokens in each cell of position and value, with schema HISTOGRAM."""
     positions = position_bins(tokens.positions)
-    ratios = log_ratio(tokens.teacher_log_probs, tokens.student_log_probs)
+    ratios = tokens.log_ratios
     block = (step - 1) // STEPS_PER_BLOCK * STEPS_PER_BLOCK + 1
     parts = []
     for quantity, values in (("log_ratio", ratios), ("reward", tokens.rewards)):

@@ -15,7 +15,8 @@ class TeacherScorer(Protocol):
     def collect(self) -> list[Example]:
         """Returns all examples since the last call, in the order in which they were submitted.
 
-        Each has its `teacher_log_probs` (float32, on the CPU).
+        Each has its `teacher_log_probs` (float32, on the CPU). One of which nothing can be scored
+        is left out.
         """
 
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from poweropd import stops
 from poweropd.config.teachers import TeacherConfig
 from poweropd.errors import UsageError
 from poweropd.models import devices, language_model, loading, vocabulary
+from poweropd.models.token_bytes import TokenBytes
 from poweropd.teachers.local import LocalTeacher
 from poweropd.teachers.server import ServerTeacher
+from poweropd.teachers.spans import Aligner
 
 logger = logging.getLogger("poweropd")
 
@@ -28,6 +30,12 @@ class TeacherProfile:
     context: int  # tokens of the longest sequence that it reads
     server: ServerTeacher | None  # None for a teacher in this process
     shared_stop_ids: list[int] = field(default_factory=list)  # those with which the student ends
+    aligner: Aligner | None = None  # for a teacher with a tokenizer of its own
+
+    @property
+    def known_stop_ids(self) -> list[int]:
+        """Returns the student's ids of the teacher's stop tokens, those that it has."""
+        return self.stop_ids if self.aligner is None else self.aligner.stop_ids(self.stop_ids)
 
 
 def profile_teacher(section: TeacherConfig) -> TeacherProfile:
@@ -54,16 +62,39 @@ def profile_teacher(section: TeacherConfig) -> TeacherProfile:
     return TeacherProfile(tokenizer, stop_ids, context, server)
 
 
+def profile_teachers(
+    sections: Mapping[str, TeacherConfig], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, TeacherProfile]:
+    """Profiles the teachers of a recipe; those that are compared on spans have their aligner.
+
+    `tokenizer` is the student's. Raises UsageError, too, for one whose tokens are not known as
+    bytes.
+    """
+    found = {name: profile_teacher(section) for name, section in sections.items()}
+    apart = [name for name, section in sections.items() if section.align == "spans"]
+    if apart:
+        student = TokenBytes(tokenizer, "model.student")
+    for name in apart:
+        profile = found[name]
+        other = TokenBytes(profile.tokenizer, f"teacher.{name}".rstrip("."))
+        aligner = Aligner(student, other, profile.stop_ids[0], profile.context)
+        found[name] = replace(profile, aligner=aligner)
+    return found
+
+
 def unshared_with(
     tokenizer: PreTrainedTokenizerBase, teachers: Mapping[str, TeacherProfile], notify: bool
 ) -> frozenset[int]:
     """Returns the ids that are not the same token to the student and to every teacher.
 
+    Teachers that are compared on spans have no part in it.
     `tokenizer` is the student's; it notifies the user of such ids. Raises UsageError if more than
     added tokens differ.
     """
     found: set[int] = set()
     for name, teacher in teachers.items():
+        if teacher.aligner is not None:
+            continue
         ids = vocabulary.unshared_ids(tokenizer, teacher.tokenizer)
         found.update(ids)
         if ids and notify:
@@ -78,6 +109,15 @@ def load_teacher_model(section: TeacherConfig, device: torch.device) -> PreTrain
         return _load_quantized(section, section.quantization, device)
     model = loading.load_model(section.model, section.dtype, section.trust_remote_code)
     return model if section.offload else model.to(device)
+
+
+def over_vocabulary(
+    section: TeacherConfig, model: PreTrainedModel, shared: vocabulary.Vocabulary
+) -> language_model.Teacher:
+    """Returns a teacher over the shared vocabulary, or over its own if it is compared on spans."""
+    own = shared if section.align == "ids" else vocabulary.Vocabulary(vocabulary.head_rows(model))
+    dtype = devices.torch_dtype(section.dtype)
+    return language_model.Teacher(model, own.size, dtype, own.masked)
 
 
 def _load_quantized(

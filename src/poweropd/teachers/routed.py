@@ -11,14 +11,14 @@ class RoutedTeacher:
 
     def __init__(self, teachers: Mapping[str, TeacherScorer]) -> None:
         self.teachers = dict(teachers)
-        self._domains: list[str] = []
+        self._keys: list[tuple[int, int]] = []
 
     def submit(self, example: Example) -> None:
-        domain = example.prompt.domain
-        self.teachers[domain].submit(example)
-        self._domains.append(domain)
+        self.teachers[example.prompt.domain].submit(example)
+        self._keys.append(example.rollout.key)
 
     def collect(self) -> list[Example]:
-        domains, self._domains = self._domains, []
-        scored = {name: iter(teacher.collect()) for name, teacher in self.teachers.items()}
-        return [next(scored[domain]) for domain in domains]
+        keys, self._keys = self._keys, []
+        collected = (e for teacher in self.teachers.values() for e in teacher.collect())
+        scored = {example.rollout.key: example for example in collected}
+        return [scored[key] for key in keys if key in scored]

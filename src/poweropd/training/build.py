@@ -44,12 +44,14 @@ from poweropd.teachers.factory import (
     TeacherProfile,
     load_teacher_model,
     local_teacher,
-    profile_teacher,
+    over_vocabulary,
+    profile_teachers,
     unquantized_teacher,
     unshared_with,
 )
 from poweropd.teachers.measured import MeasuredTeacher
 from poweropd.teachers.routed import RoutedTeacher
+from poweropd.teachers.spans import SpanTeacher
 from poweropd.training.accounting import Utilization
 from poweropd.training.task_reward import TaskRewards
 from poweropd.training.update import Updater
@@ -77,10 +79,11 @@ class RunInputs:
         """Loads them; raises UsageError if student, teachers and prompts do not fit each other."""
         student = (config.model.student, config.model.trust_remote_code)
         tokenizer = loading.load_tokenizer(*student)
-        teachers = {name: profile_teacher(section) for name, section in config.teachers.items()}
+        teachers = profile_teachers(config.teachers, tokenizer)
         unshared = unshared_with(tokenizer, teachers, notify)
         tokenizers = {name: teacher.tokenizer for name, teacher in teachers.items()}
-        prompts = load_prompts(config.data, tokenizer, tokenizers, config.teacher.by)
+        apart = [name for name, section in config.teachers.items() if section.align == "spans"]
+        prompts = load_prompts(config.data, tokenizer, tokenizers, config.teacher.by, apart)
         model_config = loading.load_config(*student)
         context, vocab_size = loading.context_length(model_config), loading.vocab_rows(model_config)
         if config.data.filter_longer:
@@ -91,18 +94,15 @@ class RunInputs:
         for name, teacher in teachers.items():
             own = [prompt for prompt in prompts if prompt.domain == name]
             check_lengths(own, context, teacher.context, config.rollout.longest)
-            section = config.teachers[name]
-            teacher_config = (
-                None
-                if section.servers
-                else loading.load_config(section.model, section.trust_remote_code)
-            )
-            teacher_vocab = None if teacher_config is None else loading.vocab_rows(teacher_config)
+            section, teacher_vocab = config.teachers[name], None
+            if not section.servers:
+                other = loading.load_config(section.model, section.trust_remote_code)
+                teacher_vocab = loading.vocab_rows(other)
             check_ids(own, vocab_size, teacher_vocab)
             if teacher.server is not None and own:
                 teacher.server.check([prompt.teacher_prompt_ids for prompt in own])
             policy = config.objective.stop
-            both = (found_stops, teacher.stop_ids, unshared, policy, tokenizer)
+            both = (found_stops, teacher.known_stop_ids or found_stops, unshared, policy, tokenizer)
             stop_ids, shared_stop_ids = stops.shared_stops(*both)
             teachers[name] = replace(teacher, shared_stop_ids=shared_stop_ids)
             notice = stops.difference(stop_ids, shared_stop_ids, policy, tokenizer)
@@ -219,7 +219,7 @@ def input_fingerprints(
 
 @dataclass(frozen=True)
 class RunModels:
-    """The models of this process, over the vocabulary that all of a run's models have."""
+    """The models of this process, over the vocabulary that all that compare ids have."""
 
     student: Student
     teachers: dict[str, Teacher]  # by domain, without those on servers
@@ -238,10 +238,11 @@ def load_models(config: Config, inputs: RunInputs, device: torch.device) -> RunM
     model = loading.load_trained(config.model).to(device)
     local = {name: section for name, section in config.teachers.items() if not section.servers}
     loaded = {name: load_teacher_model(section, device) for name, section in local.items()}
-    rows = vocabulary.head_rows(model, *loaded.values())
+    comparable = [loaded[name] for name, section in local.items() if section.align == "ids"]
+    rows = vocabulary.head_rows(model, *comparable)
     shared = vocabulary.Vocabulary.shared(rows, inputs.tokenizer, inputs.unshared)
     for profile in inputs.teachers.values():
-        if profile.server is not None:
+        if profile.server is not None and profile.aligner is None:
             tokens = min(shared.size, len(inputs.tokenizer))
             shared = shared.cut(profile.server.vocab_size(shared.size, tokens))
     own = loading.load_config(config.model.student, config.model.trust_remote_code).to_dict()
@@ -254,12 +255,7 @@ def load_models(config: Config, inputs: RunInputs, device: torch.device) -> RunM
             dropout=dropout_rates(own),
             masked_ids=shared.masked,
         ),
-        {
-            name: Teacher(
-                loaded[name], shared.size, devices.torch_dtype(section.dtype), shared.masked
-            )
-            for name, section in local.items()
-        },
+        {name: over_vocabulary(one, loaded[name], shared) for name, one in local.items()},
     )
     teachers = {f"teacher {name}".strip(): teacher for name, teacher in made.teachers.items()}
     for who, language_model in {"student": made.student, **teachers}.items():
@@ -292,6 +288,8 @@ def make_teacher(
         if section.measure_quantization and accelerator.is_main_process:
             load = partial(unquantized_teacher, section, loaded.student, device)
             scorers[name] = MeasuredTeacher(scorers[name], load, reward, run, name)
+        if (aligner := inputs.teachers[name].aligner) is not None:
+            scorers[name] = SpanTeacher(scorers[name], aligner, inputs.stop_ids)
     return RoutedTeacher(scorers) if config.teacher.by else scorers[""]
 
 
@@ -373,8 +371,11 @@ def make_task_rewards(config: Config, inputs: RunInputs) -> TaskRewards | None:
 
 
 def make_utilization(config: Config, loaded: RunModels) -> Utilization | None:
-    """Returns the accounting of FLOPs; None if other machines or several teachers score."""
-    if config.teacher.place != "in process":
+    """Returns the accounting of FLOPs; None if other machines or several teachers score.
+
+    It is None, too, for a teacher that reads other tokens than the student.
+    """
+    if config.teacher.place != "in process" or config.only_teacher.align == "spans":
         return None
     needs_statistics = config.reward.create().needs_statistics
     return Utilization.of(loaded.student, loaded.teacher, needs_statistics)

@@ -10,7 +10,6 @@ from torch import Tensor
 from poweropd.config import Config
 from poweropd.config.fields import ScheduleConfig
 from poweropd.config.rollouts import RolloutConfig
-from poweropd.rewards import log_ratio
 from poweropd.runs.metrics import StepMetrics
 from poweropd.training.update import UpdateOutcome
 
@@ -30,7 +29,7 @@ def token_metrics(outcome: UpdateOutcome | None, domains: Sequence[str] = ()) ->
     if outcome is None:
         return {"num_tokens": 0}
     record = outcome.record
-    log_ratios = distribution(log_ratio(record.teacher_log_probs, record.student_log_probs))
+    log_ratios = distribution(record.log_ratios)
     metrics = {
         "loss": outcome.loss,
         "grad_norm": outcome.grad_norm,
@@ -58,7 +57,7 @@ def teacher_metrics(outcome: UpdateOutcome, domains: Sequence[str]) -> dict[str,
     names = sorted(set(domains))
     numbers = torch.tensor([names.index(domain) for domain in domains])
     owner = numbers[record.prompt_indices.long()]
-    ratios = log_ratio(record.teacher_log_probs, record.student_log_probs)
+    ratios = record.log_ratios
     for number, name in enumerate(names):
         own = owner == number
         metrics[f"teacher/{name}/tokens"] = int(own.sum())
