@@ -45,6 +45,7 @@ PROOFS = {
     "teacher.measure_quantization": (
         "keys_scores::a_quantized_teacher_scores_and_is_measured_if_asked_for"
     ),
+    "teacher.align": "teachers_spans::the_gradient_is_that_of_the_textbook_loss",
     "teacher.offload": "keys_scores::an_offloaded_teacher_is_on_the_device_only_while_it_scores",
     "teacher.servers": "teachers_server::a_completion_is_scored_while_others_are_sampled",
     "teacher.tokenizer": "keys_scores::a_request_to_a_teacher_has_so_much_time",

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "models": {"config", "data", "embedded", "kernels", "objectives", "rewards", "stops"},
     "rollouts": {"config", "data", "models", "net"},
     "teachers": {"config", "data", "models", "net", "rewards", "runs", "stops"},
-    "runs": {"config", "data", "embedded", "objectives", "rewards", "terminal"},
+    "runs": {"config", "data", "embedded", "objectives", "terminal"},
     # A teacher beside the student, or in its place, is judged or sampled as in training.
     "evaluation": {
         *("config", "data", "embedded", "grading", "models", "net", "objectives", "rewards"),

@@ -166,11 +166,6 @@ def by_spans(config: Config) -> bool:
     return config.only_teacher.align == "spans"
 
 
-def unshared_ids(config: Config, tokenizers: Tokenizers) -> list[int]:
-    """Returns the ids that are not the same token to both models, where they have to be."""
-    return [] if by_spans(config) else vocabulary.unshared_ids(*tokenizers)
-
-
 def check_vocabulary(config: Config, tokenizers: Tokenizers) -> tuple[Status, str]:
     if by_spans(config):
         for tokenizer, key in zip(tokenizers, ("model.student", "teacher.model"), strict=True):
@@ -230,7 +225,7 @@ def check_prompts(
     except UsageError as error:
         return None, PlanCheck("prompts", "failed", str(error))
     try:
-        unshared = {*unshared_ids(config, tokenizers)}
+        unshared = set() if by_spans(config) else {*vocabulary.unshared_ids(*tokenizers)}
         data_prompts.check_shared(prompts, unshared, tokenizers[0])
     except UsageError as error:
         return prompts, PlanCheck("prompts", "failed", str(error))
