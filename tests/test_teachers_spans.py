@@ -388,7 +388,8 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(across: MAKES, tmp_path:
         ({"rollout.score": "truncated", "rollout.top_k": 5}, "cannot go with rollout.score"),
         ({"objective.stop": "raw"}, "set objective.stop=cross"),
         ({"objective.stop": "canonical"}, "set objective.stop=cross"),
-        ({"objective.select": {"name": "random"}}, "drop objective.select"),
+        ({"objective.select": {"name": "random"}}, "drop objective.select and"),
+        ({"objective.weights": {"name": "drift"}}, "and objective.weights"),
         ({"data.holdout": 8}, "^evaluate.divergence: .* teacher.align=spans"),
         (
             {
