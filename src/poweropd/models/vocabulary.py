@@ -65,7 +65,8 @@ def unshared_ids(
     raise UsageError(
         "student and teacher must share one vocabulary, but for added tokens: the student has "
         f"{len(student)} tokens, the teacher {len(teacher)}; {len(inherent)} ids differ that are "
-        f"no added tokens: {_named(inherent, own, other)}"
+        f"no added tokens: {_named(inherent, own, other)}; in training, teacher.align=spans "
+        "compares such models on their text"
     )
 
 

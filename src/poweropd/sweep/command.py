@@ -35,10 +35,11 @@ def run_sweep(
 def check_snr(trainings: Sequence[Training]) -> None:
     """Raises UsageError if the gradients of a training cannot be compared with the exact one."""
     for config in (training.config for training in trainings):
-        if config.teacher.place != "in process" or config.only_teacher.offload:
+        is_local = config.teacher.place == "in process"
+        if not is_local or config.only_teacher.offload or config.only_teacher.align == "spans":
             raise UsageError(
-                "--snr: the exact gradient needs a single teacher in this process, not offloaded; "
-                "leave --snr out, or change the recipe's teacher"
+                "--snr: the exact gradient needs a single teacher in this process, not offloaded "
+                "and with align=ids; leave --snr out, or change the recipe's teacher"
             )
 
 

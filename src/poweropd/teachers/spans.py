@@ -8,7 +8,6 @@ the smallest piece that both models write in whole tokens. docs/objectives.md ha
 import logging
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate, groupby, pairwise, takewhile
 from typing import NamedTuple, Self
 
@@ -129,20 +128,19 @@ class Aligned(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
 class Aligner:
     """Cuts completions into the spans of two tokenizers."""
 
-    student: TokenBytes
-    teacher: TokenBytes
-    teacher_stop: int  # with which the teacher ends a turn
-    context: int  # tokens that the teacher reads at most
-    marks: dict[int, int] = field(init=False)  # special tokens of both: the student's id -> its own
-
-    def __post_init__(self) -> None:
-        own, other = self.student.special, self.teacher.special
-        shared = {own[token]: other[token] for token in own.keys() & other.keys()}
-        object.__setattr__(self, "marks", shared)
+    def __init__(
+        self, student: TokenBytes, teacher: TokenBytes, teacher_stop: int, context: int
+    ) -> None:
+        """Takes the id with which the teacher ends a turn, and the most tokens that it reads."""
+        self.student, self.teacher = student, teacher
+        self.teacher_stop, self.context = teacher_stop, context
+        self.same = student.vocabulary == teacher.vocabulary
+        own, other = student.special, teacher.special
+        # Special tokens that both have: the student's id -> the teacher's.
+        self.marks = {own[token]: other[token] for token in own.keys() & other.keys()}
 
     def stop_ids(self, ids: Sequence[int]) -> list[int]:
         """Returns the student's ids of stop tokens of the teacher that the student has, too."""
@@ -157,7 +155,7 @@ class Aligner:
         marks = [self.marks.get(i) for i in ids]
         if ids and ids[-1] in stop_ids:
             marks[-1] = self.teacher_stop
-        if self.student.vocabulary == self.teacher.vocabulary:
+        if self.same:
             pairs = zip(ids, marks, strict=True)
             return one_to_one([own if mark is None else mark for own, mark in pairs])
         parts = []
