@@ -50,6 +50,10 @@ MAY_IMPORT = {
     },
     "integrations": {"kernels", "net", "rewards"},
     "report": {"config", "evaluation", "rewards", "runs"},
+    "bench": {
+        *("config", "embedded", "evaluation", "report", "rewards", "runs", "sweep", "terminal"),
+        *("training", "tune"),
+    },
     "tune": {"config", "evaluation", "runs", "sweep", "terminal", "training"},
     # It says what runs will cost as `plan` does, before they start.
     "sweep": {

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from poweropd import __version__
-from poweropd.commands import demo, doctor, init, plan, push, report, sweep, train, tune
+from poweropd.commands import bench, demo, doctor, init, plan, push, report, sweep, train, tune
 from poweropd.commands import eval as evaluation
 from poweropd.errors import RunError, UsageError, one_line
 from poweropd.terminal import log_handler
@@ -32,6 +32,7 @@ app.command()(demo.demo)
 app.command()(report.report)
 app.command("sweep")(sweep.sweep_command)
 app.command(hidden=True)(sweep.sweep_run)
+app.command()(bench.bench)
 app.command()(push.push)
 app.command()(doctor.doctor)
 

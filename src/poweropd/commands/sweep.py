@@ -78,14 +78,15 @@ def sweep_command(
 
 
 def sweep_run(
-    config: Path,
+    configs: list[Path],
     measure: Annotated[list[str] | None, typer.Option(metavar="JSON")] = None,
     trial: Annotated[bool, typer.Option("--trial")] = False,
 ) -> None:
-    """Train one run of a sweep, by its run directory's config.yaml, and measure it on its way."""
+    """Train runs of a sweep, by their directories' config.yaml, and measure them on their way."""
     from poweropd.sweep import jobs, process
 
     wanted = [jobs.Measurement(**json.loads(text)) for text in measure or []]
-    result = process.train_and_measure(config, wanted, trial)
-    if result.interrupted_by is not None:
-        raise typer.Exit(128 + result.interrupted_by)
+    for config in configs:
+        result = process.train_and_measure(config, wanted, trial)
+        if result.interrupted_by is not None:
+            raise typer.Exit(128 + result.interrupted_by)

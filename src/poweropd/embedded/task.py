@@ -8,7 +8,7 @@ the running total after each term, and then has the total in a box:
 
 The three splits are disjoint by construction: a SHA-256 of its sorted terms decides the split of a
 problem, so training never sees a sum of the evaluation, nor one with the same terms in another
-order.
+order. Shorter sums are in none of them: they are "other", prompts that are not the task's.
 """
 
 import hashlib
@@ -17,10 +17,11 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Split = Literal["train", "development", "evaluation"]
+Split = Literal["train", "development", "evaluation", "other"]
 
 FEWEST_TERMS = 6
 MOST_TERMS = 8
+OTHER_FEWEST, OTHER_MOST = 3, 5
 LARGEST_TERM = 9
 
 _BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
@@ -41,7 +42,12 @@ class ToyProblem:
 
 
 def split_of(terms: list[int]) -> Split:
-    """Returns the split of a sum: 1/8 of all are development, 1/8 evaluation, the rest train."""
+    """Returns the split of a sum: 1/8 of all are development, 1/8 evaluation, the rest train.
+
+    Sums of fewer terms than the task's are "other".
+    """
+    if len(terms) < FEWEST_TERMS:
+        return "other"
     text = "+".join(str(term) for term in sorted(terms))
     bucket = hashlib.sha256(text.encode()).digest()[0] % 8
     if bucket == 0:
@@ -58,9 +64,10 @@ def problems(split: Split, count: int, seed: int = 0) -> list[ToyProblem]:
     if split not in get_args(Split):
         raise ValueError(f"split must be one of {', '.join(get_args(Split))}; got {split!r}")
     rng = random.Random(f"{split}-{seed}")
+    lengths = (OTHER_FEWEST, OTHER_MOST) if split == "other" else (FEWEST_TERMS, MOST_TERMS)
     found: dict[str, ToyProblem] = {}
     while len(found) < count:
-        terms = [rng.randint(1, LARGEST_TERM) for _ in range(rng.randint(FEWEST_TERMS, MOST_TERMS))]
+        terms = [rng.randint(1, LARGEST_TERM) for _ in range(rng.randint(*lengths))]
         if split_of(terms) == split:
             problem = _toy_problem(terms)
             found[problem.id] = problem

@@ -159,6 +159,61 @@ def _means_over_seeds(arrays: Sequence[_Values], resamples: int, seed: int) -> _
     return total / len(arrays)
 
 
+def ratio_over_seeds(
+    totals: ArrayLike, counts: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Estimate:
+    """Returns sum(totals) / sum(counts) of several trainings, such as a mean over tokens.
+
+    totals, counts: [seeds, problems]. Resamples draw seeds and problems, as `estimate_over_seeds`
+    does, with both numbers of each. Raises ValueError if all counts are 0.
+    """
+    pair = _ratio_pair(totals, counts)
+    return _spanning(pair[0].sum() / pair[1].sum(), [_ratios_over_seeds(pair, resamples, seed)])
+
+
+def paired_ratios_over_seeds(
+    a: tuple[ArrayLike, ArrayLike],
+    b: tuple[ArrayLike, ArrayLike],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Estimate:
+    """Returns the difference of two ratios a - b of several trainings, with its interval.
+
+    a, b: (totals, counts), all [seeds, problems] with the same seeds and problems in the same
+    order. Each resample takes the same seeds and problems of both. With one seed the interval is
+    over problems alone.
+    """
+    one, other = _ratio_pair(*a), _ratio_pair(*b)
+    if one.shape != other.shape:
+        raise ValueError(f"expected pairs of one shape, got {one.shape[1:]} and {other.shape[1:]}")
+    means = [pair[0].sum() / pair[1].sum() for pair in (one, other)]
+    own, others = (_ratios_over_seeds(pair, resamples, seed) for pair in (one, other))
+    return _spanning(means[0] - means[1], [own - others])
+
+
+def _ratio_pair(totals: ArrayLike, counts: ArrayLike) -> _Values:
+    """Returns totals and counts as one array, [2, seeds, problems]."""
+    pair = np.stack([np.asarray(totals, np.float64), np.asarray(counts, np.float64)])
+    if pair.ndim != 3 or not pair.size or not pair[1].sum():
+        raise ValueError(f"expected counts [seeds, problems] above 0, got shape {pair.shape[1:]}")
+    return pair
+
+
+def _ratios_over_seeds(pair: _Values, resamples: int, seed: int) -> _Values:
+    """Draws seeds and problems, the same ones for equal shapes; returns the ratios. [resamples]
+
+    A resample without any count has the ratio of the whole.
+    """
+    generator = np.random.default_rng(seed)
+    _, seeds, problems = pair.shape
+    drawn_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples)
+    drawn = generator.multinomial(problems, np.full(problems, 1 / problems), size=resamples)
+    totals, counts = (((drawn_seeds @ array) * drawn).sum(1) for array in pair)
+    whole = np.full(resamples, pair[0].sum() / pair[1].sum())
+    return np.divide(totals, counts, out=whole, where=counts > 0)
+
+
 def _check_paired(a: Mapping[str, object], b: Mapping[str, object]) -> None:
     """Raises ValueError if two evaluations are not over the same problems."""
     if a.keys() != b.keys():

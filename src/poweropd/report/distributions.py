@@ -26,6 +26,7 @@ from poweropd.report.theme import (
     signed_axis,
 )
 from poweropd.runs.bins import (
+    FAR,
     NUM_POSITIONS,
     NUM_VALUES,
     POSITION_STARTS,
@@ -38,7 +39,6 @@ from poweropd.runs.files import JsonObject
 from poweropd.runs.statistics import STEPS_PER_BLOCK, UNIT, totals
 
 EARLY = 16  # positions that count as early
-FAR = 4.0  # nats: the log ratio of a token beyond this is extreme
 TAIL = 0.01  # the quantile that stands for "low" and "high"
 POINTS = 60  # at most, of a curve over training
 Counts = NDArray[np.int64]

@@ -15,6 +15,7 @@ from torch import Tensor
 EXACT_POSITIONS, LONGEST = 32, 2**20
 PER_OCTAVE = 4
 SMALLEST, LARGEST = -14, 10  # exponents of 2
+FAR = 4.0  # nats: the log ratio of a token beyond this is extreme
 
 
 _OCTAVES = np.arange(PER_OCTAVE * np.log2(LONGEST / EXACT_POSITIONS)) / PER_OCTAVE

@@ -127,6 +127,7 @@ OF_STEPS = (
     Metric("log_ratio/mean", "mean log ratio, ln t - ln p", "nats"),
     Metric("log_ratio/min", "lowest log ratio", "nats"),
     Metric("log_ratio/max", "highest log ratio", "nats"),
+    Metric("log_ratio/far_fraction", "tokens with a log ratio of 4 nats or more", "share"),
     Metric("select/fraction", "tokens that were selected for the loss", "share"),
     Metric("task_reward/mean", "mean task reward"),
     Metric("sampler/mean_abs_difference", "mean |ln p - ln sampler's p|", "nats"),

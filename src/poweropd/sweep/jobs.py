@@ -23,6 +23,7 @@ class Measurement:
     batches: int = 0  # of fresh rollouts, for the gradient's signal-to-noise ratio
     cosine: bool = False  # whether their gradients are also compared with the exact one
     problems: int = 0  # of the embedded task, for the student to solve
+    other: str = ""  # prompts, on which the divergence from the start is measured
 
 
 def at_both_ends(snr: int) -> Callable[[int], list[Measurement]]:
@@ -50,8 +51,8 @@ class Training:
         self.points_path = self.path / "points.jsonl"
         self.work = self.steps + STEPS_OF_A_BATCH * sum(one.batches for one in measurements)
         wanted = [f"--measure={json.dumps(asdict(one))}" for one in measurements]
-        flags = ["--trial"] if trial else []
-        self.arguments = ["sweep-run", str(self.directory.config_path), *wanted, *flags]
+        self.options = [*wanted, *(["--trial"] if trial else [])]
+        self.arguments = ["sweep-run", str(self.directory.config_path), *self.options]
 
     def progress(self) -> tuple[int, str]:
         """Returns how much of `work` is done, and the steps and the last accuracy as text."""
@@ -90,10 +91,39 @@ class Training:
             row = {"measurement": asdict(measurement), "figures": dict(figures)}
             file.write(json.dumps(row) + "\n")
 
+    def drift_folder(self, measurement: Measurement) -> Path:
+        """Returns the folder of the divergence from the start."""
+        return self.directory.evaluation_folder(measurement.step) / "from-start"
+
     def completions_path(self, measurement: Measurement) -> Path:
         """Returns the file with the completions of a measurement's problems."""
         folder = self.directory.evaluation_folder(measurement.step)
         return folder / f"{measurement.problems}-problems.jsonl"
+
+
+class Series:
+    """Trainings that one process does one after the other, all with the same measurements.
+
+    For small models, whose training may take less time than a process takes to begin. If one of
+    them fails, those behind it are not done.
+    """
+
+    def __init__(self, trainings: Sequence[Training]) -> None:
+        self.trainings, first = trainings, trainings[0]
+        self.name = first.name + (f" and {len(trainings) - 1} more" if len(trainings) > 1 else "")
+        self.path, self.work = first.path, sum(one.work for one in trainings)
+        configs = [str(one.directory.config_path) for one in trainings]
+        self.arguments = ["sweep-run", *configs, *first.options]
+
+    def progress(self) -> tuple[int, str]:
+        """Returns how much of `work` is done, and how many trainings are finished as text."""
+        finished = sum(one.is_finished() for one in self.trainings)
+        done = sum(one.progress()[0] for one in self.trainings)
+        return done, f"{finished} of {len(self.trainings)} trainings"
+
+    def is_finished(self) -> bool:
+        """Returns whether all trainings are finished."""
+        return all(one.is_finished() for one in self.trainings)
 
 
 class ShippedModel:
@@ -128,7 +158,7 @@ class ShippedModel:
         return {"accuracy": accuracy, "mean_length": length}
 
 
-Job = Training | ShippedModel
+Job = Training | Series | ShippedModel
 
 
 def solving(config: Config) -> EvaluationSettings:

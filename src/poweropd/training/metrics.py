@@ -10,6 +10,7 @@ from torch import Tensor
 from poweropd.config import Config
 from poweropd.config.fields import ScheduleConfig
 from poweropd.config.rollouts import RolloutConfig
+from poweropd.runs.bins import FAR
 from poweropd.runs.metrics import StepMetrics
 from poweropd.training.update import UpdateOutcome
 
@@ -36,6 +37,7 @@ def token_metrics(outcome: UpdateOutcome | None, domains: Sequence[str] = ()) ->
         **{f"reward/{key}": value for key, value in distribution(record.rewards).items()},
         "reward/zero_fraction": (record.rewards == 0).double().mean().item(),
         **{f"log_ratio/{key}": log_ratios[key] for key in ("mean", "min", "max")},
+        "log_ratio/far_fraction": (record.log_ratios.abs() >= FAR).double().mean().item(),
         "reverse_kl": -log_ratios["mean"],
         "entropy": record.entropy.double().mean().item(),
         "select/fraction": outcome.selected_fraction,

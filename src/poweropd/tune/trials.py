@@ -187,6 +187,14 @@ def _held_out(base: Config, search: Search) -> int:
     named = base.evaluate is not None and base.evaluate.divergence is not None
     if base.data.holdout or named:
         return 0
+    return prompts_to_hold_out(count)
+
+
+def prompts_to_hold_out(count: int) -> int:
+    """Returns how many of `count` prompts to keep out of training.
+
+    Raises UsageError if they are too few.
+    """
     if count < 2 * HELD_OUT_SHARE:
         raise UsageError(
             f"data.prompts: {count} prompts are too few to hold any out: set "
