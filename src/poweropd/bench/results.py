@@ -189,9 +189,12 @@ def _row(name: str, rates: Rates, found: Found, baseline: Found) -> Row:
 
 
 def _pair(by_seed: Mapping[int, Totals], seeds: Sequence[int]) -> Pair:
-    """Returns the sums of the reverse KL and of its tokens, [seeds, prompts] each."""
-    ids = sorted(by_seed[seeds[0]])
-    own = [[by_seed[seed][id] for id in ids] for seed in seeds]
+    """Returns the sums of the reverse KL and of its tokens, [seeds, prompts] each.
+
+    Prompts are in the order of their ids. The rows that data.holdout keeps out are others for each
+    seed; then a column holds as many different prompts as there are seeds, and is still a sample.
+    """
+    own = [[by_seed[seed][id] for id in sorted(by_seed[seed])] for seed in seeds]
     sums = np.array([[one["reverse_kl"] for one in row] for row in own])
     return sums, np.array([[one["tokens"] for one in row] for row in own], dtype=np.float64)
 
