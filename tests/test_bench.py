@@ -15,9 +15,6 @@ import torch
 import typer
 
 from poweropd import Config, commands, rewards
-from poweropd.bench import trials
-from poweropd.bench.controls import damped
-from poweropd.bench.settings import BASELINE, PLAIN, QUESTIONS, SETTINGS
 from poweropd.config.data import DataConfig
 from poweropd.config.shipped import shipped_recipe
 from poweropd.config.teachers import TeacherConfig
@@ -28,8 +25,11 @@ from poweropd.evaluation.intervals import paired_ratios_over_seeds, ratio_over_s
 from poweropd.evaluation.settings import DivergenceSettings
 from poweropd.runs.directory import RunDirectory
 from poweropd.sweep import process, runner
+from poweropd.sweep.bench import trials
+from poweropd.sweep.bench.controls import damped
+from poweropd.sweep.bench.settings import BASELINE, PLAIN, QUESTIONS, SETTINGS
+from poweropd.sweep.forgetting import divergence_from_start
 from poweropd.sweep.jobs import Measurement, Series, Training
-from poweropd.training.drift import divergence_from_start
 from poweropd.training.trainer import Trainer
 
 MAKES = Callable[..., Config]

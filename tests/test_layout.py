@@ -50,14 +50,11 @@ MAY_IMPORT = {
     },
     "integrations": {"kernels", "net", "rewards"},
     "report": {"config", "evaluation", "rewards", "runs"},
-    "bench": {
-        *("config", "embedded", "evaluation", "report", "rewards", "runs", "sweep", "terminal"),
-        *("training", "tune"),
-    },
     "tune": {"config", "evaluation", "runs", "sweep", "terminal", "training"},
     # It says what runs will cost as `plan` does, before they start.
     "sweep": {
-        *("config", "evaluation", "models", "plan", "report", "runs", "terminal", "training"),
+        *("config", "data", "embedded", "evaluation", "models", "plan", "report", "rewards"),
+        *("runs", "teachers", "terminal", "training"),
     },
     # It also looks at prompts, and at their gold answers, to write a first recipe.
     "plan": {

@@ -53,9 +53,9 @@ def bench(
     if snr == 1:
         raise UsageError("--snr: expected 0 or at least 2 batches, got 1")
     base = load_recipe(recipe, overrides)
-    from poweropd.bench import command, trials
     from poweropd.config.shipped import find_recipe
     from poweropd.data.sources import check_source
+    from poweropd.sweep.bench import command, trials
 
     if other is None:
         other = trials.default_other(base)

@@ -24,6 +24,7 @@ from poweropd.sweep.jobs import Measurement, Training
 RESERVED = {"train.seed": "--seeds", "run.dir": "--out"}
 #: Keys whose value says enough in a cell's label.
 SPEAKING = ("reward.name", "objective.kind")
+HELD_OUT, HELD_OUT_SHARE = 64, 10  # prompts, and at most one of so many
 NOT_IN_NAMES = re.compile(r"[^\w.=+-]+")
 
 
@@ -168,3 +169,16 @@ def check_cell(cell: Cell) -> None:
             raise UsageError(f"{cell.option}: {key} is set by {RESERVED[key]}")
         if count > 1:
             raise UsageError(f"{cell.option}: {key} is given twice")
+
+
+def prompts_to_hold_out(count: int) -> int:
+    """Returns how many of `count` prompts to keep out of training.
+
+    Raises UsageError if they are too few.
+    """
+    if count < 2 * HELD_OUT_SHARE:
+        raise UsageError(
+            f"data.prompts: {count} prompts are too few to hold any out: set "
+            "evaluate.divergence.prompts to a file of others"
+        )
+    return min(HELD_OUT, count // HELD_OUT_SHARE)

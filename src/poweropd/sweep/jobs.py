@@ -91,7 +91,7 @@ class Training:
             row = {"measurement": asdict(measurement), "figures": dict(figures)}
             file.write(json.dumps(row) + "\n")
 
-    def drift_folder(self, measurement: Measurement) -> Path:
+    def forgetting_folder(self, measurement: Measurement) -> Path:
         """Returns the folder of the divergence from the start."""
         return self.directory.evaluation_folder(measurement.step) / "from-start"
 

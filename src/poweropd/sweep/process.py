@@ -12,8 +12,8 @@ from poweropd.evaluation.metrics import problem_values
 from poweropd.evaluation.runner import Subject, run_benchmarks
 from poweropd.evaluation.settings import EvaluationSettings
 from poweropd.runs.files import recover_jsonl
+from poweropd.sweep.forgetting import divergence_from_start
 from poweropd.sweep.jobs import Measurement, Training, solving
-from poweropd.training.drift import divergence_from_start
 from poweropd.training.gradient_noise import measure_gradient
 from poweropd.training.trainer import Result, Trainer
 
@@ -54,14 +54,14 @@ def _train(trainer: Trainer, training: Training) -> Result:
 
 
 def measure(trainer: Trainer, training: Training, wanted: Measurement) -> dict[str, float]:
-    """Returns accuracy and length on problems, drift, quality of gradients, and the seconds."""
+    """Returns accuracy and length on problems, forgetting, quality of gradients, and the seconds."""
     started, figures = time.perf_counter(), dict[str, float]()
     if wanted.problems:
         problems = load_benchmark("embedded", limit=wanted.problems)
         path, settings = training.completions_path(wanted), solving(trainer.config)
         figures |= solve(trainer.subject(), problems, settings, path)
     if wanted.other:
-        figures |= divergence_from_start(trainer, wanted.other, training.drift_folder(wanted))
+        figures |= divergence_from_start(trainer, wanted.other, training.forgetting_folder(wanted))
     if wanted.batches:
         figures |= measure_gradient(trainer, wanted.batches, wanted.cosine)
     return figures | {"seconds": round(time.perf_counter() - started, 1)}

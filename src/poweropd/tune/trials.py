@@ -18,7 +18,6 @@ from poweropd.training.build import RunInputs
 ALPHAS = (0.5, 5.0, 50.0, 500.0)
 VANILLA = "log_ratio"  # tried beside them: power's limit as alpha goes to 0
 FACTOR = 4.0  # between two learning rates; the first two are the recipe's and this times it
-HELD_OUT, HELD_OUT_SHARE = 64, 10  # prompts, and at most one of so many
 CHECKPOINTS = 4  # of a trial, to go on from
 RATE = "train.learning_rate"
 #: The metrics that can decide; a benchmark's accuracy needs benchmarks in the recipe.
@@ -187,20 +186,7 @@ def _held_out(base: Config, search: Search) -> int:
     named = base.evaluate is not None and base.evaluate.divergence is not None
     if base.data.holdout or named:
         return 0
-    return prompts_to_hold_out(count)
-
-
-def prompts_to_hold_out(count: int) -> int:
-    """Returns how many of `count` prompts to keep out of training.
-
-    Raises UsageError if they are too few.
-    """
-    if count < 2 * HELD_OUT_SHARE:
-        raise UsageError(
-            f"data.prompts: {count} prompts are too few to hold any out: set "
-            "evaluate.divergence.prompts to a file of others"
-        )
-    return min(HELD_OUT, count // HELD_OUT_SHARE)
+    return cells.prompts_to_hold_out(count)
 
 
 def _changes(base: Config, config: Config) -> dict[str, Change]:

@@ -9,10 +9,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from poweropd.bench import results, table
-from poweropd.bench.trials import FACTOR, WIDER, Bench, Rates, best_rate, first_rates, further_rate
 from poweropd.runs.files import read_jsonl, write_atomically, write_json
 from poweropd.sweep import command, runner
+from poweropd.sweep.bench import results, table
+from poweropd.sweep.bench.trials import (
+    FACTOR,
+    WIDER,
+    Bench,
+    Rates,
+    best_rate,
+    first_rates,
+    further_rate,
+)
 from poweropd.sweep.jobs import Series, Training
 from poweropd.sweep.runner import SweepOutcome
 from poweropd.terminal import make_console, print_line

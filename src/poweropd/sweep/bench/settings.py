@@ -26,7 +26,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "zscore": ("reward={name: zscore}",),
     **{f"power {alpha:g}": (_power(alpha),) for alpha in (0.5, 5, 50, 500)},
     "tanh 0.4": ("reward={name: tanh, temperature: 0.4}",),
-    "damped 5": ("reward={name: 'poweropd.bench.controls:damped', alpha: 5}",),
+    "damped 5": ("reward={name: 'poweropd.sweep.bench.controls:damped', alpha: 5}",),
     "hellinger": ("reward={name: hellinger}",),
     "proximal": ("reward={name: proximal}",),
     "jensen_shannon": ("reward={name: jensen_shannon}",),

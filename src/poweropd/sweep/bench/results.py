@@ -8,15 +8,15 @@ from statistics import fmean
 import numpy as np
 from numpy.typing import NDArray
 
-from poweropd.bench.settings import QUESTIONS, Question
-from poweropd.bench.trials import DECIDES, Rates, best_rate
 from poweropd.evaluation.divergence import PromptTotals
 from poweropd.evaluation.intervals import Estimate, paired_ratios_over_seeds, ratio_over_seeds
 from poweropd.runs.files import read_json
 from poweropd.runs.metrics import LARGEST, MEDIAN, Aggregate, Shown
 from poweropd.sweep import comparison, results
+from poweropd.sweep.bench.settings import QUESTIONS, Question
+from poweropd.sweep.bench.trials import DECIDES, Rates, best_rate
+from poweropd.sweep.forgetting import RESULTS
 from poweropd.sweep.jobs import Training
-from poweropd.training.drift import RESULTS
 
 #: Metric of the training, or of its gradients -> how the bench shows it.
 SIGNALS = {
@@ -63,7 +63,7 @@ class Found:
         found = {}
         for seed, run in self.runs.items():
             for one in [one for one in run.measurements if one.other]:
-                found[seed] = read_json(run.drift_folder(one) / RESULTS)["per_prompt"]
+                found[seed] = read_json(run.forgetting_folder(one) / RESULTS)["per_prompt"]
         return found
 
     def signals(self) -> dict[str, float]:
@@ -175,13 +175,13 @@ def _row(name: str, rates: Rates, found: Found, baseline: Found) -> Row:
     if not found.runs:
         return row
     benchmarks = results.over_seeds([*found.graded().by_seed.values()])
-    drift = found.from_start()
+    moved = found.from_start()
     return Row(
         **vars(row)
         | {
             "accuracy": {name: figures.avg_at_k for name, figures in benchmarks.items()},
             "divergence": ratio_over_seeds(*_pair(found.held_out(), [*found.runs])),
-            "forgetting": ratio_over_seeds(*_pair(drift, [*drift])) if drift else None,
+            "forgetting": ratio_over_seeds(*_pair(moved, [*moved])) if moved else None,
             "signals": found.signals(),
             "minus_baseline": None if found is baseline else difference(found, baseline),
         }

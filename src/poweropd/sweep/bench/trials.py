@@ -7,16 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from poweropd.bench.settings import PLAIN, SETTINGS
 from poweropd.config import Config
 from poweropd.config.evaluate import HELD_OUT, DivergenceConfig
 from poweropd.embedded import EMBEDDED_PREFIX
 from poweropd.errors import UsageError
 from poweropd.sweep import cells
+from poweropd.sweep.bench.settings import PLAIN, SETTINGS
+from poweropd.sweep.forgetting import other_prompts
 from poweropd.sweep.jobs import Measurement, Training
 from poweropd.training.build import RunInputs
-from poweropd.training.drift import other_prompts
-from poweropd.tune.trials import prompts_to_hold_out
 
 DECIDES = "reverse_kl"  # of the held-out prompts, for the choice of a learning rate
 FACTOR = 3.0  # between two learning rates; the first two are the recipe's and this times it
@@ -55,7 +54,7 @@ class Bench:
         inputs = RunInputs.load(base, notify=False)
         if self.other:
             other_prompts(base, inputs, self.other)
-        held_out = 0 if base.data.holdout else prompts_to_hold_out(len(inputs.prompts))
+        held_out = 0 if base.data.holdout else cells.prompts_to_hold_out(len(inputs.prompts))
         object.__setattr__(self, "base", base)
         object.__setattr__(self, "held_out", held_out)
 

@@ -4,12 +4,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as Drawn
 
-from poweropd.bench.results import SIGNALS, BenchResults, Difference, Row
-from poweropd.bench.trials import DECIDES
 from poweropd.evaluation.intervals import Estimate
 from poweropd.report.tables import ABSENT, Table
 from poweropd.runs.bins import FAR
 from poweropd.runs.metrics import OF_DIVERGENCE, Shown
+from poweropd.sweep.bench.results import SIGNALS, BenchResults, Difference, Row
+from poweropd.sweep.bench.trials import DECIDES
 from poweropd.sweep.comparison import MEAN
 
 PERCENT, NATS = Shown("", ".1f", factor=100.0), Shown("", ".3f")
