@@ -54,7 +54,7 @@ def _train(trainer: Trainer, training: Training) -> Result:
 
 
 def measure(trainer: Trainer, training: Training, wanted: Measurement) -> dict[str, float]:
-    """Returns accuracy and length on problems, forgetting, quality of gradients, and the seconds."""
+    """Returns what is measured: of problems, of forgetting, of gradients; and the seconds."""
     started, figures = time.perf_counter(), dict[str, float]()
     if wanted.problems:
         problems = load_benchmark("embedded", limit=wanted.problems)

@@ -63,7 +63,7 @@ def run_bench(bench: Bench, left_out: Mapping[str, str], how: Running, dry_run: 
         trainings = bench.with_seeds(best)
         if not outcome.unfinished:
             outcome = _run(bench.out, trainings, SEEDS, bench, lock, how)
-        _show(bench.out, found, trainings)
+        _show_bench(bench.out, found, trainings)
         return command.exit_status(bench.out, outcome, len(trainings))
 
 
@@ -126,13 +126,13 @@ def _cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _show(out: Path, tried: Mapping[str, Rates], trainings: Sequence[Training]) -> None:
+def _show_bench(out: Path, tried: Mapping[str, Rates], trainings: Sequence[Training]) -> None:
     """Prints the tables, and writes bench.md and bench.json."""
     console = make_console()
     found = results.bench_results(tried, trainings, read_jsonl(out / COSTS))
     table.print_tables(found, console)
-    for line in table.cost_lines(found):
+    for line in table.paid_lines(found):
         print_line(console, line)
-    write_atomically(out / "bench.md", table.markdown(found))
+    write_atomically(out / "bench.md", table.as_markdown(found))
     write_json(out / "bench.json", asdict(found))
     print_line(console, f"tables: {out}/bench.md, figures: {out}/bench.json")

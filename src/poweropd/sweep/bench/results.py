@@ -89,7 +89,7 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Row:
+class SettingFigures:
     """The figures of one setting. rates: each one tried -> its divergence, None if it diverged."""
 
     setting: str
@@ -117,7 +117,7 @@ class BenchResults:
     """All that a bench found; `before` and `teacher` are accuracies, and a divergence."""
 
     baseline: str
-    rows: list[Row]
+    rows: list[SettingFigures]
     answers: list[Answer]
     before: dict[str, float]
     teacher: dict[str, float]
@@ -130,14 +130,16 @@ def bench_results(
     """Returns what is known so far. tried: setting -> its rates, the baseline first."""
     own = {name: Found.of([one for one in trainings if one.cell == name]) for name in tried}
     baseline = next(iter(tried))
-    rows = [_row(name, tried[name], found, own[baseline]) for name, found in own.items()]
+    rows = [
+        _setting_figures(name, tried[name], found, own[baseline]) for name, found in own.items()
+    ]
     asked = [q for q in QUESTIONS if q.first in own and q.second in own]
-    answers = [Answer(q, difference(own[q.first], own[q.second])) for q in asked]
+    answers = [Answer(q, difference_between(own[q.first], own[q.second])) for q in asked]
     first = trainings[0].directory if trainings else None
-    before = {} if first is None else _accuracies(first.evaluation(0))
+    before = {} if first is None else _mean_accuracies(first.evaluation(0))
     if first is not None and (kl := first.divergence(0)):
         before["divergence"] = kl[DECIDES]["mean"]
-    teacher = {} if first is None else _accuracies(first.teacher_evaluation())
+    teacher = {} if first is None else _mean_accuracies(first.teacher_evaluation())
     return BenchResults(baseline, rows, answers, before, teacher, _costs(costs))
 
 
@@ -152,7 +154,7 @@ def rate_figures(trainings: Sequence[Training]) -> dict[float, float]:
     }
 
 
-def difference(a: Found, b: Found) -> Difference:
+def difference_between(a: Found, b: Found) -> Difference:
     """Returns a - b."""
     graded = (a.graded(), b.graded())
     names = list(dict.fromkeys(n for one in graded[0].by_seed.values() for n in one))
@@ -168,22 +170,22 @@ def difference(a: Found, b: Found) -> Difference:
     return Difference(accuracy, paired_ratios_over_seeds(_pair(one, seeds), _pair(other, seeds)))
 
 
-def _row(name: str, rates: Rates, found: Found, baseline: Found) -> Row:
+def _setting_figures(name: str, rates: Rates, found: Found, baseline: Found) -> SettingFigures:
     best = best_rate(rates) if rates else None
     shown = {f"{rate:g}": None if math.isinf(kl) else kl for rate, kl in sorted(rates.items())}
-    row = Row(name, best, shown, [*found.runs], [*found.diverged])
+    row = SettingFigures(name, best, shown, [*found.runs], [*found.diverged])
     if not found.runs:
         return row
     benchmarks = results.over_seeds([*found.graded().by_seed.values()])
     moved = found.from_start()
-    return Row(
+    return SettingFigures(
         **vars(row)
         | {
             "accuracy": {name: figures.avg_at_k for name, figures in benchmarks.items()},
             "divergence": ratio_over_seeds(*_pair(found.held_out(), [*found.runs])),
             "forgetting": ratio_over_seeds(*_pair(moved, [*moved])) if moved else None,
             "signals": found.signals(),
-            "minus_baseline": None if found is baseline else difference(found, baseline),
+            "minus_baseline": None if found is baseline else difference_between(found, baseline),
         }
     )
 
@@ -199,7 +201,7 @@ def _pair(by_seed: Mapping[int, Totals], seeds: Sequence[int]) -> Pair:
     return sums, np.array([[one["tokens"] for one in row] for row in own], dtype=np.float64)
 
 
-def _accuracies(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
+def _mean_accuracies(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
     return {name: result["avg_at_k"]["mean"] for name, result in found.items()}
 
 

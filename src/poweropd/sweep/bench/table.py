@@ -8,7 +8,7 @@ from poweropd.evaluation.intervals import Estimate
 from poweropd.report.tables import ABSENT, Table
 from poweropd.runs.bins import FAR
 from poweropd.runs.metrics import OF_DIVERGENCE, Shown
-from poweropd.sweep.bench.results import SIGNALS, BenchResults, Difference, Row
+from poweropd.sweep.bench.results import SIGNALS, BenchResults, Difference, SettingFigures
 from poweropd.sweep.bench.trials import DECIDES
 from poweropd.sweep.comparison import MEAN
 
@@ -24,7 +24,7 @@ def tables(found: BenchResults) -> list[Table]:
 
 def achieved_table(found: BenchResults) -> Table:
     """Returns what each setting achieved, and its differences from the baseline."""
-    benchmark = _benchmark(found)
+    benchmark = _shown_benchmark(found)
     accuracy = [f"{benchmark}, %", f"minus {found.baseline}"] if benchmark else []
     columns = ["setting", "rate", *accuracy, "held-out KL", f"minus {found.baseline}"]
     rows = [_achieved(row, benchmark) for row in found.rows if row.seeds]
@@ -43,13 +43,13 @@ def achieved_table(found: BenchResults) -> Table:
     return Table(caption, [*columns, "forgetting"], rows)
 
 
-def _achieved(row: Row, benchmark: str) -> list[str]:
+def _achieved(row: SettingFigures, benchmark: str) -> list[str]:
     minus = row.minus_baseline or Difference({}, None)
-    cells = [_estimate(row.accuracy.get(benchmark), PERCENT)] if benchmark else []
-    cells += [_estimate(minus.accuracy.get(benchmark), PERCENT, "+")] if benchmark else []
-    cells += [_estimate(row.divergence, NATS), _estimate(minus.divergence, NATS, "+")]
+    cells = [_mean_and_ends(row.accuracy.get(benchmark), PERCENT)] if benchmark else []
+    cells += [_mean_and_ends(minus.accuracy.get(benchmark), PERCENT, "+")] if benchmark else []
+    cells += [_mean_and_ends(row.divergence, NATS), _mean_and_ends(minus.divergence, NATS, "+")]
     rate = ABSENT if row.rate is None else f"{row.rate:g}"
-    return [_name(row), rate, *cells, _estimate(row.forgetting, NATS)]
+    return [_setting(row), rate, *cells, _mean_and_ends(row.forgetting, NATS)]
 
 
 def signals_table(found: BenchResults) -> Table:
@@ -70,13 +70,13 @@ def signals_table(found: BenchResults) -> Table:
 
 def answers_table(found: BenchResults) -> Table:
     """Returns the questions with the differences that answer them."""
-    benchmark = _benchmark(found)
+    benchmark = _shown_benchmark(found)
     columns = ["question", "difference", *([f"{benchmark}, points"] if benchmark else [])]
     rows = []
     for question, minus in ((one.question, one.difference) for one in found.answers):
-        cells = [_estimate(minus.accuracy.get(benchmark), PERCENT, "+")] if benchmark else []
+        cells = [_mean_and_ends(minus.accuracy.get(benchmark), PERCENT, "+")] if benchmark else []
         pair = f"{question.first} \N{MINUS SIGN} {question.second}"
-        rows.append([question.text, pair, *cells, _estimate(minus.divergence, NATS, "+")])
+        rows.append([question.text, pair, *cells, _mean_and_ends(minus.divergence, NATS, "+")])
     caption = "Each setting at its own rate; paired by seed and problem or prompt."
     answered = [row for row in rows if set(row[2:]) != {ABSENT}]
     return Table(caption, [*columns, "held-out KL"], answered, names=2)
@@ -96,7 +96,7 @@ def rates_table(found: BenchResults) -> Table:
     return Table(caption, ["setting", *names], rows)
 
 
-def _of_rate(row: Row, rate: str) -> str:
+def _of_rate(row: SettingFigures, rate: str) -> str:
     if rate not in row.rates:
         return ""
     value = row.rates[rate]
@@ -104,7 +104,7 @@ def _of_rate(row: Row, rate: str) -> str:
     return f"**{text}**" if row.rate is not None and rate == f"{row.rate:g}" else text
 
 
-def cost_lines(found: BenchResults) -> list[str]:
+def paid_lines(found: BenchResults) -> list[str]:
     """Returns a line for each stage that was paid for."""
     return [
         f"{stage}: {cost['runs']:.0f} runs, {cost['cpu_seconds']:.0f} CPU seconds, "
@@ -113,14 +113,14 @@ def cost_lines(found: BenchResults) -> list[str]:
     ]
 
 
-def markdown(found: BenchResults) -> str:
+def as_markdown(found: BenchResults) -> str:
     """Returns all tables with their captions, and what they cost."""
     parts = []
     for table in tables(found):
         rule = [*["---"] * table.names, *["---:"] * (len(table.columns) - table.names)]
         lines = [table.columns, rule, *table.rows]
         parts += ["\n".join(f"| {' | '.join(line)} |" for line in lines), table.caption]
-    return "\n\n".join([*parts, "\n".join(cost_lines(found))]).strip() + "\n"
+    return "\n\n".join([*parts, "\n".join(paid_lines(found))]).strip() + "\n"
 
 
 def print_tables(found: BenchResults, console: Console) -> None:
@@ -136,18 +136,18 @@ def print_tables(found: BenchResults, console: Console) -> None:
         console.print(drawn)
 
 
-def _benchmark(found: BenchResults) -> str:
+def _shown_benchmark(found: BenchResults) -> str:
     """Returns the benchmark to show: the mean over several, the only one, or "" for none."""
     names = list(dict.fromkeys(name for row in found.rows for name in row.accuracy))
     return MEAN if MEAN in names else (names or [""])[0]
 
 
-def _name(row: Row) -> str:
+def _setting(row: SettingFigures) -> str:
     diverged = f", {len(row.diverged)} diverged" if row.diverged else ""
     return f"{row.setting} ({len(row.seeds)} seeds{diverged})" if diverged else row.setting
 
 
-def _estimate(found: Estimate | None, shown: Shown, sign: str = "") -> str:
+def _mean_and_ends(found: Estimate | None, shown: Shown, sign: str = "") -> str:
     """Returns a mean with its interval."""
     if found is None:
         return ABSENT
