@@ -202,7 +202,9 @@ def _pair(by_seed: Mapping[int, Totals], seeds: Sequence[int]) -> Pair:
 
 
 def _mean_accuracies(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
-    return {name: result["avg_at_k"]["mean"] for name, result in found.items()}
+    """Returns benchmark -> accuracy and, if there are several, their mean."""
+    own = {name: result["avg_at_k"]["mean"] for name, result in found.items()}
+    return own | ({comparison.MEAN: fmean(own.values())} if len(own) > 1 else {})
 
 
 def _costs(costs: Sequence[Mapping[str, object]]) -> dict[str, dict[str, float]]:
