@@ -28,9 +28,7 @@ def divergence_from_start(trainer: Trainer, source: str, folder: Path) -> dict[s
     """
     config = trainer.config
     prompts = other_prompts(config, trainer.inputs, source)
-    settings = DivergenceSettings(
-        max_new_tokens=config.rollout.max_new_tokens, seed=config.train.seed
-    )
+    settings = DivergenceSettings(max_new_tokens=config.rollout.longest, seed=config.train.seed)
     subject = trainer.subject()
     models = {"model": subject.identity, "teacher": f"{config.model.student} before training"}
     evaluation = DivergenceEvaluation(prompts, settings, folder, models)
@@ -50,7 +48,7 @@ def other_prompts(config: Config, inputs: RunInputs, source: str) -> Sequence[Pr
         config.data.model_copy(update=new), inputs.tokenizer, {"": inputs.tokenizer}
     )
     context = inputs.student_context
-    check_lengths(prompts, context, context, config.rollout.max_new_tokens, source)
+    check_lengths(prompts, context, context, config.rollout.longest, source)
     return prompts
 
 
