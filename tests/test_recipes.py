@@ -68,6 +68,7 @@ def test_every_recipe_trains_two_steps_with_tiny_models(
         "teacher.dtype": "float32",
         "data.prompts": prompts,
         "data.column": "problem",
+        "data.holdout": 0,
         "rollout.engine": "transformers",
         "rollout.max_new_tokens": 6,
         "train.steps": 2,
