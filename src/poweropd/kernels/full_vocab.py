@@ -8,7 +8,7 @@ from torch import Tensor
 from poweropd.kernels.chunked_head import ChunkedHead
 from poweropd.kernels.head import Head
 from poweropd.kernels.pair import PairForward, Pointwise, TeacherHead, rewards_of
-from poweropd.kernels.softmax import check_tokens, expectation, merge_, tiles, unmerge_
+from poweropd.kernels.softmax import expectation, merge_, tiles, unmerge_, weights_of
 from poweropd.kernels.statistics import PairStatistics
 
 
@@ -32,10 +32,7 @@ def full_vocab_loss(
     """
     student = ChunkedHead(hidden, head, targets, merged_ids, chunk_size, more_buffers=1)
     reward, num_tokens, vocab_size = teacher.reward, student.num_tokens, student.vocab_size
-    weights = torch.as_tensor(token_weight, dtype=torch.float32, device=hidden.device).detach()
-    if weights.ndim:
-        check_tokens("token_weight", weights, num_tokens, None)
-    weights = weights.expand(num_tokens)
+    weights = weights_of(token_weight, num_tokens, hidden.device)
     if reward is None:
         raise ValueError("teacher reward: expected the reward to train with, got None")
     if targets is None and teacher.support is not None:

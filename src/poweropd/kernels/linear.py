@@ -12,6 +12,7 @@ from poweropd.kernels.full_vocab import full_vocab_loss
 from poweropd.kernels.head import Head, HeadOptions
 from poweropd.kernels.pair import Pointwise, TeacherHead
 from poweropd.kernels.sampled import sampled_loss, score_tokens
+from poweropd.kernels.teacher_top_k import TeacherTopK, top_k_loss
 
 
 def linear_log_prob(
@@ -148,6 +149,59 @@ def linear_full_vocab(
         divergence=value,
         top_k=top_k,
         merged_ids=merged_ids,
+        chunk_size=chunk_size,
+    )
+    return loss
+
+
+def linear_top_k(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_ids: Tensor,
+    teacher_log_probs: Tensor,
+    reward: Pointwise,
+    token_weight: Tensor | float,
+    *,
+    value: Pointwise | None = None,
+    chunk_size: int | None = None,
+    **options: Unpack[HeadOptions],
+) -> Tensor:
+    """Returns the full-vocabulary loss over the teacher's k most probable ids and a tail.
+
+    The tail is one outcome that stands for all other ids: its probabilities T and P are what the
+    k ids leave of 1. So any teacher will do that tells k log-probs. The gradient is
+    -sum_i w_i (sum_{v in K} sg[p_v r(t_v, p_v)] grad ln p_v + sg[P r(T, P)] grad ln P). By the
+    logits it is -w p_u (r_u - V), where each u outside K has the tail's reward and V is the sum of
+    p r over the k + 1 outcomes. Its value, a float32 scalar, is sum_i w_i D_i, with D = value(...)
+    of the outcomes' log-probs [n, k + 1] if that is given, else -V. With all V ids it is the loss
+    of `linear_full_vocab`. The naive equivalent, up to that value::
+
+        student = log_softmax(head(hidden))
+        p = student.gather(1, teacher_ids)
+        p = cat([p, log(1 - p.exp().sum(-1, keepdim=True))], -1)
+        t = cat([teacher_log_probs, log(1 - teacher_log_probs.exp().sum(-1, keepdim=True))], -1)
+        r = reward(t, p.detach())                                        # [N, k + 1]
+        return -(token_weight * (p.detach().exp() * r * p).sum(-1)).sum()
+
+    T counts as at least 1e-6 where P is above 0: that much is lost in float32 sums near 1. Three
+    head matmuls are needed, as in `linear_policy_gradient`.
+
+    Args:
+        hidden [N, H], weight [V, H], token_weight, chunk_size, options: as in `linear_full_vocab`.
+        teacher_ids: [N, k] int64, distinct within a context. -1 stands for an id that the student
+            does not have: an outcome that it gives probability 0.
+        teacher_log_probs: [N, k], ln t by the teacher's full softmax.
+        reward: (teacher log-probs, student log-probs), [n, k + 1] each -> [n, k + 1].
+    """
+    no_targets = teacher_ids.new_zeros(len(teacher_ids))
+    teacher = TeacherTopK(teacher_ids, teacher_log_probs, no_targets.float(), reward)
+    loss, _ = top_k_loss(
+        hidden,
+        Head(weight, **options),
+        no_targets,
+        teacher,
+        token_weight,
+        divergence=value,
         chunk_size=chunk_size,
     )
     return loss

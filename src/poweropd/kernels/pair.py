@@ -40,6 +40,10 @@ class TeacherHead:
     reward: Pointwise | None = None
     support: Support | None = None
 
+    def beside(self, student: ChunkedHead, statistics: PairStatistics) -> "PairForward":
+        """Returns what computes the student's chunks beside this teacher."""
+        return PairForward(student, self, statistics)
+
 
 class PairForward:
     """Computes both models' log-probabilities of one chunk after the other, in one buffer each."""

@@ -3,6 +3,7 @@
 Everything is computed in the dtype given (tests use float64); gradients come from autograd.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -84,6 +85,30 @@ def full_vocab(
         student, teacher = student.gather(-1, support), teacher.gather(-1, support)
     p = student.detach()
     return -(token_weight[:, None] * p.exp() * reward(teacher, p) * student).sum()
+
+
+def top_k(
+    student: Tensor,
+    teacher: Tensor,
+    k: int,
+    reward: Callable[[Tensor, Tensor], Tensor],
+    token_weight: Tensor,
+) -> Tensor:
+    """Returns the loss of `full_vocab` over k + 1 outcomes, from log-probs [N, V].
+
+    These are the teacher's k most probable ids and "any other id", whose t counts as at least 1e-6.
+    Only the gradient is that of `linear_top_k`; the value reported there is another.
+    """
+    ids = teacher.topk(k, dim=-1).indices
+    inside = torch.zeros_like(student, dtype=torch.bool).scatter_(-1, ids, True)
+
+    def outcomes(log_probs: Tensor) -> Tensor:
+        rest = log_probs.masked_fill(inside, LOWEST).logsumexp(-1, keepdim=True)
+        return torch.cat([log_probs.gather(-1, ids), rest], dim=-1)
+
+    whole = outcomes(teacher)
+    whole[:, -1].clamp_(min=math.log(1e-6))
+    return full_vocab(outcomes(student), whole, reward, token_weight)
 
 
 def entropy(log_probs: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from poweropd.kernels.chunked_head import ChunkedHead
 from poweropd.kernels.head import Head
-from poweropd.kernels.pair import PairForward, TeacherHead
+from poweropd.kernels.pair import TeacherHead
 from poweropd.kernels.softmax import check_tokens, softmax_
 from poweropd.kernels.statistics import PairStatistics, TokenStatistics
+from poweropd.kernels.teacher_top_k import TeacherTopK
 
 # (statistics of a chunk's n tokens, which of the N tokens these are) -> [n]
 Coefficient = Callable[[PairStatistics, slice], Tensor]
@@ -47,7 +48,7 @@ def sampled_loss(
     head: Head,
     targets: Tensor,
     coefficient: Coefficient,
-    teacher: TeacherHead | None = None,
+    teacher: TeacherHead | TeacherTopK | None = None,
     *,
     merged_ids: Tensor | None = None,
     entropy: bool = True,
@@ -56,18 +57,18 @@ def sampled_loss(
     """Returns the loss -sum_i sg[c_i] ln p_i and the statistics of all tokens.
 
     This is the core of `linear_policy_gradient`, whose arguments it takes. `coefficient` is called
-    with all that is known of a chunk's tokens. A `teacher` costs one more head matmul, and adds
-    its log-probs and, with a reward, the values::
+    with all that is known of a chunk's tokens. A `teacher` adds its log-probs and, with a reward,
+    the values; a `TeacherHead` costs one more head matmul for them::
 
         def coefficient(statistics, tokens):
             r = reward(statistics.teacher_log_probs, statistics.log_probs)
             return (r - statistics.values) / num_tokens
     """
-    more = int(teacher is not None)  # the buffer of the teacher's logits
+    more = int(isinstance(teacher, TeacherHead))  # the buffer of the teacher's logits
     student = ChunkedHead(hidden, head, targets, merged_ids, chunk_size, more_buffers=more)
     statistics = PairStatistics.empty(student.num_tokens, hidden.device)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        pair = None if teacher is None else PairForward(student, teacher, statistics)
+        pair = None if teacher is None else teacher.beside(student, statistics)
         loss = hidden.new_zeros((), dtype=torch.float32)
         for tokens in student.chunks:
             if pair is None:

@@ -21,6 +21,14 @@ def check_tokens(name: str, values: Tensor, num_tokens: int, dtype: torch.dtype 
         raise ValueError(f"{name}: expected {expected}, got {list(values.shape)} {values.dtype}")
 
 
+def weights_of(token_weight: Tensor | float, num_tokens: int, device: torch.device | str) -> Tensor:
+    """Returns the weights [N] float32 of tokens; raises ValueError for a wrong shape."""
+    weights = torch.as_tensor(token_weight, dtype=torch.float32, device=device).detach()
+    if weights.ndim:
+        check_tokens("token_weight", weights, num_tokens, None)
+    return weights.expand(num_tokens)
+
+
 def unique_ids(merged_ids: Tensor | None) -> Tensor | None:
     """Returns the distinct ids [M], or None if there is nothing to merge.
 

@@ -45,3 +45,5 @@ class PairStatistics(TokenStatistics):
 
     teacher_log_probs: Tensor  # float32, ln t of the teacher's target; NaN without its head
     values: Tensor  # float32, V(c) of the context, for a sampled loss with a reward; else 0
+    tail: Tensor  # float32, the student's probability of all ids but the teacher's k; or NaN
+    teacher_tail: Tensor  # float32, the teacher's; NaN unless its k most probable ids were given
