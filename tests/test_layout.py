@@ -32,6 +32,7 @@ MAY_IMPORT = {
         "rewards",
         "rollouts",
         "stops",
+        "teachers",
     },
     "data": {"config", "embedded", "stops"},
     "objectives": {"data", "kernels", "rewards"},

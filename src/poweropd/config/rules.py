@@ -13,12 +13,14 @@ def needs_local_teacher(
 ) -> str | None:
     """Returns the setting that needs the teacher's hidden states, as "objective.kind=full_vocab".
 
-    It is None if the teacher's log-probs of the sampled tokens are enough, which servers give too.
+    It is None if the teacher's log-probs of the sampled tokens are enough, or those of its most
+    probable tokens, which servers give too.
     """
     select = objective.select
+    whole = objective.teacher_top_k is None
     needs = {
-        "objective.kind=full_vocab": objective.kind == "full_vocab",
-        "objective.baseline=value": objective.baseline == "value",
+        "objective.kind=full_vocab": whole and objective.kind == "full_vocab",
+        "objective.baseline=value": whole and objective.baseline == "value",
         "objective.stop=semantic": objective.stop == "semantic",
         "rollout.score=truncated": rollout.truncates_scores,
         "objective.select.name=teachable": select is not None and select.name == "teachable",
@@ -60,6 +62,7 @@ def conflicts(
             f"objective.top_k: {objective.top_k} needs objective.kind=full_vocab; to sample "
             "from the most probable ids set rollout.top_k"
         )
+    yield from _of_teacher_top_k(objective, rollout)
     if select is not None:
         yield from _of_selection(select)
     if truncated and objective.stop == "cross":
@@ -105,6 +108,8 @@ def _of_spans(
                 f"{key}.align: spans cannot go with {need}, which compares both models token by "
                 "token: their vocabularies differ"
             )
+        if objective.teacher_top_k is not None:
+            yield f"{key}.align: spans cannot go with objective.teacher_top_k, of tokens they share"
         if objective.stop in ("raw", "canonical"):
             yield (
                 f"{key}.align: spans cannot go with objective.stop={objective.stop}, which scores "
@@ -120,6 +125,21 @@ def _of_spans(
                 f"{key}.measure_quantization: it compares rewards token by token and cannot go "
                 "with align=spans"
             )
+
+
+def _of_teacher_top_k(
+    objective: sections.ObjectiveConfig, rollout: rollouts.RolloutConfig
+) -> Iterator[str]:
+    """Yields what the teacher's most probable tokens cannot go with."""
+    if objective.teacher_top_k is None:
+        return
+    key = f"objective.teacher_top_k: {objective.teacher_top_k}"
+    if objective.kind != "full_vocab" and objective.baseline != "value":
+        yield f"{key} needs objective.kind=full_vocab or objective.baseline=value"
+    if objective.top_k is not None:
+        yield f"{key} cannot go with objective.top_k, the student's most probable tokens"
+    if (need := needs_local_teacher(objective, rollout)) is not None:
+        yield f"{key} cannot go with {need}, which reads the teacher's whole distribution"
 
 
 def _of_teacher(teacher: teachers.AnyTeacher, need: str) -> Iterator[str]:

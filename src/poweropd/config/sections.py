@@ -133,6 +133,8 @@ class ObjectiveConfig(Section):
     """How the stop token that ends a completion is trained."""
     top_k: PositiveInt | None = None
     """Number of the student's most probable tokens in full_vocab's sums; null is all."""
+    teacher_top_k: PositiveInt | None = None
+    """Number of the teacher's most probable tokens in sums, all others being one; null is all."""
     baseline: Literal["none", "value"] = "none"
     """What is taken from the reward of a sampled token; value is the context's expected reward."""
     select: SelectConfig | None = None

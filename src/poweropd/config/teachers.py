@@ -17,14 +17,16 @@ from poweropd.config.fields import (
     PositiveInt,
     Private,
     Section,
+    one_of,
 )
 from poweropd.models import AUTO_DTYPE
+from poweropd.teachers import SERVER_TYPES
 
 TeacherPlace = Literal["in process", "served", "several"]
 
 
 class TeacherConfig(Section):
-    """One teacher, in the training process or, with `servers`, behind vLLM servers."""
+    """One teacher, in the training process or, with `servers`, behind servers."""
 
     by: ClassVar[None] = None
 
@@ -45,7 +47,9 @@ class TeacherConfig(Section):
     offload: bool = False
     """In the training process: whether the weights are on the CPU while they are not used."""
     servers: Annotated[list[str], MayChange, Private] = Field(default_factory=list)
-    """Base URLs of vLLM servers with this teacher, such as http://127.0.0.1:8000."""
+    """Base URLs of servers with this teacher, such as http://127.0.0.1:8000."""
+    server_type: Annotated[str, one_of(SERVER_TYPES), MayChange] = "vllm"
+    """What the servers are; llama_cpp takes a request for each token."""
     tokenizer: Annotated[str | None, Address] = None
     """With servers: a directory or Hub model with the tokenizer; null is that of `model`."""
     api_key_env: Annotated[str | None, MayChange, Private] = None

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from poweropd.data.rollout import Example
+from poweropd.data.rollout import Example, TopIds
 
 _NOT_PER_TOKEN = {"student", "teacher", "seeds", "keys"}  # fields of a batch
 
@@ -80,6 +80,7 @@ class Batch:
     sampling_log_probs: Tensor | None = None  # [N] float32, see `Example.sampling_log_probs`
     teacher_hidden: Tensor | None = None  # [N, H], if the objective needs it
     spans: Tensor | None = None  # [N] number of each token's span; None if each token is one
+    teacher_top: TopIds | None = None  # of N tokens, if the objective needs it
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copies all tensors to a device."""
@@ -122,6 +123,7 @@ def collate(examples: Sequence[Example], flat: bool = False, teacher_flat: bool 
         off_policy=torch.tensor([e.rollout.off_policy for e in examples]).repeat_interleave(counts),
         sampling_log_probs=_concatenated([e.sampling_log_probs for e in examples]),
         spans=_numbered_spans(examples),
+        teacher_top=_top_ids([e.teacher_top for e in examples]),
     )
 
 
@@ -135,6 +137,13 @@ def _numbered_spans(examples: Sequence[Example]) -> Tensor | None:
     own = [torch.arange(e.num_tokens) if e.spans is None else e.spans for e in examples]
     firsts = accumulate((int(numbers[-1]) + 1 for numbers in own[:-1]), initial=0)
     return torch.cat([first + numbers for first, numbers in zip(firsts, own, strict=True)])
+
+
+def _top_ids(parts: Sequence[TopIds | None]) -> TopIds | None:
+    """Concatenates the parts; returns None if one of them is missing."""
+    ids = _concatenated([None if part is None else part.ids for part in parts])
+    log_probs = _concatenated([None if part is None else part.log_probs for part in parts])
+    return None if ids is None or log_probs is None else TopIds(ids, log_probs)
 
 
 def _concatenated(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -186,6 +195,7 @@ def _empty_batch() -> Batch:
         teacher_top1=zeros,
         off_policy=none.bool(),
         sampling_log_probs=zeros,
+        teacher_top=TopIds(none.view(0, 1), zeros.view(0, 1)),
     )
 
 

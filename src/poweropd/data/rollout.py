@@ -76,6 +76,22 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class TopIds:
+    """A teacher's k most probable ids in the context of each of n tokens, the first ones first."""
+
+    ids: Tensor  # [n, k] int64
+    log_probs: Tensor  # [n, k] float32
+
+    def __getitem__(self, tokens: Tensor) -> "TopIds":
+        """Returns those of some tokens, by their indices [m]."""
+        return TopIds(self.ids[tokens], self.log_probs[tokens])
+
+    def to(self, device: torch.device | str) -> "TopIds":
+        """Copies both tensors to a device."""
+        return TopIds(self.ids.to(device), self.log_probs.to(device))
+
+
+@dataclass(frozen=True)
 class Example:
     """A completion with its n trained tokens; its other tokens are context only."""
 
@@ -87,6 +103,7 @@ class Example:
     teacher_entropy: Tensor | None = None  # [n] float32, nats, if the teacher says it
     teacher_top1: Tensor | None = None  # [n]: 1 if no token is more probable to the teacher
     spans: Tensor | None = None  # [n] number of each token's span, see `teachers.spans`
+    teacher_top: TopIds | None = None  # of n tokens, if they were asked for
     task_reward: float = 0.0  # weighted; added to the reward of each of its tokens
 
     @property
@@ -149,6 +166,7 @@ class Example:
         teacher_log_probs: Tensor,
         teacher_entropy: Tensor | None = None,
         teacher_top1: Tensor | None = None,
+        teacher_top: TopIds | None = None,
     ) -> "Example":
         """Returns the example with the teacher's scores."""
         return replace(
@@ -156,6 +174,7 @@ class Example:
             teacher_log_probs=teacher_log_probs,
             teacher_entropy=teacher_entropy,
             teacher_top1=teacher_top1,
+            teacher_top=teacher_top,
         )
 
 

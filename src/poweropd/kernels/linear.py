@@ -188,8 +188,8 @@ def linear_top_k(
 
     Args:
         hidden [N, H], weight [V, H], token_weight, chunk_size, options: as in `linear_full_vocab`.
-        teacher_ids: [N, k] int64, distinct within a context. -1 stands for an id that the student
-            does not have: an outcome that it gives probability 0.
+        teacher_ids: [N, k] int64, distinct within a context. One outside [0, V) is an outcome to
+            which the student gives probability 0.
         teacher_log_probs: [N, k], ln t by the teacher's full softmax.
         reward: (teacher log-probs, student log-probs), [n, k + 1] each -> [n, k + 1].
     """

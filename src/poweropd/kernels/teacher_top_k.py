@@ -33,10 +33,10 @@ SMALLEST_TAIL = 1e-6
 class TeacherTopK:
     """A teacher's k most probable ids of N contexts, for kernels that need no more of it.
 
-    An id of -1 stands for one that the student does not have, so that its probability there is 0.
+    One that is outside [0, V) the student does not have: an outcome to which it gives nothing.
     """
 
-    ids: Tensor  # [N, k] int64, distinct within a context, apart from -1
+    ids: Tensor  # [N, k] int64, distinct within a context
     log_probs: Tensor  # [N, k] float32, their ln t by the teacher's full softmax
     target_log_probs: Tensor  # [N] float32, ln t of the teacher's targets
     reward: Pointwise | None = None  # with it the kernels know V(c) over the k + 1 outcomes
@@ -73,8 +73,8 @@ class Outcomes:
         Those of the k ids become 0.
         """
         ids, t = teacher.ids[tokens], teacher.log_probs[tokens].to(student.dtype).clamp(min=LOWEST)
-        known = ids >= 0
-        p = student.gather(1, ids.clamp(min=0)).masked_fill(~known, LOWEST)
+        known = (ids >= 0) & (ids < student.shape[1])
+        p = student.gather(1, ids.where(known, 0)).masked_fill(~known, LOWEST)
         rows, places = known.nonzero(as_tuple=True)
         inside = (rows, ids[rows, places])
         student.exp_()[inside] = 0.0

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from poweropd.data.batch import Batch, Sequences
-from poweropd.kernels import Head, TokenStatistics, score_tokens
+from poweropd.kernels import Head, TeacherTopK, TokenStatistics, score_tokens, score_top_k
 from poweropd.kernels.head import head_options
 from poweropd.models.sharding import like, whole
 from poweropd.objectives.base import Objective, TokenRecord
@@ -260,6 +260,11 @@ class Teacher(LanguageModel):
     def score(self, sequences: Sequences) -> TokenStatistics:
         """Returns the teacher's statistics of the N targets, in one forward."""
         return score_tokens(self.hidden_states(sequences), self.head(), sequences.targets)
+
+    @torch.inference_mode()
+    def score_top_k(self, sequences: Sequences, k: int) -> tuple[TokenStatistics, TeacherTopK]:
+        """Returns the same, and the k most probable ids of each context."""
+        return score_top_k(self.hidden_states(sequences), self.head(), sequences.targets, k)
 
 
 @torch.no_grad()

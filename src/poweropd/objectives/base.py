@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from poweropd.data.batch import Batch
-from poweropd.kernels import Head, PairStatistics, Support, TeacherHead, TokenStatistics
+from poweropd.kernels import (
+    Head,
+    PairStatistics,
+    Support,
+    TeacherHead,
+    TeacherTopK,
+    TokenStatistics,
+)
 from poweropd.rewards import Reward, log_ratio
 
 
@@ -31,6 +38,8 @@ class TokenRecord:
     top1: Tensor  # 1 if no token is more probable to the student, else 0
     teacher_entropy: Tensor  # NaN if the teacher gave log-probs alone
     teacher_top1: Tensor  # as `top1`; NaN if it is not known
+    tail: Tensor  # the student's probability of all but the teacher's k ids; NaN without those
+    teacher_tail: Tensor  # the teacher's
     prompt_indices: Tensor  # with the next: which completion of the step
     sample_indices: Tensor
     span_sizes: Tensor  # trained tokens of the token's span; 1 without spans
@@ -81,6 +90,14 @@ def teacher_of(
     return TeacherHead(batch.teacher_hidden, head, batch.teacher.targets, reward, support)
 
 
+def top_k_of(batch: Batch, reward: Reward | None = None) -> TeacherTopK:
+    """Returns what the kernels need of a teacher that told its k most probable ids."""
+    top, scored = batch.teacher_top, batch.teacher_log_probs
+    assert top is not None, "the teacher has not told its most probable ids"
+    assert scored is not None, "the examples have not been scored"
+    return TeacherTopK(top.ids, top.log_probs, scored, reward)
+
+
 def factors(token_weight: Tensor | float, batch: Batch) -> Tensor:
     """Returns the token weights of a batch, [N] float32, from one number or [N]."""
     device = batch.task_reward.device
@@ -127,6 +144,8 @@ def token_record(
         top1=statistics.top1.float(),
         teacher_entropy=batch.teacher_entropy,
         teacher_top1=batch.teacher_top1,
+        tail=statistics.tail,
+        teacher_tail=statistics.teacher_tail,
         prompt_indices=batch.keys[batch.completion_index, 0],
         sample_indices=batch.keys[batch.completion_index, 1],
         span_sizes=torch.ones_like(rewards),

@@ -8,7 +8,14 @@ from torch import Tensor
 from poweropd.data.batch import Batch
 from poweropd.data.rollout import span_totals
 from poweropd.errors import UsageError
-from poweropd.kernels import Head, PairStatistics, Support, sampled_loss
+from poweropd.kernels import (
+    Head,
+    PairStatistics,
+    Support,
+    TeacherHead,
+    TeacherTopK,
+    sampled_loss,
+)
 from poweropd.objectives.base import (
     Objective,
     TokenRecord,
@@ -16,6 +23,7 @@ from poweropd.objectives.base import (
     sampler_log_ratios,
     teacher_of,
     token_record,
+    top_k_of,
 )
 from poweropd.objectives.spans import SpanScores
 from poweropd.rewards import Reward
@@ -30,9 +38,10 @@ class Sampled(Objective):
 
     That is arXiv:2606.17199 if the importance weights w are 1, and the bonus and the baseline's
     values V are 0. The teacher's log-probs come with the batch or, with a `teacher_head`, from its
-    hidden states; `baseline`, `merged_ids` and `support` need the latter. `correction` weights
-    every token, `off_policy` those of completions from a file. In a batch with spans r and w are
-    those of the span that a token belongs to.
+    hidden states; `merged_ids` and `support` need the latter. Without it, the `baseline` is over
+    the teacher's k most probable ids, which come with the batch, and one outcome for all others.
+    `correction` weights every token, `off_policy` those of completions from a file. In a batch with
+    spans r and w are those of the span that a token belongs to.
     """
 
     teacher_head: Head | None = None
@@ -51,12 +60,13 @@ class Sampled(Objective):
         token_weight: Tensor | float,
     ) -> tuple[Tensor, TokenRecord]:
         """Returns the loss of a micro-batch, and the record of its trained tokens."""
-        teacher, scored = None, batch.teacher_log_probs
+        teacher: TeacherHead | TeacherTopK | None = None
+        scored, baseline = batch.teacher_log_probs, reward if self.baseline else None
         if self.teacher_head is not None:
-            baseline = reward if self.baseline else None
             teacher, scored = teacher_of(batch, self.teacher_head, baseline, self.support), None
         else:
             assert scored is not None, "the examples have not been scored"
+            teacher = None if baseline is None else top_k_of(batch, baseline)
         rewards = torch.empty_like(batch.task_reward, dtype=torch.float32)
         weights = torch.ones_like(rewards)
         token_weights = factors(token_weight, batch)

@@ -129,6 +129,10 @@ OF_STEPS = (
     Metric("log_ratio/max", "highest log ratio", "nats"),
     Metric("log_ratio/far_fraction", "tokens with a log ratio of 4 nats or more", "share"),
     Metric("select/fraction", "tokens that were selected for the loss", "share"),
+    Metric(
+        "tail/student", "student's probability outside the teacher's top k", "share", curve="zero"
+    ),
+    Metric("tail/teacher", "teacher's probability outside its top k", "share", curve="zero"),
     Metric("task_reward/mean", "mean task reward"),
     Metric("sampler/mean_abs_difference", "mean |ln p - ln sampler's p|", "nats"),
     Metric("sampler/effective_sample_size", "effective sample size", "share of the tokens"),

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers import AutoQuantizationConfig
 
 from poweropd import stops
+from poweropd.config import Config
 from poweropd.config.teachers import TeacherConfig
 from poweropd.errors import UsageError
 from poweropd.models import devices, language_model, loading, vocabulary
@@ -38,12 +39,14 @@ class TeacherProfile:
         return self.stop_ids if self.aligner is None else self.aligner.stop_ids(self.stop_ids)
 
 
-def profile_teacher(section: TeacherConfig) -> TeacherProfile:
+def profile_teacher(section: TeacherConfig, top_k: int | None = None) -> TeacherProfile:
     """Reads a teacher's tokenizer and asks its servers, if it has any, for its context.
+
+    Servers will be asked for `top_k` most probable ids of each context, if that is given.
 
     Raises UsageError or RunError if there is no such model or server.
     """
-    server = ServerTeacher(section) if section.servers else None
+    server = ServerTeacher(section, top_k) if section.servers else None
     name = section.tokenizer or section.model
     try:
         tokenizer = loading.load_tokenizer(name, section.trust_remote_code)
@@ -63,14 +66,15 @@ def profile_teacher(section: TeacherConfig) -> TeacherProfile:
 
 
 def profile_teachers(
-    sections: Mapping[str, TeacherConfig], tokenizer: PreTrainedTokenizerBase
+    config: Config, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, TeacherProfile]:
     """Profiles the teachers of a recipe; those that are compared on spans have their aligner.
 
     `tokenizer` is the student's. Raises UsageError, too, for one whose tokens are not known as
     bytes.
     """
-    found = {name: profile_teacher(section) for name, section in sections.items()}
+    sections, top_k = config.teachers, config.objective.teacher_top_k
+    found = {name: profile_teacher(section, top_k) for name, section in sections.items()}
     apart = [name for name, section in sections.items() if section.align == "spans"]
     if apart:
         student = TokenBytes(tokenizer, "model.student")
@@ -80,6 +84,15 @@ def profile_teachers(
         aligner = Aligner(student, other, profile.stop_ids[0], profile.context)
         found[name] = replace(profile, aligner=aligner)
     return found
+
+
+def check_top_k(top_k: int | None, vocab_size: int) -> None:
+    """Raises UsageError if a recipe wants more of the teacher's ids than all models share."""
+    if top_k is not None and top_k > vocab_size:
+        raise UsageError(
+            f"objective.teacher_top_k: expected at most {vocab_size}, the number of ids that the "
+            f"models share, got {top_k}"
+        )
 
 
 def unshared_with(
@@ -144,11 +157,14 @@ def _load_quantized(
 
 
 def local_teacher(
-    section: TeacherConfig, teacher: language_model.Teacher, device: torch.device
+    section: TeacherConfig,
+    teacher: language_model.Teacher,
+    device: torch.device,
+    top_k: int | None = None,
 ) -> LocalTeacher:
     """Returns the scorer of a teacher in this process."""
     offload_from = device if section.offload else None
-    return LocalTeacher(teacher, section.max_tokens_per_batch, offload_from)
+    return LocalTeacher(teacher, section.max_tokens_per_batch, offload_from, top_k)
 
 
 def unquantized_teacher(

@@ -1,9 +1,10 @@
 """A teacher in this process, which scores in batches under a token budget of its own."""
 
 import torch
+from torch import Tensor
 
-from poweropd.data.batch import halved, pack, teacher_sequences
-from poweropd.data.rollout import Example
+from poweropd.data.batch import Sequences, halved, pack, teacher_sequences
+from poweropd.data.rollout import Example, TopIds
 from poweropd.errors import RunError
 from poweropd.models.language_model import Teacher
 
@@ -13,13 +14,19 @@ class LocalTeacher:
 
     If memory runs out, all waiting examples are scored again at half the budget, so that scores do
     not depend on the moment at which it ran out. A teacher with an `offload_from` is on that device
-    only while it scores and on the CPU otherwise.
+    only while it scores and on the CPU otherwise. With a `top_k` it tells its so many most probable
+    ids of each context, too.
     """
 
     def __init__(
-        self, teacher: Teacher, max_tokens: int, offload_from: torch.device | None = None
+        self,
+        teacher: Teacher,
+        max_tokens: int,
+        offload_from: torch.device | None = None,
+        top_k: int | None = None,
     ) -> None:
         self.teacher, self.max_tokens, self.offload_from = teacher, max_tokens, offload_from
+        self.top_k = top_k
         self._waiting: list[Example] = []
 
     def submit(self, example: Example) -> None:
@@ -49,16 +56,23 @@ class LocalTeacher:
         flat = self.teacher.flat
         for group in pack([e.teacher_length for e in waiting], self.max_tokens, flat):
             members = [waiting[i] for i in group]
-            found = self.teacher.score(teacher_sequences(members, flat).to(self.teacher.device))
+            sequences = teacher_sequences(members, flat).to(self.teacher.device)
             counts = [e.num_tokens for e in members]
             # A clone made here is an ordinary tensor, not one of inference mode.
-            columns = (
-                tensor.cpu().clone().split(counts)
-                for tensor in (found.log_probs, found.entropy, found.top1)
-            )
-            for i, log_probs, entropy, top1 in zip(group, *columns, strict=True):
-                scored[i] = waiting[i].scored(log_probs, entropy, top1)
+            columns = (tensor.cpu().clone().split(counts) for tensor in self._columns(sequences))
+            for i, log_probs, entropy, top1, *top in zip(group, *columns, strict=True):
+                top_ids = TopIds(*top) if top else None
+                scored[i] = waiting[i].scored(log_probs, entropy, top1, top_ids)
         return scored
+
+    def _columns(self, sequences: Sequences) -> list[Tensor]:
+        """Returns log-probs, entropy and top1 of the N targets, then the two of `TopIds` if any."""
+        if self.top_k is None:
+            found, top = self.teacher.score(sequences), []
+        else:
+            found, told = self.teacher.score_top_k(sequences, self.top_k)
+            top = [told.ids, told.log_probs]
+        return [found.log_probs, found.entropy, found.top1, *top]
 
     def _shrink(self, lengths: list[int], error: torch.OutOfMemoryError) -> None:
         """Halves the budget; raises RunError if a single sequence does not fit."""

@@ -1,94 +1,91 @@
-"""Log-probabilities of token sequences from vLLM servers, through restarts and bad answers.
+"""Log-probabilities of token sequences from servers, through restarts and bad answers.
 
-An answer is used only if it is whole: one log-prob for each id that was sent, and of that id.
-Whatever else happens, the sequence is sent again. A server that failed is set aside until it
+An answer is used only if it is whole (see `protocols`). Whatever else happens, the sequence is sent
+again. A server that failed is set aside until it
 scores a known sequence as it did at the start; if it does not within a set time, the run ends.
 """
 
 import asyncio
 import logging
-import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 from poweropd.config.teachers import TeacherConfig
-from poweropd.errors import RunError, UsageError
-from poweropd.net import Json, JsonClient, Patience, Refused, Transient, read_log_prob, reading
+from poweropd.errors import RunError, UsageError, import_object
+from poweropd.net import JsonClient, Patience, Refused, Transient
+from poweropd.teachers import SERVER_TYPES
+from poweropd.teachers.protocols import Protocol, Query, Told
 
 logger = logging.getLogger("poweropd")
 
-LARGEST_ID = 2**31
-MOST_OTHERS = 20  # ids of a context that vLLM tells of unless it is started with more
 TOLERANCE = 0.05  # mean |difference| of log-probs, nats: rounding in bfloat16, not another model
+NUM_PROBED = 16  # last tokens of a prompt that are scored with and without the prefix cache
 
 
-class Scores(NamedTuple):
-    """The scores of a sequence's ids but the first."""
+class Checked(NamedTuple):
+    """What servers differ by at the start of a run: means of |differences| of log-probs, nats."""
 
-    log_probs: list[float]  # of the ids
-    greedy: list[int]  # the most probable ids of the contexts; the ids if they were not asked for
+    repeated: float  # the same prompts, scored twice, on any server
+    cached: float  # from a prefix cache and without it, on the same server
 
 
 class PooledServer:
     """One of the servers: its client, its requests under way and its failures."""
 
-    def __init__(self, client: JsonClient, model: str) -> None:
-        self.client, self.model, self.busy = client, model, 0
+    def __init__(self, client: JsonClient, model: str, protocol: Protocol) -> None:
+        self.client, self.model, self.protocol, self.busy = client, model, protocol, 0
         self.is_down = False
         self.recognized = 0  # connections that the client had made when it was last recognized
         self.recognizing = asyncio.Lock()
         self.patience = Patience(client.patience)  # failures since it was last up
 
-    async def log_probs(self, ids: list[int], what: str) -> list[float]:
-        """Returns the log-probs of ids[1:]; `what` names the ids in errors."""
-        return (await self.scores(ids, what)).log_probs
+    async def told(self, query: Query, what: str) -> list[Told]:
+        """Returns what the server tells of a query's targets; `what` names it in errors."""
+        return await self.protocol.told(self.client, self.model, query, what)
 
-    async def scores(
-        self, ids: list[int], what: str, merged_ids: frozenset[int] | None = None
-    ) -> "Scores":
-        """Returns the scores of ids[1:], with the most probable ids if `merged_ids` are given."""
-        others = 0 if merged_ids is None else min(1 + len(merged_ids), MOST_OTHERS)
-        body = {
-            "model": self.model,
-            "prompt": ids,
-            "max_tokens": 1,  # vLLM refuses 0
-            "temperature": 0,
-            "prompt_logprobs": others,  # beside the prompt's own tokens
-            "return_token_ids": True,
-        }
-        answer = await self.client.request("POST", "/v1/completions", body, what)
-        with reading(f"an answer without one log-prob for each of {len(ids)} tokens"):
-            (choice,) = answer["choices"]
-            first, *entries = choice["prompt_logprobs"]
-            found = [
-                entry[str(token)]["logprob"] for token, entry in zip(ids[1:], entries, strict=True)
-            ]
-            if first is not None or choice["prompt_token_ids"] != ids:
-                raise ValueError
-        with reading("an answer with something that is not a log-prob"):
-            if merged_ids is None:
-                return Scores([read_log_prob(value) for value in found], ids[1:])
-            pairs = [_told(*one, merged_ids) for one in zip(ids[1:], entries, strict=True)]
-            return Scores(*map(list, zip(*pairs, strict=True)))
+    async def log_probs(self, query: Query, what: str) -> list[float]:
+        """Returns the log-probs of a query's targets."""
+        told = await self.told(query, what)
+        return [each[token] for token, each in zip(query.targets, told, strict=True)]
 
-    async def at_start(self, ids: list[int], what: str) -> list[float]:
-        """Returns the same when a run starts."""
-        return await self.client.patiently(partial(self.log_probs, ids, what), at_start=True)
+    def look(self, ids: list[int]) -> Query:
+        """Returns a query for as many of the ids as a look at the server takes."""
+        return Query(ids).last(self.protocol.most_checked)
+
+    async def at_start(self, query: Query, what: str) -> list[float]:
+        """Returns the log-probs of a query's targets when a run starts."""
+        return await self.client.patiently(partial(self.log_probs, query, what), at_start=True)
 
     async def context(self) -> int:
         """Returns the length in tokens of the longest sequence that the server takes."""
-        found = await self.client.patiently(self.client.models, at_start=True)
+        ask = partial(self.protocol.contexts, self.client)
+        found = await self.client.patiently(ask, at_start=True)
         if self.model not in found:
             served = self.client.in_a_line(", ".join(found))
             raise UsageError(f"teacher.model: {self.client.url} serves {served}, not {self.model}")
         context = found[self.model]
         if context is None:
             raise UsageError(
-                f"{self.client.key}: {self.client.url} does not tell its max_model_len; "
-                "expected vLLM"
+                f"{self.client.key}: {self.client.url} does not tell its max_model_len; is it a "
+                f"server of teacher.server_type={self.protocol.name}?"
             )
         return context
+
+    async def check_top(self, ids: list[int], top: int) -> None:
+        """Raises UsageError unless it tells of so many of the most probable ids of a context."""
+        query = replace(self.look([*ids, ids[-1]]), top=top)
+        try:
+            told = await self.client.patiently(partial(self.told, query, "a prompt"), at_start=True)
+            fits, short = all_told(told, top), f"it told of {min(map(len, told))}"
+        except Refused as refusal:
+            fits, short = False, str(refusal)
+        if not fits:
+            raise UsageError(
+                f"objective.teacher_top_k: {self.client.url} does not give {top} log-probs of a "
+                f"context: {self.protocol.remedy.format(k=top)} ({short})"
+            )
 
 
 class Pool:
@@ -96,6 +93,7 @@ class Pool:
 
     def __init__(self, section: TeacherConfig) -> None:
         self.concurrency, self.patience = section.concurrency, section.patience
+        protocol = import_object("teacher.server_type", SERVER_TYPES[section.server_type])()
         self.servers = [
             PooledServer(
                 JsonClient(
@@ -107,12 +105,13 @@ class Pool:
                     not_found="check teacher.model and teacher.servers",
                 ),
                 section.model,
+                protocol,
             )
             for url in section.servers
         ]
         self._changed = asyncio.Condition()  # a place is free, or a server is up, or all is lost
         self._failure: RunError | None = None
-        self._known: tuple[list[int], list[float]] | None = None  # ids and their log-probs
+        self._known: tuple[list[int], list[float]] | None = None  # ids, and log-probs of a look
         self._revivals: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
@@ -125,23 +124,22 @@ class Pool:
 
     # Scoring.
 
-    async def score(
-        self, ids: list[int], what: str, merged_ids: frozenset[int] | None = None
-    ) -> Scores:
-        """Returns the scores of ids[1:], each given all ids before it.
+    async def score(self, query: Query, what: str) -> list[Told]:
+        """Returns what a server tells of a query's targets; `what` names the query in errors.
 
-        With `merged_ids`, which count as one id, the smallest of them, the server tells its most
-        probable ids beside. `what` names the ids in errors. Raises RunError if a server refuses
-        them, or if none has answered within the teacher's patience.
+        Raises RunError if a server refuses it, or if none has answered within the teacher's
+        patience.
         """
         patience = Patience(self.patience)
         while True:
             server = await self._take()
             try:
-                scores = await server.scores(ids, what, merged_ids)
+                told = await server.told(query, what)
+                if not all_told(told, query.top):
+                    raise Transient(f"an answer with fewer than {query.top} ids of a context")
                 await self._recognize_connections(server)
                 server.patience.failures = 0
-                return scores
+                return told
             except Transient as failure:
                 patience.after(failure)
                 if patience.is_out:
@@ -220,7 +218,8 @@ class Pool:
         if self._known is None:  # the servers are still being checked
             return
         ids, expected = self._known
-        difference = mean_difference(await server.log_probs(ids, "a test sequence"), expected)
+        found = await server.log_probs(server.look(ids), "a test sequence")
+        difference = mean_difference(found, expected)
         if difference > TOLERANCE:
             raise RunError(
                 f"{server.client.name} gives other log-probs than when the run started "
@@ -234,43 +233,46 @@ class Pool:
         """Returns whether the id is in the vocabulary of every server."""
         try:
             for server in self.servers:
-                await server.at_start([token, token], f"id {token}")
+                await server.at_start(Query([token, token]), f"id {token}")
         except Refused:
             return False
         return True
 
-    async def check(self, sequences: Sequence[list[int]]) -> float:
+    async def check(self, sequences: Sequence[list[int]]) -> Checked:
         """Scores sequences twice on every server, and keeps the first of them as known.
 
-        Returns the largest mean |difference| of a sequence's log-probs, in nats.
+        The end of the longest one is scored twice more on each of them, with a prefix cache, which
+        by then has all of it, and without one.
         """
         found = [
-            [await server.at_start(ids, "a prompt") for ids in sequences]
+            [await server.at_start(server.look(ids), "a prompt") for ids in sequences]
             for server in [*self.servers, *self.servers]
         ]
         first, *others = found
         self._known = (sequences[0], first[0])
+        end = Query(max(sequences, key=len)).last(NUM_PROBED)
+        cached = [
+            [await server.at_start(query, "a prompt") for query in (end, replace(end, fresh=True))]
+            for server in self.servers
+        ]
         for server in self.servers:
             server.recognized = server.client.connections
-        return max(
-            mean_difference(a, b) for other in others for a, b in zip(other, first, strict=True)
+        return Checked(
+            max(
+                mean_difference(a, b) for other in others for a, b in zip(other, first, strict=True)
+            ),
+            max(mean_difference(*pair) for pair in cached),
         )
 
+    async def check_top(self, ids: list[int], top: int) -> None:
+        """Raises UsageError unless all servers tell of so many of a context's most probable ids."""
+        for server in self.servers:
+            await server.check_top(ids, top)
 
-def _told(token: int, entry: Json, merged_ids: frozenset[int]) -> tuple[float, int]:
-    """Returns the log-prob of an id and the most probable id, by what an answer tells of a context.
 
-    The merged ids that it tells of are one id with their summed probability.
-    """
-    found = {int(i): read_log_prob(told["logprob"]) for i, told in entry.items()}
-    if not all(0 <= i < LARGEST_ID for i in found):
-        raise ValueError
-    merged = [found.pop(i) for i in merged_ids if i in found]
-    if merged:
-        probability = sum(math.exp(log_prob) for log_prob in merged)
-        found[min(merged_ids)] = math.log(probability) if probability else -math.inf
-    own = min(merged_ids) if token in merged_ids else token
-    return found[own], max(found, key=found.__getitem__)
+def all_told(told: Sequence[Told], top: int) -> bool:
+    """Returns whether each context has as many ids as were asked for."""
+    return all(len(each) >= top for each in told)
 
 
 def mean_difference(one: Sequence[float], other: Sequence[float]) -> float:

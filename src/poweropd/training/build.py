@@ -42,6 +42,7 @@ from poweropd.runs.directory import RunDirectory
 from poweropd.teachers.base import TeacherScorer, Unscored
 from poweropd.teachers.factory import (
     TeacherProfile,
+    check_top_k,
     load_teacher_model,
     local_teacher,
     over_vocabulary,
@@ -79,7 +80,7 @@ class RunInputs:
         """Loads them; raises UsageError if student, teachers and prompts do not fit each other."""
         student = (config.model.student, config.model.trust_remote_code)
         tokenizer = loading.load_tokenizer(*student)
-        teachers = profile_teachers(config.teachers, tokenizer)
+        teachers = profile_teachers(config, tokenizer)
         unshared = unshared_with(tokenizer, teachers, notify)
         tokenizers = {name: teacher.tokenizer for name, teacher in teachers.items()}
         apart = [name for name, section in config.teachers.items() if section.align == "spans"]
@@ -245,6 +246,7 @@ def load_models(config: Config, inputs: RunInputs, device: torch.device) -> RunM
         if profile.server is not None and profile.aligner is None:
             tokens = min(shared.size, len(inputs.tokenizer))
             shared = shared.cut(profile.server.vocab_size(shared.size, tokens))
+    check_top_k(config.objective.teacher_top_k, shared.size)
     own = loading.load_config(config.model.student, config.model.trust_remote_code).to_dict()
     made = RunModels(
         Student(
@@ -280,11 +282,11 @@ def make_teacher(
     if config.needs_local_teacher:  # then it reads along with the student's update
         return Unscored()
     reward, device = config.reward.create().at(0), accelerator.device
+    top_k = config.objective.teacher_top_k
     scorers: dict[str, TeacherScorer] = {}
     for name, section in config.teachers.items():
-        scorers[name] = inputs.teachers[name].server or local_teacher(
-            section, loaded.teachers[name], device
-        )
+        server = inputs.teachers[name].server
+        scorers[name] = server or local_teacher(section, loaded.teachers[name], device, top_k)
         if section.measure_quantization and accelerator.is_main_process:
             load = partial(unquantized_teacher, section, loaded.student, device)
             scorers[name] = MeasuredTeacher(scorers[name], load, reward, run, name)

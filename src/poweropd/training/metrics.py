@@ -42,6 +42,9 @@ def token_metrics(outcome: UpdateOutcome | None, domains: Sequence[str] = ()) ->
         "entropy": record.entropy.double().mean().item(),
         "select/fraction": outcome.selected_fraction,
     }
+    if not record.tail.isnan().any():
+        tails = {"tail/student": record.tail, "tail/teacher": record.teacher_tail}
+        metrics |= {key: values.double().mean().item() for key, values in tails.items()}
     finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
     return {"num_tokens": outcome.num_tokens, **finite, **teacher_metrics(outcome, domains)}
 
