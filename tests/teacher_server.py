@@ -23,7 +23,7 @@ NAME = "teacher"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Two of vLLM's routes."""
+    """Two of vLLM's routes, with POST for all that is asked of the model."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # two small writes would wait for an acknowledgement
@@ -40,7 +40,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         with owner.lock:
-            owner.requests.append(body["prompt"])
+            owner.requests.append(owner.ids_of(body))
             owner.headers.append(dict(self.headers))
             owner.connections.add(self.client_address)
             fault = owner.faults.pop(0) if owner.faults else None
@@ -49,17 +49,10 @@ class Handler(BaseHTTPRequestHandler):
         owner.arrived.set()
         if owner.gate is not None:
             owner.gate.wait(10)
-        if body["model"] != owner.name:
-            self.answer(404, {"error": {"message": "The model does not exist."}})
-        elif isinstance(body["prompt"][0], list):  # several prompts, as TRL sends them
-            (fault or Handler.answer)(self, 200, owner.completions(body))
-        elif max(body["prompt"]) >= owner.vocab_size:
-            self.answer(400, {"error": {"message": "Token id is out of vocabulary"}})
-        elif len(body["prompt"]) >= owner.context:
-            self.answer(400, {"error": {"message": "max_tokens must be at least 1, got 0."}})
+        if (refusal := owner.refusal(body)) is not None:
+            self.answer(refusal[0], {"error": {"message": refusal[1]}})
         else:
-            known = owner.completion if body["max_tokens"] == 1 else owner.sampled
-            answer = known(body)
+            answer = owner.respond(body)
             (fault or Handler.answer)(self, 200, answer)
         with owner.lock:
             owner.in_flight -= 1
@@ -147,6 +140,14 @@ def hanging(handler: Handler, status: int, body: Any) -> None:
     handler.close_connection = True
 
 
+def a_short_list(handler: Handler, status: int, body: Any) -> None:
+    """Of the last token, none but itself."""
+    (choice,) = body["choices"]
+    own = str(choice["prompt_token_ids"][-1])
+    choice["prompt_logprobs"][-1] = {own: choice["prompt_logprobs"][-1][own]}
+    handler.answer(status, body)
+
+
 FAULTS: list[Fault] = [
     *(one_token_too_few, another_token, another_prompt, no_number, no_choice, error_500, busy_429),
     *(early_close, half_an_answer, hanging),
@@ -155,6 +156,8 @@ FAULTS: list[Fault] = [
 
 class TeacherServer:
     """Scores with the model in a directory; `faults` are taken by the next requests, in order."""
+
+    handler = Handler
 
     def __init__(self, model: Path, context: int = 256) -> None:
         self.name, self.context = NAME, context
@@ -169,6 +172,9 @@ class TeacherServer:
         self.connections: set[Any] = set()
         self.faults: list[Fault] = []
         self.shift = 0.0  # of every log-prob: another model
+        self.stale = 0.0  # of what comes from a prefix cache
+        self.most_told = 20  # ids of a context
+        self.clips = False  # whether it gives as many if more are asked for
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             self.port = int(listener.getsockname()[1])
@@ -183,7 +189,7 @@ class TeacherServer:
 
     def start(self) -> None:
         self.stopped.clear()
-        self.http = HttpServer(("127.0.0.1", self.port), Handler)
+        self.http = HttpServer(("127.0.0.1", self.port), self.handler)
         self.http.owner = self
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -193,18 +199,51 @@ class TeacherServer:
         self.http.shutdown()
         self.http.server_close()
 
+    def ids_of(self, body: dict[str, Any]) -> list[int]:
+        """What is asked about."""
+        return body["prompt"]
+
+    def top_of(self, body: dict[str, Any]) -> int:
+        """How many ids of a context are asked for."""
+        return body.get("prompt_logprobs") or 0
+
+    def refusal(self, body: dict[str, Any]) -> tuple[int, str] | None:
+        """Status and message of a request that is refused."""
+        ids = self.ids_of(body)
+        if body.get("model", self.name) != self.name:
+            return 404, "The model does not exist."
+        if isinstance(ids[0], list):
+            return None
+        if max(ids) >= self.vocab_size:
+            return 400, "Token id is out of vocabulary"
+        if len(ids) >= self.context:
+            return 400, "max_tokens must be at least 1, got 0."
+        if self.top_of(body) > self.most_told and not self.clips:
+            return 400, f"Requested more prompt logprobs than max allowed: {self.most_told}"
+        return None
+
+    def respond(self, body: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(body["prompt"][0], list):  # several prompts, as TRL sends them
+            return self.completions(body)
+        return self.completion(body) if body["max_tokens"] == 1 else self.sampled(body)
+
+    @torch.inference_mode()
+    def log_probs(self, ids: list[int], fresh: bool = True) -> torch.Tensor:
+        """Of the next token after each id, [n, V]."""
+        with self.lock:
+            found = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        return found + self.shift + (0.0 if fresh else self.stale)
+
     def completions(self, body: dict[str, Any]) -> dict[str, Any]:
         """Several completions, one for each prompt."""
         found = [self.completion({**body, "prompt": ids}) for ids in body["prompt"]]
         choices = [{**one["choices"][0], "index": i} for i, one in enumerate(found)]
         return {**found[0], "choices": choices}
 
-    @torch.inference_mode()
     def completion(self, body: dict[str, Any]) -> dict[str, Any]:
         """The log-probs of the prompt's tokens, and of the most probable ones if they are asked."""
-        ids, others = body["prompt"], body["prompt_logprobs"]
-        with self.lock:
-            log_probs = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        ids, others = body["prompt"], min(body["prompt_logprobs"], self.most_told)
+        log_probs = self.log_probs(ids, fresh="cache_salt" in body)
         entries = []
         for token, row in zip(ids[1:], log_probs, strict=False):
             told = {*row.topk(others).indices.tolist(), token}
@@ -214,7 +253,7 @@ class TeacherServer:
 
     def _entry(self, row: torch.Tensor, token: int) -> dict[str, Any]:
         rank = int((row > row[token]).sum()) + 1
-        return {"logprob": row[token].item() + self.shift, "rank": rank, "decoded_token": ""}
+        return {"logprob": row[token].item(), "rank": rank, "decoded_token": ""}
 
     def sampled(self, body: dict[str, Any]) -> dict[str, Any]:
         """A completion, as the transformers engine samples it with these settings."""

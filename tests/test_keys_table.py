@@ -48,6 +48,7 @@ PROOFS = {
     "teacher.align": "teachers_spans::the_gradient_is_that_of_the_textbook_loss",
     "teacher.offload": "keys_scores::an_offloaded_teacher_is_on_the_device_only_while_it_scores",
     "teacher.servers": "teachers_server::a_completion_is_scored_while_others_are_sampled",
+    "teacher.server_type": "teachers_top_k::every_kind_of_server_gives_the_models_log_probs",
     "teacher.tokenizer": "keys_scores::a_request_to_a_teacher_has_so_much_time",
     "teacher.api_key_env": "teachers_server::the_key_is_sent_and_appears_nowhere",
     "teacher.timeout": "keys_scores::a_request_to_a_teacher_has_so_much_time",
@@ -120,6 +121,9 @@ PROOFS = {
     "objective.kind": "keys_scores::only_a_sampled_objective_depends_on_the_sampled_token",
     "objective.stop": "keys_scores::the_stop_is_trained_by_its_policy",
     "objective.top_k": "keys_scores::so_many_tokens_are_summed_over",
+    "objective.teacher_top_k": (
+        "teachers_top_k::the_teachers_most_probable_tokens_are_summed_over"
+    ),
     "objective.baseline": "keys_scores::the_baseline_is_the_expected_reward",
     "objective.select.name": "keys_scores::tokens_are_selected_as_said",
     "objective.select.keep": "keys_scores::tokens_are_selected_as_said",

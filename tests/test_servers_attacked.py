@@ -380,8 +380,9 @@ def test_no_score_of_another_model_that_is_there_for_one_connection_is_used(
         if len(answered) == 2:
             for entry in right["choices"][0]["prompt_logprobs"][1:]:
                 next(iter(entry.values()))["logprob"] -= 0.5
-        # The check of two sequences, twice, takes four requests, and a score with its check two.
-        handler.close_connection = own == (4 if len(answered) == 1 else 2)
+        # The check of two sequences, twice, and of the cache takes six requests, and a score with
+        # its check two.
+        handler.close_connection = own == (6 if len(answered) == 1 else 2)
         handler.send(json.dumps(right).encode())
 
     attacked.fault, attacked.path, attacked.count = balanced, "/v1/completions", 10**9

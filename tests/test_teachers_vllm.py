@@ -18,10 +18,12 @@ from vllm_server import VllmServer, require_vllm
 
 from poweropd import Config, Trainer, embedded
 from poweropd.data.rollout import Request, Rollout
+from poweropd.errors import UsageError
 from poweropd.rollouts.base import RolloutEngine, Sampling
 
 MAKES = Callable[..., Config]
 pytestmark = pytest.mark.vllm
+MOST_TOLD = 110  # a little more than the pair's vocabulary
 PAIR = {"model.student": "embedded:student", "teacher.model": "embedded:teacher"}
 
 
@@ -29,7 +31,8 @@ PAIR = {"model.student": "embedded:student", "teacher.model": "embedded:teacher"
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     require_vllm()
     log = tmp_path_factory.mktemp("vllm") / "log"
-    with VllmServer(embedded.path("teacher"), log, "--served-model-name", "adder") as running:
+    options = ("--served-model-name", "adder", "--max-logprobs", str(MOST_TOLD))
+    with VllmServer(embedded.path("teacher"), log, *options) as running:
         yield running
 
 
@@ -62,6 +65,49 @@ def test_rewards_are_those_of_the_local_teacher(
         student = a.sampling_log_probs
         mine, theirs = (local.reward(e.teacher_log_probs, student) for e in (a, b))
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=0, equal_nan=True)
+
+
+WHOLE = {"objective.kind": "full_vocab"}
+OBJECTIVES = {
+    "power": WHOLE | {"reward.name": "power"},
+    "log_ratio": WHOLE | {"reward.name": "log_ratio"},
+    "baseline": {"objective.baseline": "value", "reward.name": "log_ratio"},
+}
+
+
+def loss_and_gradient(trainer: Trainer, rollouts: list[Rollout]) -> tuple[float, torch.Tensor]:
+    examples = trainer.scored(rollouts)
+    num_tokens = sum(example.num_tokens for example in examples)
+    loss, _ = trainer.updater.accumulate(examples, trainer.reward.at(0), num_tokens)
+    weights = trainer.student.trained_weights().values()
+    return loss, torch.cat([weight.grad.flatten() for weight in weights])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_top_k_objective_is_that_of_the_local_teacher(
+    recipe: MAKES, remote: MAKES, tmp_path: Path, name: str
+) -> None:
+    """Over k tokens and the tail; and over all tokens, where it is the whole vocabulary's."""
+    keys = {**OBJECTIVES[name], "train.prompts_per_step": 8}
+    for k, told in ((20, 20), (None, 103)):
+        own = {"run.dir": str(tmp_path / f"local-{k}"), "objective.teacher_top_k": k}
+        local = Trainer(recipe(**PAIR, **keys, **own), progress=False)
+        own = {"run.dir": str(tmp_path / f"served-{k}"), "objective.teacher_top_k": told}
+        served = Trainer(remote(**keys, **own), progress=False)
+        rollouts = list(local.sample(0))
+        (loss, gradient), (other_loss, other) = (
+            loss_and_gradient(trainer, rollouts) for trainer in (local, served)
+        )
+        assert other_loss == pytest.approx(loss, abs=1e-4)
+        assert (other - gradient).norm() < 1e-4 * max(1.0, float(gradient.norm()))
+
+
+def test_a_vllm_server_that_gives_fewer_log_probs_is_refused(remote: MAKES) -> None:
+    top = {"objective.teacher_top_k": MOST_TOLD + 1}
+    with pytest.raises(
+        UsageError, match=rf"start it with --max-logprobs {MOST_TOLD + 1} .*HTTP 400"
+    ):
+        Trainer(remote(**WHOLE, **top), progress=False)
 
 
 @pytest.mark.filterwarnings("ignore")  # vLLM's own imports warn
