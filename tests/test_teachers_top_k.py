@@ -130,12 +130,13 @@ def test_offloaded_and_several_teachers_tell_theirs(
     ("keys", "message"),
     [
         ({}, "3 needs objective.kind=full_vocab or objective.baseline=value"),
-        (WHOLE | {"objective.top_k": 4}, "3 cannot go with objective.top_k=4"),
+        (WHOLE | {"objective.top_k": 4}, "3 cannot go with objective.top_k, the"),
         (WHOLE | {"objective.stop": "semantic"}, "3 cannot go with objective.stop=semantic"),
         (
             WHOLE | {"rollout.score": "truncated", "rollout.top_p": 0.9},
             "3 cannot go with rollout.score=truncated",
         ),
+        (WHOLE | {"objective.select": {"name": "teachable"}}, "3 cannot go with objective.select"),
     ],
 )
 def test_what_needs_the_whole_distribution_is_refused(
