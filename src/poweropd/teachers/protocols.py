@@ -100,7 +100,7 @@ class Vllm(Protocol):
                 [(int(i), entry["logprob"]) for i, entry in each.items()] if query.top else []
                 for each in told
             ]
-        return _read(query.targets, found, others)
+        return _read_told(query.targets, found, others)
 
 
 class SGLang(Protocol):
@@ -129,7 +129,7 @@ class SGLang(Protocol):
             found = [entry[0] for entry in entries]
             tops = about["input_top_logprobs"][1:] if query.top else [[]] * len(found)
             others = [[(entry[1], entry[0]) for entry in each] for each in tops]
-        return _read(query.targets, found, others)
+        return _read_told(query.targets, found, others)
 
 
 class LlamaCpp(Protocol):
@@ -174,16 +174,18 @@ class LlamaCpp(Protocol):
             if made["id"] != token or answer["tokens_evaluated"] != place or answer["truncated"]:
                 raise ValueError
             entries = [made, *made["top_logprobs"]]
-            (_, own), *others = [(entry["id"], _finite(entry["logprob"])) for entry in entries]
-        return _read([token], [own], [others])[0]
+            (_, own), *others = [
+                (entry["id"], _with_infinity(entry["logprob"])) for entry in entries
+            ]
+        return _read_told([token], [own], [others])[0]
 
 
-def _finite(value: Json) -> Json:
+def _with_infinity(value: Json) -> Json:
     """Returns a log-prob of llama.cpp, with vLLM's sign of minus infinity for its own."""
     return NO_LOG_PROB if isinstance(value, float) and value < LOWEST_FLOAT else value
 
 
-def _read(
+def _read_told(
     targets: Sequence[int], found: Sequence[Json], others: Sequence[Sequence[tuple[Json, Json]]]
 ) -> list[Told]:
     """Returns what is told of each target, from its log-prob and pairs of ids and log-probs."""
