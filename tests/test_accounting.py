@@ -11,6 +11,7 @@ from poweropd.config import Config
 from poweropd.data.rollout import Example
 from poweropd.models import flops
 from poweropd.models.devices import GPUS, peak_flops, peak_flops_of
+from poweropd.teachers.models import RunModels
 from poweropd.training import build
 from poweropd.training.accounting import StepClock, Utilization, geometry_of
 
@@ -49,12 +50,12 @@ def example(prompt: int, completion: int) -> Example:
 
 
 @pytest.fixture
-def pair(recipe: Callable[..., Config]) -> build.RunModels:
+def pair(recipe: Callable[..., Config]) -> RunModels:
     config = recipe()
     return build.load_models(config, build.RunInputs.load(config), CPU)
 
 
-def test_mfu_is_the_models_flops_over_scoring_and_update(pair: build.RunModels) -> None:
+def test_mfu_is_the_models_flops_over_scoring_and_update(pair: RunModels) -> None:
     utilization = Utilization.of(pair.student, pair.teacher, False, peak=1e9)
     assert utilization is not None
     clock = StepClock(CPU)
@@ -69,7 +70,7 @@ def test_mfu_is_the_models_flops_over_scoring_and_update(pair: build.RunModels) 
     assert remote.metrics(examples, clock)["mfu"] < utilization.metrics(examples, clock)["mfu"]
 
 
-def test_without_a_peak_there_is_no_utilization(pair: build.RunModels) -> None:
+def test_without_a_peak_there_is_no_utilization(pair: RunModels) -> None:
     assert Utilization.of(pair.student, pair.teacher, False) is None
 
 

@@ -56,6 +56,8 @@ PROOFS = {
         "teachers_server::requests_go_to_the_least_loaded_server_within_bounds"
     ),
     "teacher.patience": "teachers_server::answers_that_stay_wrong_end_the_run_and_none_is_used",
+    "teacher.self": "self_teacher::the_base_is_the_model_that_the_adapter_was_added_to",
+    "teacher.ema_decay": "self_teacher::the_average_follows_every_optimizer_step",
     "teacher.by": "teachers_routed::each_prompt_is_scored_by_its_own_teacher",
     "data.config": "keys_data::prompts_are_of_the_config_and_revision",
     "data.revision": "keys_data::prompts_are_of_the_config_and_revision",
@@ -79,6 +81,17 @@ PROOFS = {
     "data.split": "keys::a_hub_dataset_is_read_in_its_split",
     "data.column": "keys::column_system_and_chat_make_the_prompt",
     "data.teacher_column": "trainer::the_teacher_may_see_another_prompt",
+    "data.teacher_prompt.role": (
+        "teacher_prompts::messages_are_templates_and_a_last_one_of_the_assistant_is_gone_on_with"
+    ),
+    "data.teacher_prompt.content": (
+        "teacher_prompts::messages_are_templates_and_a_last_one_of_the_assistant_is_gone_on_with"
+    ),
+    "data.teacher_system": "teacher_prompts::the_teachers_system_turn_replaces_any_other",
+    "data.feedback.grader": "teacher_prompts::the_teacher_is_told_the_completion_and_its_grade",
+    "data.feedback.answer_column": (
+        "teacher_prompts::the_teacher_is_told_the_completion_and_its_grade"
+    ),
     "data.chat": "keys::column_system_and_chat_make_the_prompt",
     "data.system": "keys::column_system_and_chat_make_the_prompt",
     "data.shuffle": "keys::prompts_come_in_the_order_that_the_recipe_says",

@@ -1,5 +1,6 @@
 """The shipped recipes load, are planned and train, and the README's snippets do what they say."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from poweropd import Config, Trainer
 from poweropd.config.recipe_file import read_yaml
+from poweropd.embedded import task
 from poweropd.plan import command
 
 ROOT = Path(__file__).parent.parent
@@ -58,14 +60,21 @@ def test_the_quickstart_fits_a_gpu_of_24_gb_with_an_offloaded_teacher(
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_every_recipe_trains_two_steps_with_tiny_models(
-    path: Path, student_dir: Path, teacher_dir: Path, prompts: Path, tmp_path: Path
+    path: Path, student_dir: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
+    own = Config.load(path)
+    teacher = {"teacher.model": teacher_dir, "teacher.dtype": "float32"}
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [
+        {"problem": p.problem, "question": p.problem, "answer": p.answer, "work": p.answer}
+        for p in task.problems("train", 16)
+    ]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tiny = {
         "run.dir": tmp_path / "run",
         "model.student": student_dir,
         "model.dtype": "float32",
-        "teacher.model": teacher_dir,
-        "teacher.dtype": "float32",
+        **({"model.student": "embedded:student"} if own.self_teacher else teacher),
         "data.prompts": prompts,
         "data.column": "problem",
         "data.holdout": 0,
@@ -78,7 +87,8 @@ def test_every_recipe_trains_two_steps_with_tiny_models(
     config = Config.load(path, [f"{key}={value}" for key, value in tiny.items()])
     result = Trainer(config, progress=False).train()
     assert result.steps == 2
-    assert (tmp_path / "run" / "final" / "model.safetensors").exists()
+    weights = "model.safetensors" if config.model.lora is None else "adapter_model.safetensors"
+    assert (tmp_path / "run" / "final" / weights).exists()
 
 
 def test_the_recipe_in_the_readme_is_the_quickstart(tmp_path: Path) -> None:

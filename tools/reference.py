@@ -15,9 +15,14 @@ from pydantic.json_schema import GenerateJsonSchema
 from poweropd import rewards
 from poweropd.config import Config
 from poweropd.config.fields import CUSTOM, MayChange, Section
-from poweropd.config.teachers import TeachersConfig
+from poweropd.config.teachers import SelfTeacherConfig, TeachersConfig
 
 DOCS = Path(__file__).parent.parent / "docs"
+# Ends the titles of a section's further kinds.
+KINDS: dict[type[Section], str] = {
+    TeachersConfig: ", several",
+    SelfTeacherConfig: ", the student itself",
+}
 
 INTRO = """\
 # Configuration
@@ -72,7 +77,7 @@ def configuration() -> str:
 def sections(section: type[Section], prefix: str, may_change: bool) -> Iterator[str]:
     """Yields a table of a section's keys, then those of the sections inside."""
     if prefix:
-        title = prefix.removesuffix(".") + (", several" if section is TeachersConfig else "")
+        title = prefix.removesuffix(".") + KINDS.get(section, "")
         yield f"{'##' if prefix.count('.') == 1 else '###'} {title}\n"
         yield f"{section.__doc__}\n"
         yield "| key | type | default | may change | meaning |\n|---|---|---|---|---|"

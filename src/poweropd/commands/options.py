@@ -33,7 +33,7 @@ def check_paths(config: "Config") -> None:
 
     models = {"model.student": config.model.student}
     for name, teacher in config.teachers.items():
-        if not teacher.servers:
+        if not teacher.servers and config.self_teacher is None:
             models[f"teacher.{name}.model" if name else "teacher.model"] = teacher.model
     for key, model in models.items():
         try:

@@ -34,6 +34,5 @@ def train(
 def _announce(config: "Config") -> None:
     """Says what begins, since the imports and the models take their time."""
     if os.environ.get("RANK", "0") == "0":  # one of the processes of a launch
-        teachers = " and ".join(teacher.model for teacher in config.teachers.values())
-        names = (config.model.student, teachers, config.run.dir)
+        names = (config.model.student, config.teacher_names(), config.run.dir)
         logger.info("%s learns from %s in %s", *names)

@@ -17,7 +17,7 @@ from poweropd.config.fields import (
     Private,
     Section,
 )
-from poweropd.config.teachers import TeacherConfig
+from poweropd.config.teachers import TeacherConfig, TeacherPlace
 from poweropd.evaluation.settings import DivergenceSettings, EvaluationSettings
 
 #: The value of `evaluate.divergence.prompts` that stands for the rows of `data.holdout`.
@@ -112,6 +112,7 @@ def evaluation_conflicts(
     data: DataConfig,
     teachers: Mapping[str, TeacherConfig],
     train: sections.TrainConfig,
+    place: TeacherPlace,
 ) -> Iterator[str]:
     """Yields what is wrong with the section beside others, with the key in front."""
     measured = resolved(section, data, train)
@@ -142,5 +143,10 @@ def evaluation_conflicts(
         )
     if section.teacher and not section.benchmarks:
         yield "evaluate.teacher: there are no benchmarks that the teacher could be evaluated on"
+    if section.teacher and place == "self":
+        yield (
+            "evaluate.teacher: the teacher is the student itself, which evaluate.before measures: "
+            "drop it"
+        )
     if section.teacher and len(teachers) > 1:
         yield "evaluate.teacher: expected a single teacher, got several: evaluate each by itself"

@@ -8,7 +8,7 @@ expected and what was got.
 import dataclasses
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
@@ -32,6 +32,7 @@ from poweropd.config.recipe_file import (
     refuse_secrets,
     rename_keys,
 )
+from poweropd.config.teachers import SelfTeacherConfig
 from poweropd.errors import UsageError, one_line
 
 logger = logging.getLogger("poweropd")
@@ -54,10 +55,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self, info: ValidationInfo) -> Self:
-        reward = self.reward.checked(info.context)
+        reward, own = self.reward.checked(info.context), self.teacher_in_student
         found = chain(
             rules.conflicts(self.objective, self.rollout, reward, self.teacher),
-            evaluation.evaluation_conflicts(self.evaluate, self.data, self.teachers, self.train),
+            evaluation.evaluation_conflicts(
+                self.evaluate, self.data, self.teachers, self.train, self.teacher.place
+            ),
+            () if own is None else rules.self_conflicts(own, self.model, self.train.sharding),
         )
         if (conflict := next(found, None)) is not None:
             raise ValueError(conflict)
@@ -71,14 +75,37 @@ class Config(Section):
                 f"teacher.by: expected a single teacher here, got several (by column "
                 f"{self.teacher.by!r}): make a recipe of each"
             )
-        return self.teacher
+        return self.teachers[""]
 
     @property
     def teachers(self) -> dict[str, teachers.TeacherConfig]:
         """Returns the teachers by the values of column `teacher.by`; a single one is under ""."""
         if isinstance(self.teacher, teachers.TeachersConfig):
             return dict(self.teacher.__pydantic_extra__)
+        if isinstance(self.teacher, SelfTeacherConfig):
+            return {"": self.teacher.as_model(self.model)}
         return {"": self.teacher}
+
+    @property
+    def self_teacher(self) -> SelfTeacherConfig | None:
+        """Returns how the student is its own teacher; None if it is not."""
+        return self.teacher if isinstance(self.teacher, SelfTeacherConfig) else None
+
+    def teacher_names(self, named: Callable[[str], object] = str) -> str:
+        """Returns the names of all teachers; `named` makes one of a model's name."""
+        if isinstance(self.teacher, SelfTeacherConfig):
+            return self.teacher.title
+        return " and ".join(str(named(one.model)) for one in self.teachers.values())
+
+    @property
+    def teacher_in_student(self) -> SelfTeacherConfig | None:
+        """Returns the self teacher if it is in the student's module, and nothing is loaded for it.
+
+        It is not for base without an adapter, which needs a copy of the weights before training.
+        """
+        own = self.self_teacher
+        copied = own is not None and own.self == "base" and self.model.lora is None
+        return None if copied else own
 
     @property
     def needs_local_teacher(self) -> str | None:

@@ -142,8 +142,27 @@ def _of_teacher_top_k(
         yield f"{key} cannot go with {need}, which reads the teacher's whole distribution"
 
 
+def self_conflicts(
+    teacher: teachers.SelfTeacherConfig, model: sections.ModelConfig, sharding: str
+) -> Iterator[str]:
+    """Yields what cannot go with a teacher in the student's module."""
+    if sharding != "none":
+        yield (
+            f"train.sharding: {sharding} cannot go with teacher.self={teacher.self}, which reads "
+            "with the student's whole weights: set train.sharding=none, or teacher.model to the "
+            "student for a teacher with its weights before training"
+        )
+    if teacher.self == "ema" and model.master_dtype != "float32":
+        yield (
+            f"model.master_dtype: expected float32 with teacher.self=ema, got "
+            f"{model.master_dtype}, in which an average loses the small steps"
+        )
+
+
 def _of_teacher(teacher: teachers.AnyTeacher, need: str) -> Iterator[str]:
     """Yields why a teacher cannot give its hidden states, which the setting `need` needs."""
+    if isinstance(teacher, teachers.SelfTeacherConfig):
+        return
     if isinstance(teacher, teachers.TeachersConfig) or teacher.place != "in process":
         yield (
             f"teacher: {need} needs the teacher's hidden states, so a single "

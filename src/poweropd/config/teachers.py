@@ -1,4 +1,4 @@
-"""The section `teacher` of a recipe: one teacher, or several.
+"""The section `teacher` of a recipe: one teacher, several, or the student itself.
 
 `docs/configuration.md` and `docs/recipe.schema.json` are made from these classes.
 """
@@ -19,10 +19,11 @@ from poweropd.config.fields import (
     Section,
     one_of,
 )
+from poweropd.config.sections import ModelConfig
 from poweropd.models import AUTO_DTYPE
 from poweropd.teachers import SERVER_TYPES
 
-TeacherPlace = Literal["in process", "served", "several"]
+TeacherPlace = Literal["in process", "served", "several", "self"]
 
 
 class TeacherConfig(Section):
@@ -98,19 +99,70 @@ class TeachersConfig(Section):
         return self
 
 
-def by_key(teacher: "TeacherConfig | TeachersConfig") -> dict[str, TeacherConfig]:
-    """Returns the teachers of a recipe by their keys in it, such as "teacher.math"."""
+class SelfTeacherConfig(Section):
+    """The student itself as its teacher, which reads more than the student does."""
+
+    by: ClassVar[None] = None
+    place: ClassVar[TeacherPlace] = "self"
+
+    self: Literal["base", "live", "ema"]
+    """Its weights: the student's before training, as they are now, or their moving average."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """With ema: share of the average that each optimizer step keeps."""
+    max_tokens_per_batch: PositiveInt = 32768
+    """Tokens of one forward with padding; halved if memory is short."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alone(cls, tree: object) -> object:
+        if isinstance(tree, Mapping):
+            for key in ("model", "servers"):
+                if tree.get(key):
+                    raise ValueError(
+                        f"{key}: it cannot go with self={tree['self']}, whose weights are the "
+                        "student's in this process, whatever samples: drop one of the two"
+                    )
+        return tree
+
+    @property
+    def title(self) -> str:
+        """Returns what it is, in words."""
+        return {
+            "base": "itself before training",
+            "live": "itself",
+            "ema": f"its own moving average (decay {self.ema_decay:g})",
+        }[self.self]
+
+    def as_model(self, model: ModelConfig) -> TeacherConfig:
+        """Returns the student of a recipe as a teacher in this process."""
+        return TeacherConfig(
+            model=model.student,
+            trust_remote_code=model.trust_remote_code,
+            dtype=model.dtype,
+            max_tokens_per_batch=self.max_tokens_per_batch,
+        )
+
+
+def by_key(teacher: "AnyTeacher") -> dict[str, TeacherConfig]:
+    """Returns the teachers of a recipe by their keys in it, such as "teacher.math".
+
+    The student itself has no key.
+    """
     if isinstance(teacher, TeachersConfig):
         return {f"teacher.{name}": one for name, one in teacher.__pydantic_extra__.items()}
-    return {"teacher": teacher}
+    return {} if isinstance(teacher, SelfTeacherConfig) else {"teacher": teacher}
 
 
-def _how_many(teacher: object) -> str:
-    several = isinstance(teacher, Mapping) and "by" in teacher
-    return "(several)" if several or isinstance(teacher, TeachersConfig) else "(one)"
+def _kind(teacher: object) -> str:
+    if isinstance(teacher, TeachersConfig) or (isinstance(teacher, Mapping) and "by" in teacher):
+        return "(several)"
+    itself = isinstance(teacher, SelfTeacherConfig)
+    return "(self)" if itself or (isinstance(teacher, Mapping) and "self" in teacher) else "(one)"
 
 
 AnyTeacher = Annotated[
-    Annotated[TeacherConfig, Tag("(one)")] | Annotated[TeachersConfig, Tag("(several)")],
-    Discriminator(_how_many),
+    Annotated[TeacherConfig, Tag("(one)")]
+    | Annotated[TeachersConfig, Tag("(several)")]
+    | Annotated[SelfTeacherConfig, Tag("(self)")],
+    Discriminator(_kind),
 ]

@@ -61,6 +61,11 @@ class Conversation:
         last["content"] = content_text(last) + text
         return replace(self, turns=turns)
 
+    def with_system(self, text: str) -> "Conversation":
+        """Returns it with this system turn, in place of any other."""
+        turns = [turn for turn in self.turns if turn["role"] not in SYSTEM_ROLES]
+        return replace(self, turns=[{"role": "system", "content": text}, *turns])
+
     def cut(self) -> "Conversation":
         """Returns it without the assistant's turns at its end."""
         turns = list(self.turns)

@@ -20,6 +20,7 @@ from poweropd.data.messages import (
     read_tools,
 )
 from poweropd.data.sources import PlacedRows, Row, column_names, placed_rows, text_at
+from poweropd.data.teacher_prompts import NO_ATTEMPT, Attempt, TeacherPrompts
 from poweropd.errors import UsageError
 
 if TYPE_CHECKING:  # they take a second to import, and benchmarks need no pydantic
@@ -65,6 +66,7 @@ class RowReader:
 
     def __init__(self, data: "DataConfig") -> None:
         self.data, self.column = data, ""
+        self.teacher_prompts = TeacherPrompts(data)
         self.left_out = 0  # prompts without the assistant's message at their end
 
     def student_prompt(self, place: str, row: Row) -> Conversation:
@@ -74,10 +76,17 @@ class RowReader:
         self.left_out += found.continues and not self.data.continue_assistant
         return found if self.data.continue_assistant else found.cut()
 
-    def teacher_prompt(self, place: str, row: Row, column: str) -> Conversation:
-        """Returns what the teacher reads if it has a column of its own."""
-        found = self._prompt(place, row, column)
-        return found if self.data.continue_assistant else found.cut()
+    def teacher_prompt(
+        self, place: str, row: Row, own: Conversation, attempt: Attempt = NO_ATTEMPT
+    ) -> Conversation:
+        """Returns what the teacher reads; `own` is what the student reads.
+
+        `attempt` is the student's completion if `data.feedback` tells the teacher of it.
+        """
+        if self.data.teacher_column is not None:
+            found = self._prompt(place, row, self.data.teacher_column)
+            own = found if self.data.continue_assistant else found.cut()
+        return self.teacher_prompts.conversation(place, row, own, attempt)
 
     def _prompt(self, place: str, row: Row, column: str) -> Conversation:
         """Returns the prompt of a column with the row's own system turn and tools."""
@@ -124,15 +133,14 @@ def load_prompts(
     for chunk in _chunks(islice(rows, data.limit)):
         domains = [_domain(place, row, domain_column) for place, row in chunk]
         asked = [reader.student_prompt(place, row) for place, row in chunk]
-        own = _encoded(tokenizer, asked, data)
+        own = encoded(tokenizer, asked, data)
         other = list(own)
         for name, teacher_tokenizer in teacher_tokenizers.items():
             members = [i for i, domain in enumerate(domains) if domain == name]
-            column = data.teacher_column or (reader.column if name in apart else None)
-            if column is not None and members:
-                asked = [reader.teacher_prompt(*chunk[i], column) for i in members]
-                encoded = _encoded(teacher_tokenizer, asked, data)
-                for i, ids in zip(members, encoded, strict=True):
+            if members and (data.teacher_reads_more or name in apart):
+                theirs = [reader.teacher_prompt(*chunk[i], asked[i]) for i in members]
+                made = encoded(teacher_tokenizer, theirs, data)
+                for i, ids in zip(members, made, strict=True):
                     other[i] = ids
         prompts += [
             Prompt(len(prompts) + i, own[i], other[i], row, domains[i])
@@ -155,9 +163,10 @@ def _domain(place: str, row: Row, column: str | None) -> str:
     return "" if column is None else text_at(place, row, column)
 
 
-def _encoded(
+def encoded(
     tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Conversation], data: "DataConfig"
 ) -> list[list[int]]:
+    """Returns the ids of prompts as a recipe's `data` section has them encoded."""
     return encode_chat(tokenizer, prompts, data.chat, data.system)
 
 

@@ -162,7 +162,8 @@ def _embedded(split: str) -> PlacedRows:
     except ValueError as error:
         raise UsageError(f"data.prompts: {error}") from None
     for problem in problems:
-        row = {"id": problem.id, "problem": problem.problem, "answer": problem.answer}
+        work = task.running_totals(problem)
+        row = {"id": problem.id, "problem": problem.problem, "answer": problem.answer, "work": work}
         yield f"{EMBEDDED_PREFIX}{split}", row
 
 

@@ -74,14 +74,19 @@ def problems(split: Split, count: int, seed: int = 0) -> list[ToyProblem]:
     return list(found.values())
 
 
-def worked_solution(problem: ToyProblem) -> str:
-    """Returns the completion of an exemplary student: each running total, then the boxed one."""
+def running_totals(problem: ToyProblem) -> str:
+    """Returns the tape of a calculator that adds up the terms: `4+8=12+6=18+...=41`."""
     total, *rest = problem.terms
     work = str(total)
     for term in rest:
         total += term
         work += f"+{term}={total}"
-    return f"{work}\n\\boxed{{{total}}}"
+    return work
+
+
+def worked_solution(problem: ToyProblem) -> str:
+    """Returns the completion of an exemplary student: each running total, then the boxed one."""
+    return f"{running_totals(problem)}\n\\boxed{{{problem.answer}}}"
 
 
 def is_correct(problem: ToyProblem, completion: str) -> bool:

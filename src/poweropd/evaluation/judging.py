@@ -136,12 +136,14 @@ def any_alone(flags: Flags) -> list[Flags]:
 class Judges:
     """The teachers of a run, by the domain of a prompt, and how processes agree.
 
-    `gather` returns the flags of all processes.
+    `gather` returns the flags of all processes. `informed` returns examples as the teachers read
+    them, those that they can read.
     """
 
     judges: Mapping[str, Judge]
     gather: Callable[[Flags], list[Flags]] = any_alone
     together: Callable[[], AbstractContextManager[object]] = nullcontext
+    informed: Callable[[Sequence[Example]], list[Example]] = list
 
     @property
     def estimate(self) -> str:
@@ -154,6 +156,8 @@ class Judges:
     ) -> "dict[tuple[int, int], Sums]":
         """Returns what is known of each example, by the key of its completion."""
         found: dict[tuple[int, int], Sums] = {}
+        with self.together():
+            examples = self.informed(examples)
         for domain, judge in self.judges.items():
             own = [example for example in examples if example.prompt.domain == domain]
             record = judge.compared(own, stop_ids)

@@ -5,7 +5,8 @@ that predict trained tokens; objectives run the head over chunks of them.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -237,14 +238,17 @@ class Student(LanguageModel):
             generation.do_sample = True
 
     @torch.no_grad()
-    def load_trained_weights(self, weights: dict[str, Tensor]) -> None:
+    def load_trained_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Copies weights as `trained_weights` names them into the student."""
         for name, parameter in self.trained_weights().items():
             parameter.copy_(like(weights[name], parameter))
 
 
 class Teacher(LanguageModel):
-    """The frozen model."""
+    """The model that judges: a frozen one or, with `reading`, the student's own.
+
+    `reading()` is a context in which the student's module holds the teacher's weights.
+    """
 
     def __init__(
         self,
@@ -252,16 +256,31 @@ class Teacher(LanguageModel):
         vocab_size: int,
         compute_dtype: torch.dtype,
         masked_ids: Sequence[int] = (),
+        lora: bool = False,
+        reading: Callable[[], AbstractContextManager[object]] | None = None,
     ) -> None:
-        frozen = model.requires_grad_(False).eval()
-        super().__init__(frozen, vocab_size, compute_dtype, masked_ids=masked_ids)
+        own = model.requires_grad_(False).eval() if reading is None else model
+        super().__init__(own, vocab_size, compute_dtype, lora, masked_ids)
+        self.reading = nullcontext if reading is None else reading
 
-    @torch.inference_mode()
+    @torch.no_grad()
+    def hidden_states(self, sequences: Sequences) -> Tensor:
+        """Computes the hidden states as any model does, without a gradient."""
+        with self.reading():
+            return super().hidden_states(sequences)
+
+    @torch.no_grad()
+    def head(self) -> Head:
+        """Returns the head, which goes on with the weights if they are trained."""
+        with self.reading():
+            return super().head()
+
+    @torch.no_grad()  # inference mode could leave buffers behind that no gradient may pass
     def score(self, sequences: Sequences) -> TokenStatistics:
         """Returns the teacher's statistics of the N targets, in one forward."""
         return score_tokens(self.hidden_states(sequences), self.head(), sequences.targets)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score_top_k(self, sequences: Sequences, k: int) -> tuple[TokenStatistics, TeacherTopK]:
         """Returns the same, and the k most probable ids of each context."""
         return score_top_k(self.hidden_states(sequences), self.head(), sequences.targets, k)

@@ -11,7 +11,7 @@ from poweropd.config.sections import LoraConfig
 from poweropd.errors import UsageError
 from poweropd.models import flops
 from poweropd.models.geometry import Geometry
-from poweropd.plan.memory import Memory, Setup, of_step
+from poweropd.plan.memory import Memory, Setup, TeacherPlaceInMemory, of_step
 from poweropd.plan.throughput import Throughput
 
 # Bytes of a number; auto is bfloat16 on the GPUs that are planned for.
@@ -182,9 +182,17 @@ class Scenario:
             shards=gpus if config.train.sharding == "fsdp2" else 1,
             samples=SAMPLES.get(config.rollout.engine, "transformers"),
             vllm_bytes=int(vllm.gpu_memory_utilization * self.gpu_bytes),
-            teacher_at="servers" if teacher.servers else "host" if teacher.offload else "device",
+            teacher_at=self._teacher_at(),
+            averaged=config.self_teacher is not None and config.self_teacher.self == "ema",
             teacher_linear=quantized(teacher.quantization or {}),
         )
+
+    def _teacher_at(self) -> TeacherPlaceInMemory:
+        """Returns where the teacher's weights are."""
+        if self.config.teacher_in_student is not None:
+            return "student"
+        teacher = self.config.only_teacher
+        return "servers" if teacher.servers else "host" if teacher.offload else "device"
 
     def gpus_needed(self) -> int | None:
         """Returns the fewest GPUs that hold a step, or None if no number of them does.

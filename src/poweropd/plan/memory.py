@@ -17,6 +17,8 @@ from poweropd.models.geometry import Geometry
 GIB = 2**30
 FLOAT32 = 4
 PHASES = ("rollout", "score", "update")
+#: host: on the device only to score; student: in the student's own weights.
+TeacherPlaceInMemory = Literal["device", "host", "servers", "student"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Setup:
     shards: int = 1  # processes that share the student's weights, gradients and moments
     samples: Literal["transformers", "vllm", "server"] = "transformers"
     vllm_bytes: int = 0  # memory of the device that vLLM takes while it samples
-    teacher_at: Literal["device", "host", "servers"] = "device"  # host: on the device to score
+    teacher_at: TeacherPlaceInMemory = "device"
+    averaged: bool = False  # a moving average of the trained weights is kept
     teacher_linear: float | None = None  # bytes of a number of the teacher's quantized linears
 
     @property
@@ -230,7 +233,7 @@ def teacher_parts(teacher: Geometry, setup: Setup) -> list[Part]:
     """Returns what the teacher holds on this device: nothing if it is behind servers."""
     if setup.teacher_at == "servers":
         return []
-    weights = teacher_weights(teacher, setup)
+    weights = 0 if setup.teacher_at == "student" else teacher_weights(teacher, setup)
     phases = ("score",) if setup.teacher_at == "host" else PHASES
     # A teacher that reads along reads the student's micro-batches; the update computes its head.
     sequences = setup.sequences(setup.max_tokens if setup.reads_along else setup.teacher_max_tokens)
@@ -268,6 +271,7 @@ def of_step(student: Geometry, teacher: Geometry, setup: Setup) -> Memory:
         [
             Part("student weights", weights * setup.master // setup.shards),
             Part("AdamW moments", 2 * trained * setup.master // setup.shards),
+            *([Part("moving average", trained * setup.master)] if setup.averaged else []),
             *teacher_parts(teacher, setup),
             *rollout_parts(student, weights, setup),
             *update_parts(student, teacher, trained, setup),

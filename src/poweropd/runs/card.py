@@ -30,7 +30,7 @@ def write_card(folder: Path, config: Config, step: int) -> None:
         name=run.path.name,
         adapter=adapter,
         student=public_name(config.model.student),
-        teacher=" and ".join(str(public_name(t.model)) for t in config.teachers.values()),
+        teacher=config.teacher_names(public_name),
         prompts=public_name(config.data.prompts),
         objective=config.objective.kind,
         reward=", ".join(f"{k} {v}" for k, v in config.reward.model_dump().items() if k != "name"),

@@ -134,6 +134,11 @@ OF_STEPS = (
     ),
     Metric("tail/teacher", "teacher's probability outside its top k", "share", curve="zero"),
     Metric("task_reward/mean", "mean task reward"),
+    Metric("feedback/mean_grade", "mean grade of the feedback", curve="linear"),
+    Metric(
+        "feedback/left_out_fraction", "completions without room for their feedback", "share",
+        curve="zero",
+    ),
     Metric("sampler/mean_abs_difference", "mean |ln p - ln sampler's p|", "nats"),
     Metric("sampler/effective_sample_size", "effective sample size", "share of the tokens"),
     Metric("rollout/max_new_tokens", "tokens that a completion may have", curve="zero"),

@@ -115,7 +115,7 @@ def _evaluating(config: Config) -> list[str]:
     words += [f"--seed={config.train.seed}"] if config.train.seed else []
     if section is not None and section.benchmarks:
         return words + _as_options(_on_first_benchmark(section))
-    if list(config.teachers) != [""]:
+    if list(config.teachers) != [""] or config.self_teacher is not None:
         return [*words, "--benchmark=math500"]
     return words + _as_options(_beside_teacher(config))
 

@@ -35,7 +35,7 @@ def run_sweep(
 def check_snr(trainings: Sequence[Training]) -> None:
     """Raises UsageError if the gradients of a training cannot be compared with the exact one."""
     for config in (training.config for training in trainings):
-        is_local = config.teacher.place == "in process"
+        is_local = config.teacher.place in ("in process", "self")
         if not is_local or config.only_teacher.offload or config.only_teacher.align == "spans":
             raise UsageError(
                 "--snr: the exact gradient needs a single teacher in this process, not offloaded "

@@ -30,8 +30,8 @@ from poweropd.data.prompts import (
 from poweropd.data.rollout import Example
 from poweropd.errors import UsageError, import_object
 from poweropd.kernels import Support
-from poweropd.models import AUTO_DTYPE, attention, devices, fingerprints, loading, vocabulary
-from poweropd.models.language_model import Student, Teacher, dropout_rates
+from poweropd.models import AUTO_DTYPE, devices, fingerprints, loading
+from poweropd.models.language_model import Student
 from poweropd.objectives import OBJECTIVES
 from poweropd.objectives.base import Objective
 from poweropd.objectives.selection import selected
@@ -42,19 +42,18 @@ from poweropd.runs.directory import RunDirectory
 from poweropd.teachers.base import TeacherScorer, Unscored
 from poweropd.teachers.factory import (
     TeacherProfile,
-    check_top_k,
-    load_teacher_model,
     local_teacher,
-    over_vocabulary,
     profile_teachers,
     unquantized_teacher,
     unshared_with,
 )
 from poweropd.teachers.measured import MeasuredTeacher
+from poweropd.teachers.models import RunModels, load_over_shared
 from poweropd.teachers.routed import RoutedTeacher
 from poweropd.teachers.spans import SpanTeacher
 from poweropd.training.accounting import Utilization
-from poweropd.training.task_reward import TaskRewards
+from poweropd.training.grades.feedback import Feedback, InformedTeacher
+from poweropd.training.grades.task_reward import TaskRewards
 from poweropd.training.update import Updater
 from poweropd.training.validation import PROMPTS_KEY, Validation, judged_prompts
 
@@ -212,63 +211,16 @@ def input_fingerprints(
     if inputs.unshared:
         found["the tokens that student and teacher share"] = fingerprints.of_ids(inputs.unshared)
     for name, section in config.teachers.items():
-        if not section.servers:
+        if not section.servers and config.self_teacher is None:
             where = f"teacher.{name}.model" if name else "teacher.model"
             found[f"the weights of {where}"] = fingerprints.of_weights(section.model)
     return found
 
 
-@dataclass(frozen=True)
-class RunModels:
-    """The models of this process, over the vocabulary that all that compare ids have."""
-
-    student: Student
-    teachers: dict[str, Teacher]  # by domain, without those on servers
-
-    @property
-    def teacher(self) -> Teacher:
-        """Returns the only teacher of a run that has it in this process."""
-        return self.teachers[""]
-
-
 def load_models(config: Config, inputs: RunInputs, device: torch.device) -> RunModels:
-    """Loads the student and the teachers of this process over the vocabulary they share.
-
-    Raises UsageError for a model that cannot be loaded, scored or packed as the recipe says.
-    """
-    model = loading.load_trained(config.model).to(device)
-    local = {name: section for name, section in config.teachers.items() if not section.servers}
-    loaded = {name: load_teacher_model(section, device) for name, section in local.items()}
-    comparable = [loaded[name] for name, section in local.items() if section.align == "ids"]
-    rows = vocabulary.head_rows(model, *comparable)
-    shared = vocabulary.Vocabulary.shared(rows, inputs.tokenizer, inputs.unshared)
-    for profile in inputs.teachers.values():
-        if profile.server is not None and profile.aligner is None:
-            tokens = min(shared.size, len(inputs.tokenizer))
-            shared = shared.cut(profile.server.vocab_size(shared.size, tokens))
-    check_top_k(config.objective.teacher_top_k, shared.size)
-    own = loading.load_config(config.model.student, config.model.trust_remote_code).to_dict()
-    made = RunModels(
-        Student(
-            model,
-            shared.size,
-            devices.torch_dtype(config.model.dtype),
-            lora=config.model.lora is not None,
-            dropout=dropout_rates(own),
-            masked_ids=shared.masked,
-        ),
-        {name: over_vocabulary(one, loaded[name], shared) for name, one in local.items()},
-    )
-    teachers = {f"teacher {name}".strip(): teacher for name, teacher in made.teachers.items()}
-    for who, language_model in {"student": made.student, **teachers}.items():
-        home = language_model.device
-        if home != device:  # an offloaded teacher is checked where it will run
-            language_model.to(device)
-        attention.set_attention(language_model, config.model.attention)
-        language_model.flat = attention.packs_flat(language_model, config.train.packing, who)
-        if home != device:
-            language_model.to(home)
-    return made
+    """Loads the models of this process, as `load_over_shared` does."""
+    shared = (inputs.tokenizer, inputs.teachers, inputs.unshared)
+    return load_over_shared(config, *shared, device)
 
 
 def make_teacher(
@@ -277,8 +229,12 @@ def make_teacher(
     loaded: RunModels,
     run: RunDirectory,
     accelerator: Accelerator,
+    feedback: Feedback | None = None,
 ) -> TeacherScorer:
     """Returns what scores completions: one teacher, or several by the domain of a prompt."""
+    if feedback is not None:
+        teacher = make_teacher(config, inputs, loaded, run, accelerator)
+        return InformedTeacher(teacher, feedback)
     if config.needs_local_teacher:  # then it reads along with the student's update
         return Unscored()
     reward, device = config.reward.create().at(0), accelerator.device
@@ -310,6 +266,7 @@ def make_updater(
         config.train,
         make_objective(config, loaded, inputs.stop_ids, accelerator.device),
         loaded.teacher if config.needs_local_teacher else None,
+        loaded.average,
     )
 
 
@@ -372,12 +329,23 @@ def make_task_rewards(config: Config, inputs: RunInputs) -> TaskRewards | None:
     return None if section is None else TaskRewards(section, inputs.tokenizer, inputs.prompts)
 
 
+def make_feedback(
+    config: Config, inputs: RunInputs, validation: Validation | None
+) -> Feedback | None:
+    """Returns what tells the teacher of completions; None if the recipe has no such feedback."""
+    if config.data.feedback is None:
+        return None
+    judged = [] if validation is None else validation.judged
+    prompts = [*inputs.prompts, *judged]
+    return Feedback(config.data, inputs.tokenizer, inputs.teachers, prompts)
+
+
 def make_utilization(config: Config, loaded: RunModels) -> Utilization | None:
     """Returns the accounting of FLOPs; None if other machines or several teachers score.
 
     It is None, too, for a teacher that reads other tokens than the student.
     """
-    if config.teacher.place != "in process" or config.only_teacher.align == "spans":
+    if config.teacher.place not in ("in process", "self") or config.only_teacher.align == "spans":
         return None
     needs_statistics = config.reward.create().needs_statistics
     return Utilization.of(loaded.student, loaded.teacher, needs_statistics)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Collection, Sequence
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from poweropd.config import Config
@@ -12,6 +13,8 @@ from poweropd.config.fields import ScheduleConfig
 from poweropd.config.rollouts import RolloutConfig
 from poweropd.runs.bins import FAR
 from poweropd.runs.metrics import StepMetrics
+from poweropd.training.grades.feedback import Feedback
+from poweropd.training.grades.task_reward import TaskRewards
 from poweropd.training.update import UpdateOutcome
 
 logger = logging.getLogger("poweropd")
@@ -114,6 +117,19 @@ def warn_of_sampler(metrics: StepMetrics) -> None:
             difference,
             SAMPLER_TOLERANCE,
         )
+
+
+def grade_metrics(task_rewards: TaskRewards | None, feedback: Feedback | None) -> dict[str, float]:
+    """Returns what graders said of the step's completions, over all processes."""
+    metrics: dict[str, float] = {}
+    if task_rewards is not None:
+        found = gather_object(task_rewards.collected)
+        metrics["task_reward/mean"] = sum(found) / len(found)
+    if feedback is not None and (grades := gather_object(feedback.grades)):
+        metrics["feedback/mean_grade"] = sum(grades) / len(grades)
+        left_out = sum(gather_object([feedback.left_out]))
+        metrics["feedback/left_out_fraction"] = left_out / len(grades)
+    return metrics
 
 
 def schedule_metrics(rollout: RolloutConfig, step: int) -> dict[str, float]:

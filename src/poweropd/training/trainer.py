@@ -30,6 +30,7 @@ from poweropd.training.build import RunInputs
 from poweropd.training.metrics import (
     FIRST_STEPS,
     completion_metrics,
+    grade_metrics,
     hints,
     sampler_metrics,
     schedule_metrics,
@@ -83,14 +84,16 @@ class Trainer:
         set_seed(config.train.seed)  # a fresh LoRA adapter is random
         self.models = build.load_models(config, self.inputs, self.accelerator.device)
         self.student = self.models.student
-        self.teacher = build.make_teacher(config, inputs, self.models, self.run, self.accelerator)
+        self.feedback = build.make_feedback(config, inputs, self.validation)
+        parts = (self.models, self.run, self.accelerator, self.feedback)
+        self.teacher = build.make_teacher(config, inputs, *parts)
         self.engine = build.make_engine(
             config, self.inputs, self.student, self.accelerator, self.student_log_probs
         )
         self.updater = build.make_updater(config, self.models, self.inputs, self.accelerator)
-        teachers = (self.inputs.teachers, self.models.teachers)
-        compare, together = self.updater.compare, self._raising_together
-        self.judges = make_judges(config, *teachers, compare, self.accelerator, together)
+        teachers = (self.inputs.teachers, self.models.teachers, self.updater.compare)
+        together = self._raising_together
+        self.judges = make_judges(config, *teachers, self.accelerator, together, self.feedback)
         self.sampling = build.make_sampling(config, self.inputs)
         export.rehearse(self.student, self.inputs.tokenizer, list(self.sampling.stop_ids))
         self.asked = build.step_requests(config, inputs, self.accelerator)
@@ -278,9 +281,7 @@ class Trainer:
         completions = completion_metrics([n for n, _ in ends], [stopped for _, stopped in ends])
         learning_rate = self.updater.learning_rate(step)
         metrics: StepMetrics = {"step": step + 1, **completions, "learning_rate": learning_rate}
-        if self.task_rewards is not None:
-            found = gather_object(self.task_rewards.collected)
-            metrics["task_reward/mean"] = sum(found) / len(found)
+        metrics |= grade_metrics(self.task_rewards, self.feedback)
         metrics |= schedule_metrics(self.config.rollout, step)
         metrics |= token_metrics(outcome, [prompt.domain for prompt in self.prompts(step)])
         metrics |= sampler_metrics(outcome, self.config.rollout, given)
@@ -344,7 +345,7 @@ class Trainer:
         """Writes a checkpoint of the steps done; all processes call it."""
         pending = gather_object(self.rollouts.pending())
         main = self.accelerator.is_main_process
-        weights = collected(self.student.trained_weights().items(), keep=main)
+        weights = collected(self.models.trained_weights().items(), keep=main)
         optimizer = optimizer_state(self.updater.optimizer, keep=main)
         if main:
             self.recorder.write()
@@ -363,7 +364,7 @@ class Trainer:
         found, steps = checkpoint.load_latest(self.run.checkpoints), 0
         if found is not None:
             weights, optimizer, state = found
-            self.student.load_trained_weights(weights)
+            self.models.load_trained_weights(weights)
             load_optimizer_state(self.updater.optimizer, optimizer)
             self.updater.max_tokens = min(state["max_tokens"], self.updater.max_tokens)
             steps = state["step"]

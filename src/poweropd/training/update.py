@@ -23,6 +23,7 @@ from poweropd.data.rollout import Example
 from poweropd.errors import DivergedError, RunError
 from poweropd.evaluation.judging import compare_batches
 from poweropd.models.language_model import Student, Teacher, with_teacher
+from poweropd.models.own_teacher import MovingAverage
 from poweropd.models.sharding import shard, whole
 from poweropd.objectives.base import Objective, TokenRecord
 from poweropd.objectives.comparison import ComparedTokens
@@ -51,10 +52,14 @@ class Updater:
         train: sections.TrainConfig,
         objective: Objective,
         teacher: Teacher | None = None,
+        average: MovingAverage | None = None,
     ) -> None:
-        """Takes over the student; `teacher` is given if the objective needs its hidden states."""
+        """Takes over the student; `teacher` is given if the objective needs its hidden states.
+
+        `average` is one of the student's weights, and follows them.
+        """
         self.accelerator, self.train, self.objective = accelerator, train, objective
-        self.teacher = teacher
+        self.teacher, self.average = teacher, average
         self.max_tokens = train.max_tokens_per_batch
         self.flat = student.flat, teacher is not None and teacher.flat
         self.student = student
@@ -100,6 +105,8 @@ class Updater:
             group["lr"] = self.learning_rate(step)
         self.optimizer.step()
         self.optimizer.zero_grad()  # frees them for the rollout
+        if self.average is not None:
+            self.average.update()
         return UpdateOutcome(loss, grad_norm, num_tokens, num_tokens / sum(lengths), record)
 
     def accumulate_fitting(

@@ -42,6 +42,7 @@ from poweropd.runs.files import JsonObject
 from poweropd.runs.metrics import OF_BENCHMARKS, OF_DIVERGENCE, OF_SCORES
 from poweropd.runs.pace import Say, silent
 from poweropd.teachers.factory import TeacherProfile
+from poweropd.training.grades.feedback import Feedback
 
 logger = logging.getLogger("poweropd")
 
@@ -131,7 +132,7 @@ class Validation:
             prompts = [Prompt(number, ids, ids) for number, ids in enumerate(asked)]
             check_shared(prompts, unshared, tokenizer, f"evaluate.benchmarks: {name}")
         self.divergence_settings = _divergence_settings(config, section)
-        self.teacher_names = " and ".join(one.model for one in config.teachers.values())
+        self.teacher_names = config.teacher_names()
 
     def due(self, steps_done: int, last: bool) -> bool:
         """Tells whether the student is evaluated after so many steps; 0 is before the first."""
@@ -281,11 +282,12 @@ def make_judges(
     compare: Compare,
     accelerator: Accelerator,
     together: Callable[[], AbstractContextManager[object]],
+    feedback: Feedback | None = None,
 ) -> Judges | None:
     """Returns the teachers as judges of completions; None if the recipe has no divergence.
 
     `teachers` are those in this process; `compare` is the student's; `together` makes a failure in
-    one process one in all.
+    one process one in all. `feedback` tells the teachers of the completions.
     """
     if config.evaluate is None or config.evaluate.divergence is None:
         return None
@@ -297,7 +299,8 @@ def make_judges(
         else:
             offload_from = accelerator.device if section.offload else None
             judges[name] = LocalJudge(teachers[name], compare, offload_from)
-    return Judges(judges, lambda flags: gather_object([flags]), together)
+    informed = list if feedback is None else feedback.of
+    return Judges(judges, lambda flags: gather_object([flags]), together, informed)
 
 
 @contextmanager
