@@ -28,19 +28,20 @@ FAR_ROWS = next(plot.rows for plot in PERSISTENCE if plot.key == "far-over-train
 
 def figures(run: RecordedRun, first: int, last: int) -> list[str]:
     """Returns a run's line of the table."""
-    norms = [row["grad_norm"] for row in run.metrics]
+    trained = [row for row in run.metrics if row["num_tokens"]]  # the first steps may have none
+    norms = [row["grad_norm"] for row in trained]
     far = defaultdict(list)
     for row in FAR_ROWS(run):
         far[row["kind"]].append(row["value"])
-    ends = (run.metrics[:first], run.metrics[-last:])
+    ends = (trained[:first], trained[-last:])
     lengths = [fmean(row["completions/mean_length"] for row in rows) for rows in ends]
     lowest = [min(row["reward/min"] for row in rows) for rows in ends]
     return [
         run.name,
         f"{median(norms):.3g}",
         f"{max(norms) / median(norms):.1f}",
-        f"{min(row['reward/min'] for row in run.metrics):.3g}",
-        f"{max(row['reward/max'] for row in run.metrics):.3g}",
+        f"{min(row['reward/min'] for row in trained):.3g}",
+        f"{max(row['reward/max'] for row in trained):.3g}",
         *(f"{values[0]:.1%} {values[-1]:.1%}" for values in far.values()),
         f"{lowest[0]:.3g} {lowest[1]:.3g}",
         f"{lengths[0]:.1f} {lengths[1]:.1f}",
