@@ -325,10 +325,14 @@ def main() -> None:
     parser.add_argument("--rates", type=lambda text: [float(r) for r in text.split(",")],
                         default=[3e-5, 1e-4, 3e-4])  # fmt: skip
     parser.add_argument("--settings", type=lambda text: text.split(","), default=list(SETTINGS))
+    parser.add_argument("--pair-only", action="store_true", help="make the pair, train nothing")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    found = study(arguments, make_pair(arguments))
+    student = make_pair(arguments)
+    if arguments.pair_only:
+        return
+    found = study(arguments, student)
     write_json(arguments.out / "results.json", found)
     show(arguments, found)
 
