@@ -60,11 +60,11 @@ def run_bench(bench: Bench, left_out: Mapping[str, str], how: Running, dry_run: 
         outcome, found = _choose_rates(bench, tried, lock, how)
         rates = {name: best_rate(own) for name, own in found.items() if own}
         best = {name: rate for name, rate in rates.items() if rate is not None}
-        trainings = bench.with_seeds(best)
+        trainings, count = bench.with_seeds(best), sum(map(len, tried.values()))
         if not outcome.unfinished:
-            outcome = _run(bench.out, trainings, SEEDS, bench, lock, how)
+            outcome, count = _run(bench.out, trainings, SEEDS, bench, lock, how), len(trainings)
         _show_bench(bench.out, found, trainings)
-        return command.exit_status(bench.out, outcome, len(trainings))
+        return command.exit_status(bench.out, outcome, count)
 
 
 def _choose_rates(

@@ -27,7 +27,8 @@ def achieved_table(found: BenchResults) -> Table:
     benchmark = _shown_benchmark(found)
     accuracy = [f"{benchmark}, %", f"minus {found.baseline}"] if benchmark else []
     columns = ["setting", "rate", *accuracy, "held-out KL", f"minus {found.baseline}"]
-    rows = [_achieved(row, benchmark) for row in found.rows if row.seeds]
+    most = max((len(row.seeds) for row in found.rows), default=0)
+    rows = [[_named(row, most), *_achieved(row, benchmark)] for row in found.rows if row.seeds]
     start = found.before
     if start and rows:
         own = [PERCENT.text(start[benchmark]), ""] if benchmark else []
@@ -49,7 +50,7 @@ def _achieved(row: SettingFigures, benchmark: str) -> list[str]:
     cells += [_mean_and_ends(minus.accuracy.get(benchmark), PERCENT, "+")] if benchmark else []
     cells += [_mean_and_ends(row.divergence, NATS), _mean_and_ends(minus.divergence, NATS, "+")]
     rate = ABSENT if row.rate is None else f"{row.rate:g}"
-    return [_setting(row), rate, *cells, _mean_and_ends(row.forgetting, NATS)]
+    return [rate, *cells, _mean_and_ends(row.forgetting, NATS)]
 
 
 def signals_table(found: BenchResults) -> Table:
@@ -142,9 +143,11 @@ def _shown_benchmark(found: BenchResults) -> str:
     return MEAN if MEAN in names else (names or [""])[0]
 
 
-def _setting(row: SettingFigures) -> str:
+def _named(row: SettingFigures, most: int) -> str:
+    """Returns a setting's name, with its number of seeds if others have more."""
     diverged = f", {len(row.diverged)} diverged" if row.diverged else ""
-    return f"{row.setting} ({len(row.seeds)} seeds{diverged})" if diverged else row.setting
+    fewer = f" ({len(row.seeds)} seeds{diverged})" if len(row.seeds) < most or diverged else ""
+    return f"{row.setting}{fewer}"
 
 
 def _mean_and_ends(found: Estimate | None, shown: Shown, sign: str = "") -> str:
