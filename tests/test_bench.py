@@ -174,7 +174,7 @@ def test_a_case_is_compared_beside_the_others(recipe_file: Path) -> None:
 def test_what_a_served_teacher_cannot_do_is_left_out(recipe_file: Path) -> None:
     served = ["teacher.servers=[http://127.0.0.1:9]"]
     settings, left_out = trials.chosen_settings(recipe_file, served, [], [])
-    assert set(left_out) == {"value baseline", "full_vocab", "full_vocab power 500"}
+    assert set(left_out) == {"value baseline", "teachable", "full_vocab", "full_vocab power 500"}
     assert set(settings) | set(left_out) == set(SETTINGS)
     with pytest.raises(UsageError, match="--only full_vocab: "):
         trials.chosen_settings(recipe_file, served, ["full_vocab"], [])
@@ -234,6 +234,7 @@ def test_a_bench_is_stopped_goes_on_and_answers(
     assert "Full vocabulary against vanilla" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_a_setting_that_diverges_at_every_rate_has_no_figures(recipe_file: Path) -> None:
     assert not bench(recipe_file, "train.learning_rate=1e30", "--only", "log_ratio", "--snr", "0")
     (row,) = found(recipe_file)["rows"]

@@ -8,6 +8,7 @@ PLAIN = (
     "objective.baseline=none",
     "objective.select=null",
     "objective.top_k=null",
+    "objective.weights=null",
 )
 VANILLA = "reward={name: log_ratio}"
 FULL = "objective.kind=full_vocab"
@@ -36,7 +37,9 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "suppress": ("reward={name: suppress}",),
     "value baseline": (VANILLA, "objective.baseline=value"),
     "dial": (VANILLA, "objective.select={name: dial}"),
+    "teachable": (VANILLA, "objective.select={name: teachable}"),
     "random tokens": (VANILLA, "objective.select={name: random}"),
+    "drift weights": (VANILLA, "objective.weights={name: drift}"),
     "full_vocab": (VANILLA, FULL),
     "full_vocab power 500": (_power(500), FULL),
 }
@@ -64,7 +67,10 @@ QUESTIONS = (
     Question("Is it enough to leave outliers out?", "power 500", "trust"),
     Question("Does it need the student's probability?", "power 500", "gate"),
     Question("Does it need the teacher?", "power 500", "suppress"),
-    Question("Does it matter which tokens are kept?", "dial", "random tokens"),
+    *(
+        Question("Does it matter which tokens are kept?", kept, "random tokens")
+        for kept in ("dial", "teachable")
+    ),
     Question("Full vocabulary against vanilla", "full_vocab", BASELINE),
     Question("Full vocabulary against power 500", "full_vocab", "power 500"),
 )

@@ -28,7 +28,7 @@ def achieved_table(found: BenchResults) -> Table:
     accuracy = [f"{benchmark}, %", f"minus {found.baseline}"] if benchmark else []
     columns = ["setting", "rate", *accuracy, "held-out KL", f"minus {found.baseline}"]
     most = max((len(row.seeds) for row in found.rows), default=0)
-    rows = [[_named(row, most), *_achieved(row, benchmark)] for row in found.rows if row.seeds]
+    rows = [[_with_seeds(row, most), *_achieved(row, benchmark)] for row in found.rows if row.seeds]
     start = found.before
     if start and rows:
         own = [PERCENT.text(start[benchmark]), ""] if benchmark else []
@@ -143,7 +143,7 @@ def _shown_benchmark(found: BenchResults) -> str:
     return MEAN if MEAN in names else (names or [""])[0]
 
 
-def _named(row: SettingFigures, most: int) -> str:
+def _with_seeds(row: SettingFigures, most: int) -> str:
     """Returns a setting's name, with its number of seeds if others have more."""
     diverged = f", {len(row.diverged)} diverged" if row.diverged else ""
     fewer = f" ({len(row.seeds)} seeds{diverged})" if len(row.seeds) < most or diverged else ""
