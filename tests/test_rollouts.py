@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from poweropd import Config, Trainer
 from poweropd.data.rollout import Request, Rollout
 from poweropd.rollouts.base import Sampling, completion_seed
-from poweropd.rollouts.transformers import TransformersEngine, draw
+from poweropd.rollouts.draws import draw
+from poweropd.rollouts.transformers import TransformersEngine
 
 STOPS = (0, 2)
 
@@ -83,10 +84,10 @@ def test_draws_follow_the_distribution_and_never_hit_a_zero() -> None:
     logits = torch.tensor([[0.0, -torch.inf, 1.0, 2.0]])
     uniforms = torch.linspace(0, 1 - 1e-9, 20_001, dtype=torch.float64)
     sampling = Sampling(max_new_tokens=1, stop_ids=())
-    drawn = draw(logits.expand(20_001, 4), uniforms, sampling)
+    drawn, _ = draw(logits.repeat(20_001, 1), uniforms, sampling)
     shares = torch.bincount(drawn, minlength=4) / 20_001
     assert torch.allclose(shares, logits[0].softmax(-1), atol=1e-4)
-    top = draw(logits.expand(20_001, 4), uniforms, Sampling(1, (), top_k=1))
+    top, _ = draw(logits.repeat(20_001, 1), uniforms, Sampling(1, (), top_k=1))
     assert (top == 3).all()
 
 
