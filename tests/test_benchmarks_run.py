@@ -207,6 +207,19 @@ def test_whole_steps_are_timed_and_a_missing_trainer_is_said(tmp_path: Path) -> 
     assert ("trl" in costs) != ("trl: skipped: TRL >= 1.16 cannot be imported" in done.stdout)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("lengths", ["fixed", "ragged"])
+def test_the_engine_is_compared_with_generate(tmp_path: Path, lengths: str) -> None:
+    file = tmp_path / "engine.json"
+    command = [sys.executable, str(BENCHMARKS / "engine.py"), "--geometry", "tiny", "--batch", "4"]
+    command += ["--lengths", lengths, "--prompts", "10", "--repeats", "1", "--json", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    costs = json.loads(file.read_text())["per_1000_tokens"]
+    assert [*costs] == ["engine", "generate"]
+    assert all(cost["cpu_seconds"] > 0 for own in costs.values() for cost in own)
+    assert "times generate" in done.stdout
+
+
 def test_head_costs_show_the_gradient_of_autograd(scaling: ModuleType) -> None:
     rows = scaling.head_costs(scaling.GEOMETRIES["tiny"], repeats=1)
     assert len(rows) == len(scaling.ALPHAS)

@@ -25,11 +25,13 @@ from poweropd.rollouts.draws import Sampler
 WIDTH = 16
 # Free slots are filled again once they are this share of all: prompts are then read together.
 FREE_SHARE = 1 / 8
-# Decoding steps between two looks at what has ended: a look makes the host wait for a GPU.
-STEPS_PER_LOOK = 4
+# Decoding steps from one look at what has ended to the next, by device. A look makes the host wait
+# for a GPU; a step that it comes too late computes rows that have ended.
+LOOKS = {"cpu": 1}
+LOOKS_OF_OTHERS = 4
 
 
-def fits(model: PreTrainedModel) -> bool:
+def holds_all_tokens(model: PreTrainedModel) -> bool:
     """Tells whether the model's cache is keys and values of all tokens in every layer."""
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
@@ -107,8 +109,8 @@ class SlotLayer(DynamicLayer):
 
 
 @dataclass
-class Row:
-    """A completion that is being sampled."""
+class Slot:
+    """A slot in use: the completion that is being sampled in its row of the cache."""
 
     request: Request
     count: int = 0  # its tokens so far
@@ -140,9 +142,9 @@ class ContinuousDecoder:
         self.max_tokens = sampler.sampling.max_new_tokens
         self.context = loading.context_length(model.config)
         self.waiting, self.slots = deque(requests), min(slots, len(requests))
-        self.rows: list[Row] = []
+        self.rows: list[Slot] = []
         self.held: list[list[int]] = [[] for _ in range(self.slots)]  # the prompt in each slot
-        self.steps_per_look = 1 if self.device.type == "cpu" else STEPS_PER_LOOK
+        self.steps_per_look = LOOKS.get(self.device.type, LOOKS_OF_OTHERS)
         self._allocate(max(len(r.prompt_ids) for r in requests))
 
     @torch.inference_mode()
@@ -193,7 +195,7 @@ class ContinuousDecoder:
         self._copy(copies, max(len(r.prompt_ids) for r in requests))
         for width, prompts in reads.items():
             self._read(width, prompts)
-        self.rows += [Row(request) for request in requests]
+        self.rows += [Slot(request) for request in requests]
         self.held[first : slots.stop] = [request.prompt_ids for request in requests]
         own = slice(first, slots.stop)
         self.fed[own] = torch.tensor([r.prompt_ids[-1] for r in requests])

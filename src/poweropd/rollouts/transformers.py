@@ -110,7 +110,11 @@ class TransformersEngine:
         A few completions of prompts of different lengths are sampled, one of which ends early, and
         scored by a forward each. Some architectures ignore the cache, or padding, without a word.
         """
-        ways = [self._in_slots, self._padded] if continuous.fits(self.model) else [self._padded]
+        ways = (
+            [self._in_slots, self._padded]
+            if continuous.holds_all_tokens(self.model)
+            else [self._padded]
+        )
         packed = PackedLinears(self.model)
         for way in ways:
             problem = self._problem(way, packed)
