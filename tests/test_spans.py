@@ -247,7 +247,8 @@ def real_texts(count: int) -> list[str]:
     data = Path(os.environ.get("POWEROPD_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not data.is_dir():
         pytest.skip(f"{data} is not here")
-    lines = [line for path in sorted(data.glob("*.jsonl")) for line in path.open(encoding="utf-8")]
+    files = [path.read_text(encoding="utf-8") for path in sorted(data.glob("*.jsonl"))]
+    lines = [line for text in files for line in text.split("\n") if line]
     random.Random(0).shuffle(lines)
     texts = (value for line in lines for value in json.loads(line).values())
     return [text for text in texts if isinstance(text, str) and len(text) > 20][:count]
