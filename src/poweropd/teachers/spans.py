@@ -6,6 +6,7 @@ the smallest piece that both models write in whole tokens. docs/objectives.md ha
 """
 
 import logging
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Sequence
 from itertools import accumulate, groupby, pairwise, takewhile
@@ -20,6 +21,8 @@ from poweropd.teachers.base import TeacherScorer
 
 logger = logging.getLogger("poweropd")
 
+ESCAPE = "surrogateescape"  # decodes a byte that is no UTF-8 as a code point of its own
+_ESCAPED = re.compile("[\udc80-\udcff]")
 FEW = 0.5  # share of the trained tokens below which a user is warned
 
 
@@ -90,14 +93,11 @@ def _read(pieces: Sequence[bytes]) -> tuple[str, list[int]]:
 
     Each byte that is no UTF-8 becomes U+FFFD, which has more bytes.
     """
-    text = b"".join(pieces).decode(errors="surrogateescape")
-    sizes = [len(letter.encode(errors="surrogateescape")) for letter in text]
-    escaped = ["\udc80" <= letter <= "\udcff" for letter in text]
-    wrong = [end for end, bad in zip(accumulate(sizes), escaped, strict=True) if bad]
+    text = b"".join(pieces).decode(errors=ESCAPE)
+    wrong = [len(text[: at.end()].encode(errors=ESCAPE)) for at in _ESCAPED.finditer(text)]
     more = len(REPLACEMENT.encode()) - 1
     ends = [end + more * bisect_right(wrong, end) for end in accumulate(map(len, pieces))]
-    letters = (REPLACEMENT if bad else letter for letter, bad in zip(text, escaped, strict=True))
-    return "".join(letters), ends
+    return _ESCAPED.sub(REPLACEMENT, text), ends
 
 
 class Aligned(NamedTuple):

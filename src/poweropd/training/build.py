@@ -211,9 +211,12 @@ def input_fingerprints(
     if inputs.unshared:
         found["the tokens that student and teacher share"] = fingerprints.of_ids(inputs.unshared)
     for name, section in config.teachers.items():
+        where = f"teacher.{name}.model" if name else "teacher.model"
         if not section.servers and config.self_teacher is None:
-            where = f"teacher.{name}.model" if name else "teacher.model"
             found[f"the weights of {where}"] = fingerprints.of_weights(section.model)
+        if section.align == "spans":
+            tokenizer = inputs.teachers[name].tokenizer
+            found[f"the tokenizer of {where}"] = fingerprints.of_tokenizer(tokenizer)
     return found
 
 
