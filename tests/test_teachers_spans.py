@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 from build_embedded import PATTERN, WORDS, make_tokenizer
-from merged_embedded import PATTERN as MERGED_PATTERN
-from merged_embedded import merged_tokenizer
 from random_models import build_model
+from remade_embedded import TOKENIZERS, remade
+from remade_embedded import make_tokenizer as make_other
 from teacher_server import NAME, TeacherServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from poweropd import Config, Trainer
+from poweropd.config.recipe_file import read_yaml
+from poweropd.config.shipped import shipped_recipe
 from poweropd.data.batch import collate
 from poweropd.data.rollout import Example, Rollout, span_totals
 from poweropd.embedded import END_OF_TEXT, TURN_END
@@ -27,6 +29,7 @@ from poweropd.rewards import Reward, create
 from poweropd.training.update import UpdateOutcome
 
 MAKES = Callable[..., Config]
+MERGED_PATTERN = TOKENIZERS["merged"][1]
 SPANS = {"teacher.align": "spans"}
 WORK = [
     "4+8=12+6=18+9=27+2=29\n\\boxed{29}",
@@ -41,7 +44,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A student and a teacher that read a sign and its digit as one token."""
     folder, found = tmp_path_factory.mktemp("merged"), {}
     for seed, (role, stop) in enumerate((("student", END_OF_TEXT), ("teacher", TURN_END))):
-        tokenizer = merged_tokenizer(stop)
+        tokenizer = make_other("merged", stop)
         found[role] = build_model(folder / role, stop, 24, seed, rows=len(tokenizer))
         tokenizer.save_pretrained(folder / role)
     return found
@@ -373,6 +376,19 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(across: MAKES, tmp_path:
     weights = resumed.student.trained_weights()
     for name, tensor in expected.student.trained_weights().items():
         assert torch.equal(tensor, weights[name])
+
+
+@pytest.mark.thorough
+def test_a_student_learns_from_a_teacher_that_spells(tmp_path: Path) -> None:
+    teacher = remade("teacher", "spelled", tmp_path / "teacher", steps=80, batch_size=16)
+    tree = read_yaml(shipped_recipe("embedded.yaml"))
+    tree["teacher"] |= {"model": str(teacher), "align": "spans"}
+    tree["train"] |= {"steps": 30, "prompts_per_step": 8, "learning_rate": 1e-4}
+    config = Config.from_dict({**tree, "run": {"dir": str(tmp_path / "run")}, "evaluate": None})
+    trainer_of(config).train()
+    rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    divergences = [row["reverse_kl"] for row in rows]
+    assert sum(divergences[-5:]) < 0.6 * sum(divergences[:5]), divergences
 
 
 # What is refused.
