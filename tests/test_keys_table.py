@@ -20,6 +20,8 @@ BENCHMARKS = "graders::benchmarks_of_a_recipe_have_columns_graders_and_numbers_o
 SCHEDULE = ("schedule", "start", "end", "steps")
 STEP_LENGTHS = "schedules::a_step_is_as_long_as_its_schedule_says"
 STEP_TEMPERATURES = "schedules::a_step_is_sampled_at_its_temperature"
+TOOLS = "turns_tools::a_training_with_tools_loses_nothing_and_tells_of_errors"
+ENVIRONMENT = "turns::conversations_with_an_environment_train_and_resume_to_the_last_bit"
 
 # Key -> the test that fails if the code ignores the key, as "file::function" without "test_".
 PROOFS = {
@@ -130,6 +132,13 @@ PROOFS = {
     "rollout.task_reward.name": "rollouts_engines::the_grader_is_a_task_reward",
     "rollout.task_reward.weight": "rollouts_engines::the_grader_is_a_task_reward",
     "rollout.task_reward.answer_column": "graders::any_grader_is_a_task_reward",
+    "rollout.tools": TOOLS,
+    "rollout.tool_format": "turns_calls::a_template_without_calls_needs_the_name_of_their_form",
+    "rollout.tool_timeout": TOOLS,
+    "rollout.tool_max_chars": TOOLS,
+    "rollout.tool_workers": "turns_tools::tools_run_in_so_many_processes",
+    "rollout.environment": ENVIRONMENT,
+    "rollout.max_turns": ENVIRONMENT,
     "reward.name": "keys_scores::the_reward_and_its_parameters_are_those_of_the_recipe",
     "objective.kind": "keys_scores::only_a_sampled_objective_depends_on_the_sampled_token",
     "objective.stop": "keys_scores::the_stop_is_trained_by_its_policy",

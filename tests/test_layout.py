@@ -37,7 +37,8 @@ MAY_IMPORT = {
     "data": {"config", "embedded", "stops"},
     "objectives": {"data", "kernels", "rewards"},
     "models": {"config", "data", "embedded", "kernels", "objectives", "rewards", "stops"},
-    "rollouts": {"config", "data", "models", "net"},
+    # Tools run in the killable workers of grading.
+    "rollouts": {"config", "data", "grading", "models", "net"},
     "teachers": {"config", "data", "models", "net", "rewards", "runs", "stops"},
     "runs": {"config", "data", "embedded", "objectives", "terminal"},
     # A teacher beside the student, or in its place, is judged or sampled as in training.
@@ -57,10 +58,10 @@ MAY_IMPORT = {
         *("config", "data", "embedded", "evaluation", "models", "plan", "report", "rewards"),
         *("runs", "teachers", "terminal", "training"),
     },
-    # It also looks at prompts, and at their gold answers, to write a first recipe.
+    # It also looks at prompts, which show tools, and at their golds, to write a first recipe.
     "plan": {
-        *("config", "data", "embedded", "grading", "kernels", "models", "runs", "stops"),
-        "terminal",
+        *("config", "data", "embedded", "grading", "kernels", "models", "rollouts", "runs"),
+        *("stops", "terminal"),
     },
 }
 SEES_EVERYTHING = {"commands", "__main__", "__init__"}

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+from tiny_models import make_model
+from turn_cases import TOOLS
 
 from poweropd import Config, Trainer
 from poweropd.config.recipe_file import read_yaml
@@ -84,6 +86,10 @@ def test_every_recipe_trains_two_steps_with_tiny_models(
         "train.prompts_per_step": 2,
         "evaluate": "null",
     }
+    if path.stem == "tools":  # which need a template that shows them
+        for key, seed in {"model.student": 1, "teacher.model": 2}.items():
+            room = {"max_position_embeddings": 2048}
+            tiny[key] = make_model("qwen3", tmp_path / key, seed, template=TOOLS, **room)
     config = Config.load(path, [f"{key}={value}" for key, value in tiny.items()])
     result = Trainer(config, progress=False).train()
     assert result.steps == 2

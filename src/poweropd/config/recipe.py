@@ -58,6 +58,7 @@ class Config(Section):
         reward, own = self.reward.checked(info.context), self.teacher_in_student
         found = chain(
             rules.conflicts(self.objective, self.rollout, reward, self.teacher),
+            rules.turn_conflicts(self.rollout, self.data),
             evaluation.evaluation_conflicts(
                 self.evaluate, self.data, self.teachers, self.train, self.teacher.place
             ),

@@ -25,6 +25,11 @@ from poweropd.config.fields import (
     one_of,
 )
 from poweropd.grading.graders import ALIASES, GRADERS
+from poweropd.rollouts.turns import AUTO_FORMAT, TOOL_FORMATS
+
+#: As a task reward: the reward that `rollout.environment` gives.
+ENVIRONMENT = "environment"
+Code = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
 
 
 class VllmConfig(Section):
@@ -64,8 +69,8 @@ class RolloutServerConfig(Section):
 class TaskRewardConfig(Section):
     """An outcome reward of each completion, added to the rewards of its tokens."""
 
-    name: Annotated[str, one_of([*GRADERS, *ALIASES], custom=True)]
-    """A grader as in evaluate.grader; grader is math. A function of yours may give any number."""
+    name: Annotated[str, one_of([*GRADERS, *ALIASES, ENVIRONMENT], custom=True)]
+    """A grader as in evaluate.grader, of any number if it is your own, or environment: its own."""
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     """Factor of the outcome reward."""
     answer_column: str = "answer"
@@ -73,7 +78,7 @@ class TaskRewardConfig(Section):
 
     @model_validator(mode="after")
     def _valid(self) -> Self:
-        check_grader("name", self.name)
+        check_grader("name", None if self.name == ENVIRONMENT else self.name)
         return self
 
 
@@ -123,6 +128,30 @@ class RolloutConfig(Section):
     """Completions from a file, mixed in; null is none."""
     task_reward: TaskRewardConfig | None = None
     """The outcome reward of completions; null is none."""
+    tools: Code | list[Code] | None = None
+    """Python functions, as package.module:function, that the student may call as tools."""
+    environment: Code | None = None
+    """Class, as package.module:class, that answers the student's turns in place of tools."""
+    max_turns: PositiveInt = 8
+    """Turns of the student in a completion, where tools or an environment answer."""
+    tool_format: Annotated[str, one_of([AUTO_FORMAT, *TOOL_FORMATS])] = AUTO_FORMAT
+    """Form of the student's tool calls; auto is the one in which its chat template writes them."""
+    tool_timeout: PositiveFloat = 10.0
+    """Seconds that one call of a tool may take."""
+    tool_max_chars: PositiveInt = 4000
+    """Characters of a tool's longest answer; of a longer one the student reads the beginning."""
+    tool_workers: Annotated[PositiveInt, MayChange] = 4
+    """Processes in which tools run, for each training process."""
+
+    @property
+    def tool_names(self) -> list[str]:
+        """Returns what `tools` names, as a list."""
+        return [self.tools] if isinstance(self.tools, str) else self.tools or []
+
+    @property
+    def has_turns(self) -> bool:
+        """Returns whether anybody answers the student's turns."""
+        return bool(self.tools) or self.environment is not None
 
     @model_validator(mode="after")
     def _valid(self) -> Self:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from poweropd.config import rollouts, sections, teachers
+from poweropd.config.data import DataConfig
 from poweropd.config.fields import ScheduleConfig
 from poweropd.rewards import Reward
 from poweropd.rollouts import staleness_problem
@@ -176,3 +177,19 @@ def _of_teacher(teacher: teachers.AnyTeacher, need: str) -> Iterator[str]:
                 f"teacher.{key}: it cannot go with {need}, which reads the teacher during the "
                 "update"
             )
+
+
+def turn_conflicts(rollout: rollouts.RolloutConfig, data: DataConfig) -> Iterator[str]:
+    """Yields what is wrong with tools or an environment beside other settings."""
+    reward = rollout.task_reward
+    if reward is not None and reward.name == rollouts.ENVIRONMENT and not rollout.environment:
+        yield "rollout.task_reward.name: environment needs rollout.environment"
+    if not rollout.has_turns:
+        return
+    key = "rollout.tools" if rollout.tools else "rollout.environment"
+    if rollout.tools and rollout.environment:
+        yield "rollout.tools: it cannot go with rollout.environment, which may call tools itself"
+    if data.chat is None:
+        yield f"{key}: it needs the chat template, so not data.chat=null"
+    if data.continue_assistant:
+        yield f"{key}: it cannot go with data.continue_assistant, whose turn has begun already"

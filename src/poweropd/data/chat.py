@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from poweropd.data.messages import Conversation, Part, Turn, content_text, tool_name
+from poweropd.data.messages import Conversation, Part, Tool, Turn, content_text, tool_name
 from poweropd.errors import UsageError, one_line
 from poweropd.stops import special_ids
 
@@ -55,7 +55,7 @@ def encode_chat(
             f"{tokenizer.name_or_path}: its tokenizer has no chat template; to give it plain text "
             "set data.chat=null in a recipe, --no-chat-template in poweropd eval"
         )
-    form = _form(tokenizer, chat, system)
+    form = content_form(tokenizer, chat, system)
     rendered = [_rendered(tokenizer, one, chat, system, form) for one in asked]
     encoded = tokenizer(rendered, add_special_tokens=False)["input_ids"] if rendered else []
     texts = [text for one in asked if (text := one.text) is not None]
@@ -91,7 +91,7 @@ def _rendered(
     turns = [*before, *prompt.turns]
     formed = [{**turn, "content": form(turn["content"])} for turn in turns]
     try:
-        text = _render(tokenizer, formed, chat, prompt.tools, prompt.continues)
+        text = render_chat(tokenizer, formed, chat, prompt.tools, prompt.continues)
     except UsageError as error:
         raise _prompt_error(prompt, str(error)) from None
     for turn in turns:
@@ -148,8 +148,8 @@ def template_differs(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizer
     prompts = []
     for tokenizer in (one, other):
         try:
-            form = _form(tokenizer, {}, None)
-            prompts.append(_render(tokenizer, _probe(None, form), {}))
+            form = content_form(tokenizer, {}, None)
+            prompts.append(render_chat(tokenizer, _probe(None, form), {}))
         except UsageError:
             prompts.append("")
     return prompts[0] != prompts[1]
@@ -160,14 +160,14 @@ def _probe(system: str | None, form: Form) -> list[Turn]:
     return [*before, {"role": "user", "content": form(_PROBE)}]
 
 
-def _form(
+def content_form(
     tokenizer: "PreTrainedTokenizerBase", chat: Mapping[str, Any], system: str | None
 ) -> Form:
     """Returns the form of content in which the template keeps a text."""
     failure = None
     for form in _FORMS:
         try:
-            if _PROBE in _render(tokenizer, _probe(system, form), chat):
+            if _PROBE in render_chat(tokenizer, _probe(system, form), chat):
                 return form
         except UsageError as error:
             failure = failure or error
@@ -178,13 +178,14 @@ def _form(
     )
 
 
-def _render(
+def render_chat(
     tokenizer: "PreTrainedTokenizerBase",
     turns: Sequence[Turn],
     chat: Mapping[str, Any],
-    tools: list[dict[str, Any]] | None = None,
+    tools: list[Tool] | None = None,
     continues: bool = False,
 ) -> str:
+    """Returns turns as the template renders them; raises UsageError, of one line, if it fails."""
     try:
         return str(
             tokenizer.apply_chat_template(

@@ -13,6 +13,7 @@ SYSTEM_ROLES = ("system", "developer")
 
 Turn = dict[str, Any]  # role and content, as chat templates take them
 Part = dict[str, Any]  # of a content: type and text
+Tool = dict[str, Any]  # the JSON schema of a tool, as chat templates take it
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Conversation:
     """
 
     turns: list[Turn]
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Tool] | None = None
     place: str = ""
 
     @classmethod
@@ -98,7 +99,7 @@ def read_conversation(row: Row, column: str, place: str) -> Conversation:
         raise UsageError(
             f"{place}: expected text or a list of messages in column {column!r}, got {shown(value)}"
         )
-    turns = [_turn(message, f"{place}: column {column!r}: message {i}")
+    turns = [read_turn(message, f"{place}: column {column!r}: message {i}")
              for i, message in enumerate(value, start=1)]  # fmt: skip
     if not any(turn["role"] == "user" for turn in turns):
         roles = ", ".join(turn["role"] for turn in turns) or "no message at all"
@@ -109,7 +110,7 @@ def read_conversation(row: Row, column: str, place: str) -> Conversation:
     return Conversation(turns, place=place)
 
 
-def _turn(message: object, where: str) -> Turn:
+def read_turn(message: object, where: str) -> Turn:
     """Returns a message as a turn; raises UsageError, which begins with `where`."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise UsageError(f"{where}: expected a mapping with role and content, got {shown(message)}")
@@ -201,7 +202,7 @@ def read_system(row: Row, column: str, place: str) -> str:
     return text if text.strip() else ""
 
 
-def read_tools(row: Row, column: str, place: str) -> list[dict[str, Any]] | None:
+def read_tools(row: Row, column: str, place: str) -> list[Tool] | None:
     """Returns the tools of a row, given as a list or its JSON; None if it has none.
 
     Raises UsageError, which names place and column, for anything else.

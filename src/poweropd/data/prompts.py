@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from poweropd.data.chat import encode_chat
 from poweropd.data.messages import (
     Conversation,
+    Tool,
     content_text,
     read_conversation,
     read_system,
@@ -64,8 +65,8 @@ def prompt_column(data: "DataConfig", row: Row, place: str = "data.column") -> s
 class RowReader:
     """Reads what a recipe's `data` section asks for from row after row."""
 
-    def __init__(self, data: "DataConfig") -> None:
-        self.data, self.column = data, ""
+    def __init__(self, data: "DataConfig", tools: list[Tool] | None = None) -> None:
+        self.data, self.tools, self.column = data, tools, ""
         self.teacher_prompts = TeacherPrompts(data)
         self.left_out = 0  # prompts without the assistant's message at their end
 
@@ -92,12 +93,12 @@ class RowReader:
         """Returns the prompt of a column with the row's own system turn and tools."""
         data = self.data
         found = read_conversation(row, column, place)
-        turns, tools = found.turns, None
+        turns, tools = found.turns, self.tools
         if data.system_column is not None and not found.has_system:
             system = read_system(row, data.system_column, place)
             turns = [{"role": "system", "content": system}, *turns] if system else turns
         if data.tools_column is not None:
-            tools = read_tools(row, data.tools_column, place)
+            tools = read_tools(row, data.tools_column, place) or tools
         if data.continue_assistant and found.continues and not content_text(turns[-1]).strip():
             raise UsageError(
                 f"{place}: column {column!r}: message {len(found.turns)}: expected text to "
@@ -122,14 +123,16 @@ def load_prompts(
     teacher_tokenizers: Mapping[str, "PreTrainedTokenizerBase"],
     domain_column: str | None = None,
     apart: Collection[str] = (),
+    tools: list[Tool] | None = None,
 ) -> list[Prompt]:
     """Loads all prompts of a recipe's `data` section, tokenized for student and teacher.
 
     The column `domain_column` holds the name of a prompt's teacher, if there are several. Teachers
     read the student's tokens, unless they have a column or, as those `apart`, tokens of their own.
+    `tools` are those of prompts without tools of their own.
     """
     rows = placed_rows(data.prompts, data.split, data.config, data.revision)
-    reader, prompts = RowReader(data), list[Prompt]()
+    reader, prompts = RowReader(data, tools), list[Prompt]()
     for chunk in _chunks(islice(rows, data.limit)):
         domains = [_domain(place, row, domain_column) for place, row in chunk]
         asked = [reader.student_prompt(place, row) for place, row in chunk]

@@ -27,6 +27,7 @@ class Request:
     prompt_index: int
     sample_index: int
     seed: int
+    max_new_tokens: int | None = None  # of this completion, if fewer than of all that are sampled
 
     @property
     def key(self) -> tuple[int, int]:
@@ -49,6 +50,16 @@ class Request:
 
 
 @dataclass(frozen=True)
+class TurnCounts:
+    """What happened in the turns of a completion, where tools or an environment took part."""
+
+    turns: int  # of the student
+    tool_calls: int = 0
+    tool_errors: int = 0  # calls that were answered with an error
+    reward: float | None = None  # the environment's, if it gives one
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One completion of one prompt.
 
@@ -60,9 +71,10 @@ class Rollout:
     request: Request
     completion_ids: list[int]
     sampling_log_probs: list[float]
-    stopped: bool  # whether it ended with a stop token, which is then the last id
+    stopped: bool  # whether it ended by itself, with a stop token, which is then the last id
     completion_mask: list[bool] | None = None
     off_policy: bool = False  # whether it comes from a file, and no engine sampled it
+    turns: TurnCounts | None = None
 
     @property
     def key(self) -> tuple[int, int]:
@@ -73,6 +85,12 @@ class Rollout:
     def prompt_ids(self) -> list[int]:
         """Returns the ids that the student read before the completion."""
         return self.request.prompt_ids
+
+    @property
+    def own_ids(self) -> list[int]:
+        """Returns the ids that the student wrote, without those of tools and environments."""
+        mask = self.completion_mask or [True] * len(self.completion_ids)
+        return [i for i, own in zip(self.completion_ids, mask, strict=True) if own]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TextIO, cast
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from poweropd import stops
 from poweropd.data.chat import encode_chat
+from poweropd.data.messages import Conversation
 from poweropd.data.prompts import Prompt
 from poweropd.data.rollout import Request, Rollout
 from poweropd.errors import RunError, UsageError
@@ -136,7 +137,7 @@ class Evaluation:
 
     def _requests(self, prompts: Sequence[list[int]]) -> list[Request]:
         return [
-            Request(Prompt(i, ids, ids), i, sample, self._seed(i, sample))
+            Request(Prompt(i, ids, ids, self.problems[i].row), i, sample, self._seed(i, sample))
             for i, ids in enumerate(prompts)
             for sample in range(self.settings.n)
         ]
@@ -220,12 +221,8 @@ def prompt_ids(
 ) -> list[list[int]]:
     """Returns the token ids of each problem as a prompt, up to the model's turn."""
     ending = f"\n{settings.instruction}" if settings.instruction else ""
-    asked = [
-        problem.problem + ending
-        if problem.conversation is None
-        else problem.conversation.with_ending(ending)
-        for problem in problems
-    ]
+    texts = (p.conversation or Conversation.of_text(p.problem) for p in problems)
+    asked = [replace(one.with_ending(ending), tools=settings.tools) for one in texts]
     return encode_chat(tokenizer, asked, settings.chat, settings.system)
 
 
@@ -247,7 +244,7 @@ def _ungraded_row(
     return {
         "id": problem.id,
         "sample": rollout.request.sample_index,
-        "completion": tokenizer.decode(rollout.completion_ids, skip_special_tokens=True),
+        "completion": tokenizer.decode(rollout.own_ids, skip_special_tokens=True),
         "tokens": len(rollout.completion_ids),
         "stop": None if stop is None else tokenizer.convert_ids_to_tokens(stop),
         "answer": None,

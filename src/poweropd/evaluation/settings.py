@@ -19,6 +19,7 @@ class EvaluationSettings:
     seed: int = 0
     chat: Mapping[str, object] | None = field(default_factory=lambda: {"enable_thinking": False})
     system: str | None = None
+    tools: list[dict[str, object]] | None = None  # JSON schemas, for the chat template
     instruction: str | None = None  # appended to each problem, after a line break
     grader: str = "math"  # a name of poweropd.grading.graders, or package.module:function
     group_size: int = 256  # completions sampled together; part of what makes a run repeatable

@@ -1,4 +1,4 @@
-"""The processes that compare answers: warm, killable, and free of the caller's imports.
+"""The processes that compare answers, or run tools: killable, and free of the caller's imports.
 
 A worker must load neither torch nor the caller's script. Forking would copy a process full of
 threads, so workers are forked from a server that only ever imported the comparison; on Windows
@@ -11,7 +11,7 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from multiprocessing.process import BaseProcess
@@ -58,25 +58,30 @@ def search_in_worker(pattern: str, group: int, text: str) -> str | None:
     return found
 
 
-def worker_pool(workers: int) -> ProcessPool:
-    """Returns a pool of warm grading workers."""
+def worker_pool(workers: int, prepare: Callable[..., None] | None = None) -> ProcessPool:
+    """Returns a pool of warm workers, each of which calls `prepare` once; theirs is grading."""
     context = _CleanContext()
     if sys.platform != "win32":
         context.set_forkserver_preload([_WARM])
-    return ProcessPool(max_workers=workers, initializer=_prepare, context=context)
+    return ProcessPool(max_workers=workers, initializer=prepare or _prepare, context=context)
 
 
 def _prepare() -> None:
-    """Prepares a worker once: limits its memory, loads math-verify, and keeps it silent."""
+    """Prepares a worker that grades: limits its memory, loads math-verify, keeps it silent."""
+    limit_memory()
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
+    import_module(_WARM)
+
+
+def limit_memory() -> None:
+    """Limits the address space of this process, so that it fails before the machine does."""
     if sys.platform != "win32":
         import resource
 
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         limit = _MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(hard, _MEMORY_BYTES)
         resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    import_module(_WARM)
 
 
 @contextmanager

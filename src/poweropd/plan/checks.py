@@ -27,6 +27,7 @@ from poweropd.errors import UsageError
 from poweropd.models import loading, places, vocabulary
 from poweropd.models.geometry import KNOWN, Geometry
 from poweropd.models.token_bytes import TokenBytes
+from poweropd.rollouts.turns.tools import tool_schemas
 
 Status = Literal["ok", "warning", "failed", "not checked"]
 Tokenizers = tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]  # the student's, the teacher's
@@ -219,7 +220,11 @@ def check_prompts(
         return None, PlanCheck("prompts", "not checked", f"hub unreachable: {source}")
     try:
         prompts = data_prompts.load_prompts(
-            config.data, tokenizers[0], {"": tokenizers[1]}, apart=[""] if by_spans(config) else []
+            config.data,
+            tokenizers[0],
+            {"": tokenizers[1]},
+            apart=[""] if by_spans(config) else [],
+            tools=tool_schemas(config.rollout.tool_names),
         )
         data_prompts.split_holdout(prompts, config.data.holdout, config.train.seed)
     except UsageError as error:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -23,6 +23,11 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+
+    def of(self, request: Request) -> "Sampling":
+        """Returns how one completion is sampled, which may have fewer tokens than others."""
+        own = self.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+        return replace(self, max_new_tokens=min(own, self.max_new_tokens))
 
 
 @runtime_checkable

@@ -113,6 +113,7 @@ class Slot:
     """A slot in use: the completion that is being sampled in its row of the cache."""
 
     request: Request
+    limit: int  # tokens that it may have
     count: int = 0  # its tokens so far
 
     @property
@@ -145,7 +146,7 @@ class ContinuousDecoder:
         self.rows: list[Slot] = []
         self.held: list[list[int]] = [[] for _ in range(self.slots)]  # the prompt in each slot
         self.steps_per_look = LOOKS.get(self.device.type, LOOKS_OF_OTHERS)
-        self._allocate(max(len(r.prompt_ids) for r in requests))
+        self._allocate(max(len(r.prompt_ids) + sampler.limit(r) for r in requests))
 
     @torch.inference_mode()
     def _allocate(self, longest: int) -> None:
@@ -158,7 +159,7 @@ class ContinuousDecoder:
         self.log_probs = zeros(self.slots, tokens, dtype=torch.float32)
         self.view = View(torch.zeros_like(self.fed))
         self.cache = DynamicCache(config=self.model.config)
-        columns = self._width(longest + tokens)
+        columns = self._width(longest)
         self.layers = [SlotLayer(self.view, columns) for _ in self.cache.layers]
         self.cache.layers = list(self.layers)
 
@@ -172,7 +173,7 @@ class ContinuousDecoder:
             free, waiting = self.slots - len(self.rows), len(self.waiting)
             if free and waiting and free >= min(waiting, FREE_SHARE * self.slots):
                 self._admit([self.waiting.popleft() for _ in range(min(free, waiting))])
-            steps = min(self.max_tokens - row.count for row in self.rows)
+            steps = min(row.limit - row.count for row in self.rows)
             steps = min(steps, self.steps_per_look)
             ended = torch.stack([self._step() for _ in range(steps)]).tolist()
             yield from self._take_ended(ended)
@@ -195,7 +196,7 @@ class ContinuousDecoder:
         self._copy(copies, max(len(r.prompt_ids) for r in requests))
         for width, prompts in reads.items():
             self._read(width, prompts)
-        self.rows += [Slot(request) for request in requests]
+        self.rows += [Slot(request, self.sampler.limit(request)) for request in requests]
         self.held[first : slots.stop] = [request.prompt_ids for request in requests]
         own = slice(first, slots.stop)
         self.fed[own] = torch.tensor([r.prompt_ids[-1] for r in requests])
@@ -261,7 +262,7 @@ class ContinuousDecoder:
         """Yields the completions that `ended` in the last steps, [steps, live], and frees slots."""
         slots = []
         for slot, (row, flags) in enumerate(zip(self.rows, zip(*ended, strict=True), strict=True)):
-            if any(flags) or row.count == self.max_tokens:
+            if any(flags) or row.count == row.limit:
                 after = flags.index(True) + 1 if any(flags) else len(flags)
                 own = slot, slice(row.count - len(flags) + after)
                 ids, log_probs = self.tokens[own].tolist(), self.log_probs[own].tolist()

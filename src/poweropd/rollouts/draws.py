@@ -44,6 +44,10 @@ class Sampler:
         ]
         return torch.stack(numbers).to(self.device)
 
+    def limit(self, request: Request) -> int:
+        """Returns how many tokens a completion may have."""
+        return self.sampling.of(request).max_new_tokens
+
     def draw(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """Returns a token for each row of logits, [B, rows of the head], and their log-probs."""
         logits = logits[:, : self.vocab_size].float()

@@ -32,6 +32,7 @@ class PaddedDecoder:
         number = {prompt: i for i, prompt in enumerate(prompts)}
         self.prompts = [number[tuple(r.prompt_ids)] for r in requests]
         self.uniforms = sampler.uniforms([r.seed for r in requests])
+        self.limits = [sampler.limit(request) for request in requests]
         self.live = list(range(len(requests)))  # the requests that are still being decoded
         self.tokens: list[list[int]] = [[] for _ in requests]
         self.log_probs: list[list[float]] = [[] for _ in requests]
@@ -48,15 +49,17 @@ class PaddedDecoder:
         logits = self._logits()
         if len(logits) < len(self.requests):
             logits = self._select(self.prompts, logits)
-        for position in range(self.sampler.sampling.max_new_tokens):
+        for position in range(max(self.limits)):
             tokens, ended = self._draw(logits, position)
-            last = position + 1 == self.sampler.sampling.max_new_tokens
-            for i, has_ended in zip(self.live, ended, strict=True):
-                if has_ended or last:
+            alive = []
+            for place, (i, has_ended) in enumerate(zip(self.live, ended, strict=True)):
+                if has_ended or position + 1 == self.limits[i]:
                     yield self.sampler.rollout(self.requests[i], self.tokens[i], self.log_probs[i])
-            if last or all(ended):
+                else:
+                    alive.append(place)
+            if not alive:
                 return
-            self._continue_with(tokens, [i for i, has_ended in enumerate(ended) if not has_ended])
+            self._continue_with(tokens, alive)
             logits = self._logits()
 
     @torch.inference_mode()

@@ -8,9 +8,10 @@ function of the step alone. What is sampled and not yet trained on belongs into 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any
 
-from poweropd.data.rollout import Request, Rollout
+from poweropd.data.rollout import Request, Rollout, TurnCounts
 from poweropd.errors import RunError
 
 Sample = Callable[[int], Iterator[Rollout]]
@@ -100,6 +101,7 @@ class Ahead(OnTime):
                 "stopped": rollout.stopped,
                 "completion_mask": rollout.completion_mask,
                 "off_policy": rollout.off_policy,
+                "turns": rollout.turns and asdict(rollout.turns),
             }
             for step, rollouts in self.ready.items()
             for rollout in rollouts
@@ -118,6 +120,7 @@ class Ahead(OnTime):
                     row["stopped"],
                     row["completion_mask"],
                     row.get("off_policy", False),
+                    TurnCounts(**turns) if (turns := row.get("turns")) else None,
                 )
                 for row in rows
                 if row["step"] == step

@@ -64,7 +64,7 @@ class ServedModel:
     ) -> Completion:
         """Returns ids and log-probs of a whole completion."""
         body = {"model": self.model, "prompt": request.prompt_ids, "return_token_ids": True}
-        body |= vllm_parameters(sampling, request.seed)
+        body |= vllm_parameters(sampling.of(request), request.seed)
         answer = await client.request("POST", "/v1/completions", body)
         with reading("an answer that is no completion"):
             if "token_ids" not in answer["choices"][0]:
@@ -72,4 +72,4 @@ class ServedModel:
                     f"{client.name}: its completions have no token ids (return_token_ids of "
                     "vLLM), which evaluate.teacher needs: set it to false"
                 )
-            return read_completion(answer, sampling)
+            return read_completion(answer, sampling.of(request))

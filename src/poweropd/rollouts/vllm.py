@@ -82,7 +82,8 @@ class VllmEngine:
         ids = [{"prompt_token_ids": request.prompt_ids} for request in requests]
         waiting = {str(number): request for number, request in enumerate(requests)}
         for name, prompt in zip(waiting, engine.renderer.render_cmpl(ids), strict=True):
-            parameters = vllm_parameters(sampling, waiting[name].seed)
+            request = waiting[name]
+            parameters = vllm_parameters(sampling.of(request), request.seed)
             engine.add_request(name, prompt, SamplingParams(**parameters, **fixed))
         try:
             while waiting:
@@ -153,11 +154,12 @@ _process = _Process()
 
 def _check_room(room: int, requests: Sequence[Request], sampling: Sampling) -> None:
     """Raises UsageError if a completion may not fit: vLLM would end it at its limit in silence."""
-    longest = max((len(request.prompt_ids) for request in requests), default=0)
-    if longest + sampling.max_new_tokens > room:
+    pairs = [(len(r.prompt_ids), sampling.of(r).max_new_tokens) for r in requests]
+    prompt, new = max(pairs, key=sum, default=(0, 0))
+    if prompt + new > room:
         raise UsageError(
-            f"rollout.vllm.max_model_len: {room} tokens do not hold a prompt of {longest} and "
-            f"{sampling.max_new_tokens} new ones; raise it"
+            f"rollout.vllm.max_model_len: {room} tokens do not hold a prompt of {prompt} and "
+            f"{new} new ones; raise it"
         )
 
 

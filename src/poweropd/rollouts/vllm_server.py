@@ -112,11 +112,11 @@ class StudentServer:
         # Before and after: the server may be restarted at any moment.
         await self._check_version()
         body = {"model": self.model, "prompt": request.prompt_ids, "return_token_ids": True}
-        body |= vllm_parameters(sampling, request.seed)
+        body |= vllm_parameters(sampling.of(request), request.seed)
         answer = await self.client.request("POST", "/v1/completions", body)
         await self._check_version()
         with reading("an answer that is no completion"):
-            return read_completion(answer, sampling)
+            return read_completion(answer, sampling.of(request))
 
 
 class VllmServerEngine:

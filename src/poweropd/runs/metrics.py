@@ -118,6 +118,12 @@ OF_STEPS = (
         curve="zero", card=".4g",
     ),
     Metric("completions/stop_fraction", "completions that ended by a stop token", "share"),
+    Metric("completions/mean_turns", "turns of a completion", curve="linear", card=".4g"),
+    Metric("completions/mean_tool_calls", "tool calls of a completion", curve="zero", card=".4g"),
+    Metric(
+        "completions/tool_error_fraction", "tool calls that failed", "share", curve="zero",
+        card=".4g",
+    ),
     Metric("reward/zero_fraction", "tokens with a reward of zero", "share", curve="zero"),
     Metric("reward/std", "standard deviation of rewards"),
     Metric("reward/min", "lowest reward"),

@@ -38,6 +38,8 @@ from poweropd.objectives.selection import selected
 from poweropd.rollouts.base import RolloutEngine, Sampling
 from poweropd.rollouts.factory import build_engine
 from poweropd.rollouts.requests import StepRequests
+from poweropd.rollouts.turns.engine import Turns
+from poweropd.rollouts.turns.tools import tool_schemas
 from poweropd.runs.directory import RunDirectory
 from poweropd.teachers.base import TeacherScorer, Unscored
 from poweropd.teachers.factory import (
@@ -73,6 +75,7 @@ class RunInputs:
     unshared: frozenset[int]  # ids that are not the same token to all models
     holdout: list[Prompt] = field(default_factory=list)  # kept out of training
     off_policy: OffPolicy | None = None  # completions that are not sampled
+    turns: Turns | None = None  # how the student is answered; None if it writes a single turn
 
     @classmethod
     def load(cls, config: Config, notify: bool = True) -> "RunInputs":
@@ -83,7 +86,8 @@ class RunInputs:
         unshared = unshared_with(tokenizer, teachers, notify)
         tokenizers = {name: teacher.tokenizer for name, teacher in teachers.items()}
         apart = [name for name, section in config.teachers.items() if section.align == "spans"]
-        prompts = load_prompts(config.data, tokenizer, tokenizers, config.teacher.by, apart)
+        tools = tool_schemas(config.rollout.tool_names)
+        prompts = load_prompts(config.data, tokenizer, tokenizers, config.teacher.by, apart, tools)
         model_config = loading.load_config(*student)
         context, vocab_size = loading.context_length(model_config), loading.vocab_rows(model_config)
         if config.data.filter_longer:
@@ -120,7 +124,7 @@ class RunInputs:
             inputs = replace(inputs, off_policy=load_off_policy(config, trained, tokens))
         if notify:
             inputs.show_first_prompt(config)
-        return inputs
+        return replace(inputs, turns=Turns.of(config, tokenizer, inputs.stop_ids, unshared))
 
     def first_prompt(self, config: Config) -> Prompt:
         """Returns the first prompt of the first step."""
@@ -306,7 +310,8 @@ def make_engine(
     """Returns the recipe's engine; `log_probs` are the student's own, for a comparison."""
     tokenizer, prompts = inputs.tokenizer, [*inputs.prompts, *inputs.holdout]
     context = inputs.student_context
-    return build_engine(config, student, tokenizer, prompts, context, accelerator, log_probs)
+    engine = build_engine(config, student, tokenizer, prompts, context, accelerator, log_probs)
+    return engine if inputs.turns is None else inputs.turns.around(engine)
 
 
 def make_sampling(config: Config, inputs: RunInputs) -> Sampling:
@@ -340,7 +345,8 @@ def make_feedback(
         return None
     judged = [] if validation is None else validation.judged
     prompts = [*inputs.prompts, *judged]
-    return Feedback(config.data, inputs.tokenizer, inputs.teachers, prompts)
+    tools = tool_schemas(config.rollout.tool_names)
+    return Feedback(config.data, inputs.tokenizer, inputs.teachers, prompts, tools)
 
 
 def make_utilization(config: Config, loaded: RunModels) -> Utilization | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from poweropd.config import Config
 from poweropd.config.fields import ScheduleConfig
 from poweropd.config.rollouts import RolloutConfig
+from poweropd.data.rollout import TurnCounts
 from poweropd.runs.bins import FAR
 from poweropd.runs.metrics import StepMetrics
 from poweropd.training.grades.feedback import Feedback
@@ -156,8 +157,10 @@ def distribution(values: Tensor) -> dict[str, float]:
     }
 
 
-def completion_metrics(lengths: Sequence[int], stopped: Sequence[bool]) -> dict[str, float]:
-    """Returns the mean length of completions, in tokens, and how many stopped; {} of none."""
+def completion_metrics(
+    lengths: Sequence[int], stopped: Sequence[bool], turns: Sequence[TurnCounts | None] = ()
+) -> dict[str, float]:
+    """Returns the mean length of completions, in tokens, how many stopped, and their turns."""
     count = len(lengths)
     if not count:
         return {}
@@ -165,7 +168,27 @@ def completion_metrics(lengths: Sequence[int], stopped: Sequence[bool]) -> dict[
         "completions/mean_length": sum(lengths) / count,
         "completions/truncated_fraction": sum(not s for s in stopped) / count,
         "completions/stop_fraction": sum(stopped) / count,
+        **turn_metrics(turns),
     }
+
+
+def turn_metrics(turns: Sequence[TurnCounts | None]) -> dict[str, float]:
+    """Returns the mean turns and tool calls of completions, and which share of the calls failed.
+
+    It is {} where nobody answers the student; without a call there is no share.
+    """
+    counts = [one for one in turns if one is not None]
+    if not counts:
+        return {}
+    calls = sum(one.tool_calls for one in counts)
+    metrics = {
+        "completions/mean_turns": sum(one.turns for one in counts) / len(counts),
+        "completions/mean_tool_calls": calls / len(counts),
+    }
+    if calls:
+        failed = sum(one.tool_errors for one in counts)
+        metrics["completions/tool_error_fraction"] = failed / calls
+    return metrics
 
 
 def hints(rows: Sequence[StepMetrics], config: Config) -> list[str]:

@@ -273,12 +273,11 @@ class Trainer:
         clock: StepClock,
     ) -> StepMetrics:
         """Returns the step's line of metrics.jsonl, the same on every process but for times."""
-        every = gather_object(
-            [(r.key, len(r.completion_ids), r.stopped, r.off_policy) for r in rollouts]
-        )
-        ends = [(tokens, stopped) for _, tokens, stopped, given in every if not given]
-        given = {key for key, _, _, given in every if given}
-        completions = completion_metrics([n for n, _ in ends], [stopped for _, stopped in ends])
+        found = [(r.off_policy, r.key, len(r.completion_ids), r.stopped, r.turns) for r in rollouts]
+        every = gather_object(found)
+        given = {key for off_policy, key, *_ in every if off_policy}
+        ends = [end for off_policy, _, *end in every if not off_policy]
+        completions = completion_metrics(*zip(*ends, strict=True)) if ends else {}
         learning_rate = self.updater.learning_rate(step)
         metrics: StepMetrics = {"step": step + 1, **completions, "learning_rate": learning_rate}
         metrics |= grade_metrics(self.task_rewards, self.feedback)
@@ -290,7 +289,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             warn_of_sampler(metrics)
         metrics |= self._record_rewards(step + 1, rollouts, outcome)
-        metrics |= clock.metrics(sum(n for n, _ in ends))
+        metrics |= clock.metrics(sum(n for n, *_ in ends))
         return metrics | (self.utilization.metrics(examples, clock) if self.utilization else {})
 
     def _record_rewards(

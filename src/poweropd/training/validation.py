@@ -37,6 +37,8 @@ from poweropd.models.language_model import Teacher
 from poweropd.rollouts.base import RolloutEngine
 from poweropd.rollouts.served import ServedModel
 from poweropd.rollouts.transformers import TransformersEngine
+from poweropd.rollouts.turns.engine import Turns
+from poweropd.rollouts.turns.tools import tool_schemas
 from poweropd.runs.directory import TEACHER, BestStep, RunDirectory
 from poweropd.runs.files import JsonObject
 from poweropd.runs.metrics import OF_BENCHMARKS, OF_DIVERGENCE, OF_SCORES
@@ -76,6 +78,7 @@ def _problem_set(
         seed=config.train.seed,
         chat=config.data.chat,
         system=config.data.system,
+        tools=tool_schemas(config.rollout.tool_names),
         instruction=own.instruction,
         grader=own.grader or section.grader,
     )
@@ -265,7 +268,8 @@ def judged_prompts(
     if source != HELD_OUT:
         data = config.data.model_copy(update={"prompts": source})
         tokenizers = {name: teacher.tokenizer for name, teacher in teachers.items()}
-        prompts = load_prompts(data, tokenizer, tokenizers, config.teacher.by)
+        tools = tool_schemas(config.rollout.tool_names)
+        prompts = load_prompts(data, tokenizer, tokenizers, config.teacher.by, tools=tools)
         own = loading.load_config(config.model.student, config.model.trust_remote_code)
         check_ids(prompts, loading.vocab_rows(own), None, PROMPTS_KEY)
     prompts = prompts[: section.divergence.limit]
@@ -316,6 +320,8 @@ def teacher_subject(
         batch_size = config.rollout.batch_size
         engine = TransformersEngine(teacher.causal_lm, vocab_size=rows, batch_size=batch_size)
         teacher.to(device)
+    turns = Turns.of(config, profile.tokenizer, profile.stop_ids)
+    engine = engine if turns is None else turns.around(engine)
     try:
         yield Subject(
             engine, profile.tokenizer, tuple(profile.stop_ids), profile.context, section.model

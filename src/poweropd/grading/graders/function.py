@@ -54,7 +54,7 @@ class UserFunction(Plain):
         """Returns name -> number; a number alone is the score."""
         several = isinstance(value, Mapping)
         pairs = dict(value) if isinstance(value, Mapping) else {MAIN_SCORE: value}
-        scores = {str(name): _finite(one) for name, one in pairs.items()}
+        scores = {str(name): finite_number(one) for name, one in pairs.items()}
         if not scores:
             raise RunError(f"{self.called}: expected at least one number, got {{}}{place}")
         for name, score in scores.items():
@@ -72,7 +72,7 @@ class UserFunction(Plain):
         return {name: score for name in self.names if (score := scores[name]) is not None}
 
 
-def _finite(value: object) -> float | None:
+def finite_number(value: object) -> float | None:
     """Returns a finite number as a float, also one of numpy or torch; None for anything else."""
     if isinstance(value, str | bytes) or not isinstance(value, SupportsFloat):
         return None

@@ -16,8 +16,8 @@ from poweropd.grading.graders.base import Asked, create_grader
 class CompletionGrader:
     """A recipe's grader of completions, by the gold that a column of their prompt holds.
 
-    A user's function gets the row of the prompt's data and the completion as text without special
-    tokens; it is called in this process, one completion at a time.
+    A user's function gets the row of the prompt's data and what the student wrote as text without
+    special tokens; it is called in this process, one completion at a time.
     """
 
     def __init__(
@@ -32,8 +32,8 @@ class CompletionGrader:
         atexit.register(self.workers.close, wait=False)
 
     def text(self, rollout: Rollout) -> str:
-        """Returns a completion as text without special tokens."""
-        return str(self.tokenizer.decode(rollout.completion_ids, skip_special_tokens=True))
+        """Returns what the student wrote as text without special tokens."""
+        return str(self.tokenizer.decode(rollout.own_ids, skip_special_tokens=True))
 
     def submit(self, rollout: Rollout) -> "Future[Grade]":
         """Starts to grade a completion; raises RunError if the user's own code fails."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from poweropd.config.data import DataConfig
+from poweropd.data.messages import Tool
 from poweropd.data.prompts import Prompt, RowReader, encoded
 from poweropd.data.rollout import Example
 from poweropd.data.teacher_prompts import Attempt
@@ -32,12 +33,16 @@ class Feedback:
         tokenizer: Any,
         teachers: Mapping[str, TeacherProfile],
         prompts: Sequence[Prompt],
+        tools: list[Tool] | None = None,
     ) -> None:
-        """`tokenizer` is the student's; raises UsageError for a prompt that cannot be graded."""
+        """`tokenizer` is the student's; raises UsageError for a prompt that cannot be graded.
+
+        `tools` are those of prompts without tools of their own.
+        """
         assert data.feedback is not None
         named = (data.feedback.grader, data.feedback.answer_column)
         self.grader = CompletionGrader("data.feedback.grader", *named, tokenizer, prompts)
-        self.data, self.teachers, self.reader = data, teachers, RowReader(data)
+        self.data, self.teachers, self.reader = data, teachers, RowReader(data, tools)
         self._waiting: list[tuple[Example, Future[Grade]]] = []
         self.grades: list[float] = []  # of the completions of the last call of `completed`
         self.left_out = 0  # of these
