@@ -138,6 +138,10 @@ def test_tools_run_in_so_many_processes(recipe: Callable[..., Config], tmp_path:
             {"rollout": {"task_reward": {"name": "environment"}}},
             "rollout.task_reward.name: environment needs rollout.environment",
         ),
+        (
+            {"rollout": {"environment": "a:b"}, "teacher.align": "spans"},
+            "rollout.environment: it cannot go with teacher.align=spans",
+        ),
         ({"rollout": {"tools": "calculate"}}, "rollout.tools"),
     ],
 )

@@ -58,7 +58,7 @@ class Config(Section):
         reward, own = self.reward.checked(info.context), self.teacher_in_student
         found = chain(
             rules.conflicts(self.objective, self.rollout, reward, self.teacher),
-            rules.turn_conflicts(self.rollout, self.data),
+            rules.turn_conflicts(self.rollout, self.data, self.teachers.values()),
             evaluation.evaluation_conflicts(
                 self.evaluate, self.data, self.teachers, self.train, self.teacher.place
             ),

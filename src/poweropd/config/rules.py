@@ -1,6 +1,6 @@
 """Combinations of settings that are valid alone but not together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from poweropd.config import rollouts, sections, teachers
 from poweropd.config.data import DataConfig
@@ -179,7 +179,11 @@ def _of_teacher(teacher: teachers.AnyTeacher, need: str) -> Iterator[str]:
             )
 
 
-def turn_conflicts(rollout: rollouts.RolloutConfig, data: DataConfig) -> Iterator[str]:
+def turn_conflicts(
+    rollout: rollouts.RolloutConfig,
+    data: DataConfig,
+    every_teacher: Iterable[teachers.TeacherConfig],
+) -> Iterator[str]:
     """Yields what is wrong with tools or an environment beside other settings."""
     reward = rollout.task_reward
     if reward is not None and reward.name == rollouts.ENVIRONMENT and not rollout.environment:
@@ -193,3 +197,8 @@ def turn_conflicts(rollout: rollouts.RolloutConfig, data: DataConfig) -> Iterato
         yield f"{key}: it needs the chat template, so not data.chat=null"
     if data.continue_assistant:
         yield f"{key}: it cannot go with data.continue_assistant, whose turn has begun already"
+    if any(teacher.align == "spans" for teacher in every_teacher):
+        yield (
+            f"{key}: it cannot go with teacher.align=spans, whose teacher would read the turns in "
+            "the student's chat template"
+        )
