@@ -12,6 +12,7 @@ import torch
 from own_tools import calculate
 from rollout_cases import make_request
 from tiny_models import TURN_END
+from transformers import AutoModelForCausalLM
 from turn_cases import STOPS, TOKENIZER, Scripted, call, ids_of, log_prob_of, make_writer
 
 from poweropd import Config, Trainer
@@ -22,6 +23,7 @@ from poweropd.errors import RunError, UsageError
 from poweropd.rollouts.base import Sampling
 from poweropd.rollouts.guards import CheckedEngine
 from poweropd.rollouts.prefetch import Ahead
+from poweropd.rollouts.transformers import TransformersEngine
 from poweropd.rollouts.turns import calculator
 from poweropd.rollouts.turns.calls import read_hermes
 from poweropd.rollouts.turns.engine import TurnsEngine, turn_seed
@@ -304,3 +306,17 @@ def test_the_calculator_calculates(expression: str, value: str) -> None:
 def test_the_calculator_does_nothing_else(expression: str) -> None:
     with pytest.raises(ValueError, match="expected numbers"):
         calculator.calculate(expression)
+
+
+@pytest.mark.parametrize("way", ["_in_slots", "_padded"])
+def test_a_request_may_have_fewer_tokens_than_others(way: str, student_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(student_dir)
+    engine = TransformersEngine(model, vocab_size=model.config.vocab_size, batch_size=3)
+    engine._decode = getattr(engine, way)
+    prompts = [make_request(i, [5 + i, 6, 7], seed=i) for i in range(5)]
+    limited = [replace(one, max_new_tokens=i + 1) for i, one in enumerate(prompts)]
+    sampling = Sampling(6, stop_ids=())
+    whole = sorted(engine.generate(prompts, sampling), key=lambda r: r.key)
+    for i, rollout in enumerate(sorted(engine.generate(limited, sampling), key=lambda r: r.key)):
+        assert rollout.completion_ids == whole[i].completion_ids[: i + 1]
+        assert not rollout.stopped
