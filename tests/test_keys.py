@@ -271,7 +271,7 @@ class OwnModel(Qwen3ForCausalLM):
 """
 
 
-@pytest.mark.parametrize("who", ["model.student", "teacher.model"])
+@pytest.mark.parametrize("who", ["model.student", "teacher.model", "reference.model"])
 def test_code_of_a_repository_runs_only_where_it_is_trusted(
     recipe: MAKES,
     student_dir: Path,
@@ -288,11 +288,18 @@ def test_code_of_a_repository_runs_only_where_it_is_trusted(
     code = {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.OwnModel"}
     config = json.loads((own / "config.json").read_text()) | {"model_type": "own"}
     (own / "config.json").write_text(json.dumps({**config, "auto_map": code}))
+    keys = {"reward": {"name": "extrapolate"}} if who == "reference.model" else {}
     with pytest.raises(UsageError, match="contains custom code"):
-        Trainer(recipe(**{who: str(own)}), progress=False)
+        Trainer(recipe(**{**keys, who: str(own)}), progress=False)
     trust = f"{who.partition('.')[0]}.trust_remote_code"
-    trainer = Trainer(recipe(**{who: str(own), trust: True}), progress=False)
-    model = trainer.student if who == "model.student" else trainer.models.teacher
+    trainer = Trainer(recipe(**{**keys, who: str(own), trust: True}), progress=False)
+    models = trainer.models
+    model = {
+        "model.student": models.student,
+        "teacher.model": models.teacher,
+        "reference.model": models.reference,
+    }[who]
+    assert model is not None
     assert type(model.causal_lm).__name__ == "OwnModel"
 
 

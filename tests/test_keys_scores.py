@@ -165,6 +165,12 @@ FORMULAS: dict[str, tuple[dict[str, Any], Callable[[Tensor, Tensor], Tensor]]] =
         {"base": {"name": "sign"}},
         lambda t, p: (t - p).sign().where((t - p).abs() <= 2, 0.0),
     ),
+    # The reference is the student itself as it is at the first step.
+    "extrapolate.factor": ({"factor": 3.0}, lambda t, p: 3 * (t - p)),
+    "extrapolate.base": (
+        {"base": {"name": "power", "alpha": 0.5}},
+        lambda t, p: 1.25 * powers(t, p, 0.5),
+    ),
     "sign": ({}, lambda t, p: (t - p).sign()),
     "suppress.threshold": ({"threshold": 0.05}, lambda t, p: -(p.exp() < 0.05).double()),
     "gate.threshold": ({"threshold": 1e-3}, lambda t, p: (t.exp() > 1e-3).double()),

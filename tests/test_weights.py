@@ -15,7 +15,7 @@ from poweropd import rewards
 from poweropd.config import Config
 from poweropd.data.batch import collate
 from poweropd.errors import UsageError
-from poweropd.kernels import Head, compare_heads
+from poweropd.kernels import Head, compare_heads, linear_full_vocab
 from poweropd.objectives.base import teacher_of
 from poweropd.objectives.full_vocab import FullVocab
 from poweropd.objectives.sampled import Sampled
@@ -196,3 +196,37 @@ def test_teachable_needs_a_teacher_in_this_process(recipe: MAKES) -> None:
         UsageError, match=r"select\.name=teachable needs the teacher's hidden states"
     ):
         recipe(**{"objective.select": {"name": "teachable"}}, **served)
+
+
+def generalised_kl(t: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    return (p * (p / t).log() - p + t).sum()
+
+
+def half_squared_distance(t: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    return ((p - t) ** 2).sum() / 2
+
+
+@pytest.mark.parametrize(
+    ("reward", "divergence"),
+    [(rewards.LogRatio(), generalised_kl), (rewards.Power(1.0), half_squared_distance)],
+)
+def test_sums_over_the_likely_ids_descend_on_a_divergence_that_rests_at_the_teacher(
+    reward: rewards.Reward, divergence: Callable[..., torch.Tensor]
+) -> None:
+    """Of a vocabulary of 50, in float64; the plain sum of p ln(p / t) does not rest there."""
+    torch.manual_seed(0)
+    teacher = torch.randn(1, 50, dtype=torch.float64)
+    eye = torch.eye(50, dtype=torch.float64)
+    for start in (torch.randn(1, 50, dtype=torch.float64), teacher):
+        logits = start.clone().requires_grad_()
+        loss = linear_full_vocab(logits, eye, teacher, eye, reward, 1.0, top_k=7)
+        (found,) = torch.autograd.grad(loss, logits)
+        likely = logits.topk(7).indices[0]
+        t, p = teacher.softmax(1)[0, likely], logits.softmax(1)[0, likely]
+        (exact,) = torch.autograd.grad(divergence(t, p), logits, retain_graph=True)
+        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-7)
+        if start is teacher:
+            assert found.abs().max() < 1e-7
+            (plain,) = torch.autograd.grad((p * (p / t).log()).sum(), logits)
+            assert plain.abs().max() > 0.01
+            assert plain[0, likely].min() > 0  # descending lowers the logits of all likely ids

@@ -47,6 +47,7 @@ class Config(Section):
     data: DataConfig
     rollout: rollouts.RolloutConfig = Field(default_factory=rollouts.RolloutConfig)
     reward: sections.RewardConfig = Field(default_factory=sections.RewardConfig)
+    reference: teachers.ReferenceConfig | None = None
     objective: sections.ObjectiveConfig = Field(default_factory=sections.ObjectiveConfig)
     train: sections.TrainConfig = Field(default_factory=sections.TrainConfig)
     evaluate: evaluation.EvaluateConfig | None = None
@@ -63,6 +64,14 @@ class Config(Section):
                 self.evaluate, self.data, self.teachers, self.train, self.teacher.place
             ),
             () if own is None else rules.self_conflicts(own, self.model, self.train.sharding),
+            rules.reference_conflicts(
+                self.reference,
+                reward,
+                self.objective,
+                self.rollout,
+                self.teachers.values(),
+                self._without_adapter,
+            ),
         )
         if (conflict := next(found, None)) is not None:
             raise ValueError(conflict)
@@ -77,6 +86,27 @@ class Config(Section):
                 f"{self.teacher.by!r}): make a recipe of each"
             )
         return self.teachers[""]
+
+    @property
+    def reference_model(self) -> teachers.TeacherConfig | None:
+        """Returns the reference model of the reward, as a teacher's section; None without one."""
+        if not self.reward.create().needs_reference:
+            return None
+        return (self.reference or teachers.ReferenceConfig()).as_teacher(self.model)
+
+    @property
+    def reference_in_student(self) -> bool:
+        """Returns whether the reference is the student's module without its adapter.
+
+        A sharded student is not read beside its update: then a copy is loaded.
+        """
+        itself = self.reference is None or self.reference.model is None
+        return itself and self._without_adapter and self.reference_model is not None
+
+    @property
+    def _without_adapter(self) -> bool:
+        """Returns whether the student before training is its module without its adapter."""
+        return self.model.lora is not None and self.train.sharding == "none"
 
     @property
     def teachers(self) -> dict[str, teachers.TeacherConfig]:

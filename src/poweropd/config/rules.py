@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from poweropd.config import rollouts, sections, teachers
 from poweropd.config.data import DataConfig
 from poweropd.config.fields import ScheduleConfig
+from poweropd.models import AUTO_DTYPE
 from poweropd.rewards import Reward
 from poweropd.rollouts import staleness_problem
 
@@ -87,6 +88,45 @@ def conflicts(
     yield from _of_spans(teacher, need, objective)
     if need is not None:
         yield from _of_teacher(teacher, need)
+
+
+def reference_conflicts(
+    reference: teachers.ReferenceConfig | None,
+    reward: Reward | None,
+    objective: sections.ObjectiveConfig,
+    rollout: rollouts.RolloutConfig,
+    own: Iterable[teachers.TeacherConfig],
+    adapted: bool,
+) -> Iterator[str]:
+    """Yields what cannot go with a reward's reference model; `own` are the recipe's teachers.
+
+    adapted: whether the student before training is its module without the adapter.
+    """
+    if reward is None:
+        return
+    if not reward.needs_reference:
+        if reference is not None:
+            yield "reference: this reward looks at no reference model: set reward.name=extrapolate"
+        return
+    # A selection may look at the whole vocabulary; what trains is the sampled token all the same.
+    whole = needs_local_teacher(objective.model_copy(update={"select": None}), rollout)
+    if whole is not None:
+        yield (
+            f"reward: extrapolate knows the reference's probability of the sampled token alone, "
+            f"and {whole} needs those of the whole vocabulary"
+        )
+    for teacher in own:
+        if teacher.measure_quantization:
+            yield "teacher.measure_quantization: it cannot go with reward extrapolate"
+        if teacher.align == "spans":
+            yield "teacher.align: spans cannot go with reward extrapolate, which scores tokens"
+    if adapted and reference is not None and reference.model is None:
+        for key, default in {"dtype": AUTO_DTYPE, "offload": False}.items():
+            if reference.model_dump()[key] != default:
+                yield (
+                    f"reference.{key}: with model.lora the reference is the student's own module "
+                    "without its adapter: leave it out, or name a reference.model"
+                )
 
 
 def _of_selection(select: sections.SelectConfig) -> Iterator[str]:

@@ -153,6 +153,30 @@ def by_key(teacher: "AnyTeacher") -> dict[str, TeacherConfig]:
     return {} if isinstance(teacher, SelfTeacherConfig) else {"teacher": teacher}
 
 
+class ReferenceConfig(Section):
+    """The reference model of a reward that has one, frozen and in this process."""
+
+    model: Annotated[str | None, Address] = None
+    """Reference: a directory or a Hub model; null is the student as it was before training."""
+    trust_remote_code: bool = False
+    """Whether Python code that the reference's repository ships may be run."""
+    dtype: DtypeOrAuto = AUTO_DTYPE
+    """Number format of weights and forward; auto as `model.dtype`, whose value the student has."""
+    max_tokens_per_batch: PositiveInt = 32768
+    """Tokens of one forward with padding; halved if memory is short."""
+    offload: bool = False
+    """Whether its weights are on the CPU while they are not used."""
+
+    def as_teacher(self, student: ModelConfig) -> TeacherConfig:
+        """Returns what a teacher's section would say of it."""
+        own = self.model_dump()
+        if self.model is None:
+            own |= {"model": student.student, "trust_remote_code": student.trust_remote_code}
+        if self.model is None and self.dtype == AUTO_DTYPE:
+            own["dtype"] = student.dtype
+        return TeacherConfig(**own)
+
+
 def _kind(teacher: object) -> str:
     if isinstance(teacher, TeachersConfig) or (isinstance(teacher, Mapping) and "by" in teacher):
         return "(several)"

@@ -77,6 +77,7 @@ class Batch:
     teacher_entropy: Tensor  # [N] float32, NaN where it is not known
     teacher_top1: Tensor  # [N] float32, NaN where it is not known
     off_policy: Tensor  # [N] bool, whether the token's completion comes from a file
+    reference_log_probs: Tensor | None = None  # [N] float32, if the reward has a reference model
     sampling_log_probs: Tensor | None = None  # [N] float32, see `Example.sampling_log_probs`
     teacher_hidden: Tensor | None = None  # [N, H], if the objective needs it
     spans: Tensor | None = None  # [N] number of each token's span; None if each token is one
@@ -121,6 +122,7 @@ def collate(examples: Sequence[Example], flat: bool = False, teacher_flat: bool 
         teacher_entropy=_or_nan([e.teacher_entropy for e in examples], counts),
         teacher_top1=_or_nan([e.teacher_top1 for e in examples], counts),
         off_policy=torch.tensor([e.rollout.off_policy for e in examples]).repeat_interleave(counts),
+        reference_log_probs=_concatenated([e.reference_log_probs for e in examples]),
         sampling_log_probs=_concatenated([e.sampling_log_probs for e in examples]),
         spans=_numbered_spans(examples),
         teacher_top=_top_ids([e.teacher_top for e in examples]),
@@ -194,6 +196,7 @@ def _empty_batch() -> Batch:
         teacher_entropy=zeros,
         teacher_top1=zeros,
         off_policy=none.bool(),
+        reference_log_probs=zeros,
         sampling_log_probs=zeros,
         teacher_top=TopIds(none.view(0, 1), zeros.view(0, 1)),
     )

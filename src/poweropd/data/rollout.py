@@ -122,6 +122,7 @@ class Example:
     teacher_top1: Tensor | None = None  # [n]: 1 if no token is more probable to the teacher
     spans: Tensor | None = None  # [n] number of each token's span, see `teachers.spans`
     teacher_top: TopIds | None = None  # of n tokens, if they were asked for
+    reference_log_probs: Tensor | None = None  # [n] float32, of a reward's reference model
     task_reward: float = 0.0  # weighted; added to the reward of each of its tokens
 
     @property

@@ -69,6 +69,11 @@ class Advantages:
     whole_step: bool = False
 
     def __post_init__(self) -> None:
+        if self.reward.needs_reference:
+            raise UsageError(
+                f"reward: {type(self.reward).__name__} needs the log-probs of a reference model, "
+                "which no other trainer hands over: choose another"
+            )
         if self.reward.needs_statistics and not self.whole_step:
             raise UsageError(
                 "reward: this trainer shows a part of a step at a time, and "

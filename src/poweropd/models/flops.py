@@ -100,18 +100,21 @@ def update(
     teacher: Geometry | None,
     sequences: Iterable[tuple[int, int]],
     passes: Passes = Passes(),
+    reference: Geometry | None = None,
 ) -> UpdateFlops:
     """Counts what is done for sequences of (tokens read, tokens trained), under any objective.
 
     Both heads run over the whole vocabulary either way: a token's probability needs it. A teacher
-    that is computed elsewhere, None, costs nothing here.
+    that is computed elsewhere, None, costs nothing here. A reward's `reference` model is read as
+    the teacher is, and counts as a part of it.
     """
     teacher_body = teacher_head = student_body = student_head = 0.0
     for read, trained in sequences:
         student_body += passes.linears * linears(student, read)
         student_body += passes.attention * attention(student, read)
         student_head += passes.head * head(student, trained)
-        if teacher is not None:
-            teacher_body += linears(teacher, read) + attention(teacher, read)
-            teacher_head += head(teacher, trained)
+        for frozen in (teacher, reference):
+            if frozen is not None:
+                teacher_body += linears(frozen, read) + attention(frozen, read)
+                teacher_head += head(frozen, trained)
     return UpdateFlops(teacher_body, teacher_head, student_body, student_head)

@@ -98,6 +98,14 @@ def top_k_of(batch: Batch, reward: Reward | None = None) -> TeacherTopK:
     return TeacherTopK(top.ids, top.log_probs, scored, reward)
 
 
+def with_reference(reward: Reward, batch: Batch, tokens: slice) -> Reward:
+    """Returns a reward with what a reference model says of these tokens, if it needs that."""
+    if not reward.needs_reference:
+        return reward
+    assert batch.reference_log_probs is not None, "no reference model has scored the examples"
+    return reward.with_reference(batch.reference_log_probs[tokens])
+
+
 def factors(token_weight: Tensor | float, batch: Batch) -> Tensor:
     """Returns the token weights of a batch, [N] float32, from one number or [N]."""
     device = batch.task_reward.device

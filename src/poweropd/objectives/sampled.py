@@ -24,6 +24,7 @@ from poweropd.objectives.base import (
     teacher_of,
     token_record,
     top_k_of,
+    with_reference,
 )
 from poweropd.objectives.spans import SpanScores
 from poweropd.rewards import Reward
@@ -76,7 +77,8 @@ class Sampled(Objective):
             if spans is not None:
                 chunk = replace(chunk, log_probs=spans.of_spans(chunk.log_probs, tokens))
             teacher_log_probs = chunk.teacher_log_probs if scored is None else scored[tokens]
-            rewards[tokens] = reward(teacher_log_probs, chunk.log_probs)
+            of_tokens = with_reference(reward, batch, tokens)
+            rewards[tokens] = of_tokens(teacher_log_probs, chunk.log_probs)
             if self.correction or self.off_policy:
                 weights[tokens] = self._weights(batch, chunk, tokens)
             advantages = rewards[tokens] + batch.task_reward[tokens] - chunk.values

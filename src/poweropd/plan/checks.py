@@ -5,7 +5,7 @@ A check that needs the Hub says so if the Hub cannot be reached.
 
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -56,7 +56,7 @@ class PlannedModel:
 class Inspected:
     """What is known of a recipe's models and prompts."""
 
-    models: dict[str, PlannedModel]  # student, then teacher
+    models: dict[str, PlannedModel]  # student, teacher and, if the reward has one, reference
     checks: list[PlanCheck]
     prompt_lengths: list[int] = field(default_factory=list)  # tokens; empty if not known
     first_prompt: list[str] = field(default_factory=list)  # as it is shown; empty if not known
@@ -134,12 +134,24 @@ def is_cached(name: str) -> bool:
 
 
 def find_models(config: Config, hub: Hub) -> dict[str, PlannedModel]:
-    """Finds the geometries of student and teacher. Raises UsageError if one is not known."""
-    teacher = config.only_teacher
+    """Finds the geometries of student and teacher, and of the reward's reference if it has one.
+
+    Raises UsageError if one is not known.
+    """
+    sections = {"teacher": config.only_teacher, "reference": config.reference_model}
     return {
         "student": find_model(config.model.student, config.model.trust_remote_code, hub),
-        "teacher": find_model(teacher.model, teacher.trust_remote_code, hub),
+        **{
+            role: find_model(section.model, section.trust_remote_code, hub)
+            for role, section in sections.items()
+            if section is not None
+        },
     }
+
+
+def geometries(models: Mapping[str, PlannedModel]) -> dict[str, Geometry]:
+    """Returns the geometries of models by their role."""
+    return {role: model.geometry for role, model in models.items()}
 
 
 def find_model(name: str, trust_remote_code: bool, hub: Hub) -> PlannedModel:
@@ -255,7 +267,9 @@ def check_context(
     prompts: Sequence[data_prompts.Prompt] | None,
 ) -> PlanCheck:
     """Checks that prompts and completions fit; without prompts, says how long they may be."""
-    own, other = (model.geometry.context or loading.UNLIMITED for model in models.values())
+    contexts = {role: model.geometry.context or loading.UNLIMITED for role, model in models.items()}
+    own, other = contexts["student"], contexts["teacher"]
+    own = min(own, contexts.get("reference", own))  # it reads what the student reads
     new, context = config.rollout.longest, min(own, other)
     if new >= context:
         detail = f"rollout.max_new_tokens={new} leaves no room for a prompt in {context}"

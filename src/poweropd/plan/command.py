@@ -113,8 +113,7 @@ def make_plan(config: Config, options: Options) -> Plan:
     workload = Workload.of(config, prompt, completion)
     if measured:
         throughput = measured_throughput(measured, prompt, str(options.measured))
-    student, teacher = (model.geometry for model in found.models.values())
-    scenario = Scenario(config, student, teacher, workload, gpu_bytes)
+    scenario = Scenario.of(config, checks.geometries(found.models), workload, gpu_bytes)
     kinds = dict.fromkeys([config.objective.kind, *options.compare])
     scenarios = [scenario.with_kind(kind) for kind in kinds]
     needed = scenario.gpus_needed()
@@ -138,19 +137,17 @@ def recipe_scenario(config: Config, options: Options, hub: checks.Hub) -> Scenar
     Only the configs of its models are read. Raises UsageError for models that cannot be planned.
     """
     models = checks.find_models(config, hub)
-    student, teacher = (model.geometry for model in models.values())
     prompt = options.prompt_tokens or PAPER_PROMPT
     workload = Workload.of(config, prompt, options.completion_tokens)
-    return Scenario(config, student, teacher, workload, options.gpu_bytes())
+    return Scenario.of(config, checks.geometries(models), workload, options.gpu_bytes())
 
 
 def measured_throughput(measured: Measured, prompt: float, source: str) -> Throughput:
     """Returns the speed of a run on one device, from its own models and mean lengths."""
     config = measured.config
     models = checks.find_models(config, checks.Hub())
-    student, teacher = (model.geometry for model in models.values())
     workload = Workload.of(config, prompt, measured.mean_length)
-    scenario = Scenario(config, student, teacher, workload, gpu_bytes=0)
+    scenario = Scenario.of(config, checks.geometries(models), workload, gpu_bytes=0)
     return Throughput(
         rollout=workload.tokens / measured.rollout,
         flops=scenario.update_flops(recomputed=True).total / measured.busy,

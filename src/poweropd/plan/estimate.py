@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 from poweropd.config import Config
 from poweropd.config.sections import LoraConfig
@@ -126,6 +126,15 @@ class Scenario:
     teacher: Geometry
     workload: Workload
     gpu_bytes: float
+    reference: Geometry | None = None  # of the reward's reference model
+
+    @classmethod
+    def of(
+        cls, config: Config, models: Mapping[str, Geometry], workload: Workload, gpu_bytes: float
+    ) -> "Scenario":
+        """Returns the scenario of a recipe whose models have these geometries by their role."""
+        student, teacher, reference = models["student"], models["teacher"], models.get("reference")
+        return cls(config, student, teacher, workload, gpu_bytes, reference)
 
     def with_kind(self, kind: str) -> "Scenario":
         """Returns the scenario with another objective.kind. Raises UsageError if it cannot be."""
@@ -141,7 +150,8 @@ class Scenario:
         passes = flops.Passes.of(lora, reward.needs_statistics)
         if recomputed and self.config.model.gradient_checkpointing:
             passes = passes.recomputing()
-        return flops.update(self.student, self.teacher, self.workload.sequences, passes)
+        sequences = self.workload.sequences
+        return flops.update(self.student, self.teacher, sequences, passes, self.reference)
 
     def cost(self, throughput: Throughput, gpus: int) -> CostEstimate:
         """Estimates what a step costs on each of so many GPUs."""
@@ -159,7 +169,7 @@ class Scenario:
         )
 
     def memory_of(self, setup: Setup) -> Memory:
-        return of_step(self.student, self.teacher, setup)
+        return of_step(self.student, self.teacher, setup, self.reference)
 
     def setup(self, gpus: int) -> Setup:
         """Returns what the memory of each of so many GPUs depends on."""
@@ -185,6 +195,7 @@ class Scenario:
             teacher_at=self._teacher_at(),
             averaged=config.self_teacher is not None and config.self_teacher.self == "ema",
             teacher_linear=quantized(teacher.quantization or {}),
+            **self.reference_setup(),
         )
 
     def _teacher_at(self) -> TeacherPlaceInMemory:
@@ -193,6 +204,18 @@ class Scenario:
             return "student"
         teacher = self.config.only_teacher
         return "servers" if teacher.servers else "host" if teacher.offload else "device"
+
+    def reference_setup(self) -> dict[str, Any]:
+        """Returns what the memory of the reward's reference depends on; {} without one."""
+        section = self.config.reference_model
+        if section is None:
+            return {}
+        shared = self.config.reference_in_student
+        return {
+            "reference": BYTES[section.dtype],
+            "reference_max_tokens": section.max_tokens_per_batch,
+            "reference_at": "student" if shared else "host" if section.offload else "device",
+        }
 
     def gpus_needed(self) -> int | None:
         """Returns the fewest GPUs that hold a step, or None if no number of them does.

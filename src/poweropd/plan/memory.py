@@ -5,7 +5,7 @@ allocator holds unused are not counted.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -46,6 +46,9 @@ class Setup:
     teacher_at: TeacherPlaceInMemory = "device"
     averaged: bool = False  # a moving average of the trained weights is kept
     teacher_linear: float | None = None  # bytes of a number of the teacher's quantized linears
+    reference: int = 0  # bytes of a number of the reward's reference model
+    reference_max_tokens: int = 0  # tokens of its micro-batch
+    reference_at: TeacherPlaceInMemory = "device"
 
     @property
     def mixed(self) -> bool:
@@ -247,6 +250,22 @@ def teacher_parts(teacher: Geometry, setup: Setup) -> list[Part]:
     ]
 
 
+def reference_parts(reference: Geometry | None, setup: Setup) -> list[Part]:
+    """Returns what the reward's reference model holds, which scores as a teacher does."""
+    if reference is None:
+        return []
+    own = replace(
+        setup,
+        teacher=setup.reference,
+        teacher_max_tokens=setup.reference_max_tokens,
+        teacher_at=setup.reference_at,
+        teacher_linear=None,
+        reads_along=False,
+    )
+    parts = teacher_parts(reference, own)
+    return [replace(part, name=part.name.replace("teacher", "reference")) for part in parts]
+
+
 def update_parts(student: Geometry, teacher: Geometry, trained: int, setup: Setup) -> list[Part]:
     """Returns the gradients of `trained` parameters, and what a micro-batch holds to form them."""
     sequences = setup.sequences(setup.max_tokens)
@@ -263,7 +282,9 @@ def update_parts(student: Geometry, teacher: Geometry, trained: int, setup: Setu
     return [Part(name, size, ("update",)) for name, size in parts.items()]
 
 
-def of_step(student: Geometry, teacher: Geometry, setup: Setup) -> Memory:
+def of_step(
+    student: Geometry, teacher: Geometry, setup: Setup, reference: Geometry | None = None
+) -> Memory:
     """Returns the memory of a step by part, on one of the devices of a data-parallel run."""
     trained = setup.lora_parameters if setup.lora_rank else student.parameters
     weights = student.parameters + (setup.lora_parameters if setup.lora_rank else 0)
@@ -273,6 +294,7 @@ def of_step(student: Geometry, teacher: Geometry, setup: Setup) -> Memory:
             Part("AdamW moments", 2 * trained * setup.master // setup.shards),
             *([Part("moving average", trained * setup.master)] if setup.averaged else []),
             *teacher_parts(teacher, setup),
+            *reference_parts(reference, setup),
             *rollout_parts(student, weights, setup),
             *update_parts(student, teacher, trained, setup),
         ]

@@ -24,6 +24,7 @@ REWARD_COLOURS = {
     "jensen_shannon": "#A8324F",
     "sign": "#C43BC4",
     "trust": "#9A4B2F",
+    "extrapolate": "#7A6A00",
     "gate": "#6E6E6E",
     "suppress": "#4A4A4A",
 }

@@ -33,9 +33,12 @@ def reward_function(setting: Setting, step: int) -> rewards.Reward:
     if not setting or rewards.names_code(setting):
         raise ValueError("it is code of the user's own" if setting else "it is not in config.yaml")
     try:
-        return rewards.create(**dict(setting)).at(step).unstandardized  # type: ignore[arg-type]
+        reward = rewards.create(**dict(setting)).at(step).unstandardized  # type: ignore[arg-type]
     except (TypeError, RuntimeError) as error:
         raise ValueError(str(error)) from None
+    if reward.needs_reference:
+        raise ValueError("it depends on a third probability, a reference model's")
+    return reward
 
 
 def reward_bounds(reward: rewards.Reward) -> tuple[float, float]:

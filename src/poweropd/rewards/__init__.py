@@ -113,6 +113,13 @@ class Derived(Reward):
         """Returns this reward with every schedule resolved, also those of its base."""
         return dataclasses.replace(super().at(step), base=self.base.at(step))
 
+    @property
+    def needs_reference(self) -> bool:
+        return self.base.needs_reference
+
+    def with_reference(self, reference_log_probs: Tensor) -> Reward:
+        return dataclasses.replace(self, base=self.base.with_reference(reference_log_probs))
+
 
 @dataclass(frozen=True)
 class Trust(Derived):
@@ -127,6 +134,56 @@ class Trust(Derived):
     def compute(self, t: Tensor, p: Tensor) -> Tensor:
         trusted = log_ratio(t, p).abs() <= self.bound
         return self.base.compute(t, p).where(trusted, 0.0)
+
+
+@dataclass(frozen=True)
+class Extrapolate(Derived):
+    """factor r(t, p) + (1 - factor) r(q, p): a base reward r, and q a reference's probability.
+
+    With the log ratio that is factor ln t + (1 - factor) ln q - ln p: G-OPD, or ExOPD above a
+    factor of 1 (arXiv:2602.12125). It goes on beyond the teacher in the direction in which the
+    teacher differs from the reference. Bounded if the base is, by |factor| + |1 - factor| times as
+    much; its sign is not that of t - p.
+    """
+
+    factor: Number = positive_parameter(1.25)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.base.needs_reference:
+            raise ValueError(f"base: expected a reward without a reference, got {self.base!r}")
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    def compute(self, t: Tensor, p: Tensor) -> Tensor:
+        raise ValueError("extrapolate needs a reference: call with_reference(log_probs)")
+
+    def with_reference(self, reference_log_probs: Tensor) -> Reward:
+        return Extrapolated(self.base, self.factor, reference_log_probs)
+
+
+@dataclass(frozen=True)
+class Extrapolated(Reward):
+    """What `Extrapolate` becomes for tokens whose log-probs under the reference are known."""
+
+    base: Reward
+    factor: float
+    reference_log_probs: Tensor
+
+    def compute(self, t: Tensor, p: Tensor) -> Tensor:
+        own = self.base.compute(t, p)
+        if self.factor == 1:  # an infinite reward of the reference must not count, not even as 0
+            return own
+        reference = self.reference_log_probs.to(p.dtype).expand_as(p)
+        return self.factor * own + (1 - self.factor) * self.base.compute(reference, p)
+
+    def divergence(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
+        """Returns factor D(t, p) + (1 - factor) D(q, p), with the base's divergence D."""
+        own = self.base.divergence(teacher_log_probs, student_log_probs)
+        to_reference = self.base.divergence(self.reference_log_probs, student_log_probs)
+        return self.factor * own + (1 - self.factor) * to_reference
 
 
 @dataclass(frozen=True)
@@ -156,6 +213,13 @@ class Standardized(Reward):
     base: Reward
     mean: float
     std: float
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.base.needs_reference
+
+    def with_reference(self, reference_log_probs: Tensor) -> Reward:
+        return dataclasses.replace(self, base=self.base.with_reference(reference_log_probs))
 
     def compute(self, t: Tensor, p: Tensor) -> Tensor:
         centered = self.base.compute(t, p) - self.mean
@@ -198,6 +262,7 @@ REWARDS: dict[str, type[Reward]] = {
     "jensen_shannon": JensenShannon,
     "sign": Sign,
     "trust": Trust,
+    "extrapolate": Extrapolate,
     "gate": Gate,
     "suppress": Suppress,
 }

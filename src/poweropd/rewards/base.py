@@ -35,6 +35,11 @@ class Reward(ABC):
     # Whether it needs the mean and standard deviation of the whole optimizer step.
     needs_statistics: ClassVar[bool] = False
 
+    @property
+    def needs_reference(self) -> bool:
+        """Returns whether it needs a reference model's log-probs, too: see `with_reference`."""
+        return False
+
     def __post_init__(self) -> None:
         for parameter in dataclasses.fields(self):
             value, rule = self.__dict__[parameter.name], parameter.metadata
@@ -77,6 +82,13 @@ class Reward(ABC):
 
     def with_statistics(self, mean: float, std: float) -> Reward:
         """Returns this reward given the step's mean and population standard deviation."""
+        return self
+
+    def with_reference(self, reference_log_probs: Tensor) -> Reward:
+        """Returns this reward given a reference model's log-probs of the tokens it is called with.
+
+        Their shape is that of the other log-probs, or is broadcast to it.
+        """
         return self
 
     def divergence(self, teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:

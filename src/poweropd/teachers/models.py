@@ -19,6 +19,7 @@ from poweropd.teachers.factory import (
     over_vocabulary,
 )
 
+REFERENCE = "(reference)"  # stands for a teacher's name while models are loaded
 AVERAGE = "average."  # begins the names of averaged weights in a checkpoint
 
 
@@ -29,6 +30,7 @@ class RunModels:
     student: Student
     teachers: dict[str, Teacher]  # by domain, without those on servers
     average: MovingAverage | None = None  # of the student's weights, if that is its teacher
+    reference: Teacher | None = None  # of a reward that has one
 
     @property
     def teacher(self) -> Teacher:
@@ -69,6 +71,8 @@ def load_over_shared(
     model = loading.load_trained(config.model).to(device)
     own = config.teacher_in_student
     local = {} if own else {n: one for n, one in config.teachers.items() if not one.servers}
+    if config.reference_model is not None and not config.reference_in_student:
+        local[REFERENCE] = config.reference_model
     loaded = {name: load_teacher_model(section, device) for name, section in local.items()}
     comparable = [loaded[name] for name, section in local.items() if section.align == "ids"]
     rows = vocabulary.head_rows(model, *comparable)
@@ -90,10 +94,16 @@ def load_over_shared(
         ),
         {name: over_vocabulary(one, loaded[name], shared) for name, one in local.items()},
     )
+    reference = made.teachers.pop(REFERENCE, None)
+    if config.reference_in_student:
+        reference = own_teacher(made.student, None, base=True)
+    made = replace(made, reference=reference)
     if own is not None:
         made = made.with_own_teacher(own)
-    teachers = {f"teacher {name}".strip(): teacher for name, teacher in made.teachers.items()}
-    for who, language_model in {"student": made.student, **teachers}.items():
+    frozen = {f"teacher {name}".strip(): teacher for name, teacher in made.teachers.items()}
+    if reference is not None:
+        frozen["reference"] = reference
+    for who, language_model in {"student": made.student, **frozen}.items():
         home = language_model.device
         if home != device:  # an offloaded teacher is checked where it will run
             language_model.to(device)

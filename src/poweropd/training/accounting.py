@@ -64,6 +64,7 @@ class Utilization:
     teacher: Geometry | None  # None where another machine computes it
     passes: flops.Passes
     peak: float  # FLOP/s
+    reference: Geometry | None = None  # of the reward's reference model
 
     @classmethod
     def of(
@@ -71,6 +72,7 @@ class Utilization:
         student: LanguageModel,
         teacher: LanguageModel | None,
         needs_statistics: bool,
+        reference: LanguageModel | None = None,
         peak: float | None = None,
     ) -> "Utilization | None":
         """Returns the accounting of loaded models; None if the peak or a geometry is not known.
@@ -82,16 +84,18 @@ class Utilization:
             return None
         try:
             own = geometry_of(student)
-            other = None if teacher is None else geometry_of(teacher)
+            other, third = (None if m is None else geometry_of(m) for m in (teacher, reference))
         except UsageError:
             return None
-        return cls(own, other, flops.Passes.of(student.lora, needs_statistics), peak)
+        passes = flops.Passes.of(student.lora, needs_statistics)
+        return cls(own, other, passes, peak, third)
 
     def metrics(self, examples: Iterable[Example], clock: StepClock) -> dict[str, float]:
         """Returns `mfu` of this process's examples of a step; {} if it had none."""
         sequences = [(e.student_length, e.num_tokens) for e in examples]
         busy = clock.seconds["score"] + clock.seconds["update"]
-        done = flops.update(self.student, self.teacher, sequences, self.passes).total
+        models = (self.student, self.teacher)
+        done = flops.update(*models, sequences, self.passes, self.reference).total
         return {"mfu": done / busy / self.peak} if sequences else {}
 
 

@@ -45,12 +45,14 @@ from poweropd.teachers.base import TeacherScorer, Unscored
 from poweropd.teachers.factory import (
     TeacherProfile,
     local_teacher,
+    profile_teacher,
     profile_teachers,
     unquantized_teacher,
     unshared_with,
 )
 from poweropd.teachers.measured import MeasuredTeacher
 from poweropd.teachers.models import RunModels, load_over_shared
+from poweropd.teachers.referenced import Referenced
 from poweropd.teachers.routed import RoutedTeacher
 from poweropd.teachers.spans import SpanTeacher
 from poweropd.training.accounting import Utilization
@@ -90,6 +92,10 @@ class RunInputs:
         prompts = load_prompts(config.data, tokenizer, tokenizers, config.teacher.by, apart, tools)
         model_config = loading.load_config(*student)
         context, vocab_size = loading.context_length(model_config), loading.vocab_rows(model_config)
+        if config.reference_model is not None:
+            reference = profile_teacher(config.reference_model)
+            unshared |= unshared_with(tokenizer, {"": reference}, notify)
+            context = min(context, reference.context)  # it reads what the student reads
         if config.data.filter_longer:
             prompts = _filtered(prompts, context, teachers, config, notify)
         check_shared(prompts, unshared, tokenizer)
@@ -221,6 +227,8 @@ def input_fingerprints(
         if section.align == "spans":
             tokenizer = inputs.teachers[name].tokenizer
             found[f"the tokenizer of {where}"] = fingerprints.of_tokenizer(tokenizer)
+    if config.reference is not None and config.reference.model is not None:
+        found["the weights of reference.model"] = fingerprints.of_weights(config.reference.model)
     return found
 
 
@@ -238,10 +246,25 @@ def make_teacher(
     accelerator: Accelerator,
     feedback: Feedback | None = None,
 ) -> TeacherScorer:
-    """Returns what scores completions: one teacher, or several by the domain of a prompt."""
+    """Returns what scores completions: teachers, and the reward's reference model if it has one."""
     if feedback is not None:
         teacher = make_teacher(config, inputs, loaded, run, accelerator)
         return InformedTeacher(teacher, feedback)
+    found = make_teachers(config, inputs, loaded, run, accelerator)
+    section, device = config.reference_model, accelerator.device
+    if section is None or loaded.reference is None:
+        return found
+    return Referenced(found, local_teacher(section, loaded.reference, device))
+
+
+def make_teachers(
+    config: Config,
+    inputs: RunInputs,
+    loaded: RunModels,
+    run: RunDirectory,
+    accelerator: Accelerator,
+) -> TeacherScorer:
+    """Returns what gives the teacher's scores: one teacher, or several by a prompt's domain."""
     if config.needs_local_teacher:  # then it reads along with the student's update
         return Unscored()
     reward, device = config.reward.create().at(0), accelerator.device
@@ -357,7 +380,7 @@ def make_utilization(config: Config, loaded: RunModels) -> Utilization | None:
     if config.teacher.place not in ("in process", "self") or config.only_teacher.align == "spans":
         return None
     needs_statistics = config.reward.create().needs_statistics
-    return Utilization.of(loaded.student, loaded.teacher, needs_statistics)
+    return Utilization.of(loaded.student, loaded.teacher, needs_statistics, loaded.reference)
 
 
 def make_validation(
