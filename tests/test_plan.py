@@ -224,6 +224,24 @@ def test_an_offloaded_teacher_is_held_for_scoring_alone() -> None:
 
 
 @pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    ("kind", "lora", "copied"),
+    [("base", True, False), ("base", False, True), ("live", False, False), ("ema", False, False)],
+)
+def test_a_student_that_is_its_own_teacher_has_no_second_model(
+    kind: str, lora: bool, copied: bool
+) -> None:
+    adapter = ["model.lora={}"] if lora else []
+    config = Config.load(PAPER, [f"teacher={{self: {kind}}}", *adapter])
+    plan = command.make_plan(config, command.Options())
+    parts = {part.name: part.bytes for part in plan.estimates[0].memory.parts}
+    student = plan.inspected.models["student"].geometry.parameters
+    assert plan.inspected.models["teacher"].name == config.model.student
+    assert parts["teacher weights"] == (2 * student if copied else 0)
+    assert parts.get("moving average", 0) == (4 * student if kind == "ema" else 0)
+
+
+@pytest.mark.usefixtures("offline")
 def test_epochs_that_cannot_be_counted_say_why(tmp_path: Path) -> None:
     recipe = ROOT / "recipes" / "embedded.yaml"
     for overrides, why in [

@@ -152,3 +152,14 @@ def test_what_cannot_go_with_it_is_refused_in_one_line(
     with pytest.raises(UsageError, match=message) as caught:
         own("run", "ema", **overrides)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_the_embedded_student_gains_from_its_own_steps(tmp_path: Path) -> None:
+    path = Path(__file__).parent.parent / "recipes" / "embedded-self.yaml"
+    trainer = Trainer(Config.load(path, [f"run.dir={tmp_path / 'run'}"]), progress=False)
+    trainer.train()
+    before, after = (
+        trainer.run.evaluation(step)["embedded"]["avg_at_k"]["mean"] for step in (0, 750)
+    )
+    assert after >= before + 0.10
