@@ -150,6 +150,8 @@ def test_ratios_over_seeds_draw_seeds_and_prompts() -> None:
         (["--case", "reward.alpha=0"], "--case reward.alpha=0: "),
         (["--case", "reward.name=log_ratio"], "log_ratio is compared already"),
         (["--snr", "1"], "--snr: expected 0 or at least 2 batches, got 1"),
+        (["--metric", "loss"], "--metric: expected reverse_kl or avg_at_k, got loss"),
+        (["--metric", "avg_at_k", "evaluate=null"], "--metric: avg_at_k needs evaluate.benchmarks"),
         (["--other", "none/such.jsonl"], "--other: none/such.jsonl: no such file or folder"),
         (["run.dir=x"], "run.dir: a bench names its runs' directories; use --out"),
         (["train={epochs: 1}"], "train.epochs: a bench knows its steps beforehand"),
@@ -232,6 +234,19 @@ def test_a_bench_is_stopped_goes_on_and_answers(
     capsys.readouterr()
     assert not bench(recipe_file, *options)
     assert "Full vocabulary against vanilla" in capsys.readouterr().out
+
+
+@pytest.mark.thorough
+def test_accuracy_may_choose_the_rate(recipe_file: Path) -> None:
+    options = ["--only=log_ratio", "--snr=0", "--seeds=1", "train.steps=1"]
+    assert not bench(recipe_file, *options, "--metric=avg_at_k")
+    content = found(recipe_file)
+    (row,) = content["rows"]
+    assert content["metric"] == "avg_at_k"
+    assert set(row["rates"].values()) == {1.0}  # this student solves nothing
+    assert row["rate"] == 0.001  # the first of equals
+    text = (recipe_file.parent / "runs/small-bench/bench.md").read_text()
+    assert "| log_ratio | **0.0** | 0.0 |" in text
 
 
 @pytest.mark.thorough

@@ -24,6 +24,9 @@ def bench(
     seeds: Annotated[
         int, typer.Option(min=1, help="Trainings of each setting at its best rate.")
     ] = 5,
+    metric: Annotated[
+        str, typer.Option(help="What decides the learning rates: reverse_kl or avg_at_k.")
+    ] = "reverse_kl",
     snr: Annotated[
         int,
         typer.Option(min=0, metavar="K", help="Measure gradients on K batches of 32 prompts."),
@@ -65,7 +68,7 @@ def bench(
     names = [name.strip() for name in only.split(",") if name.strip()]
     settings, left_out = trials.chosen_settings(path, given, names, case or [])
     folder = out or Path(f"runs/{recipe.stem}-bench")
-    wanted = trials.Bench(path, given, settings, folder, seeds, snr, other)
+    wanted = trials.Bench(path, given, settings, folder, seeds, snr, other, metric)
     raise typer.Exit(
         command.run_bench(wanted, left_out, command.Running(parallel, series), dry_run)
     )

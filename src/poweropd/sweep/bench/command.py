@@ -6,7 +6,6 @@ import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import IO
 
 from poweropd.runs.files import read_jsonl, write_atomically, write_json
@@ -62,8 +61,8 @@ def run_bench(bench: Bench, left_out: Mapping[str, str], how: Running, dry_run: 
         best = {name: rate for name, rate in rates.items() if rate is not None}
         trainings, count = bench.with_seeds(best), sum(map(len, tried.values()))
         if not outcome.unfinished:
-            outcome, count = _run(bench.out, trainings, SEEDS, bench, lock, how), len(trainings)
-        _show_bench(bench.out, found, trainings)
+            outcome, count = _run(bench, trainings, SEEDS, lock, how), len(trainings)
+        _show_bench(bench, found, trainings)
         return command.exit_status(bench.out, outcome, count)
 
 
@@ -73,9 +72,9 @@ def _choose_rates(
     """Tries the rates, and further ones where the best is at an end; returns their figures."""
     while True:
         trainings = _at_rates(bench, tried)
-        outcome = _run(bench.out, trainings, RATES, bench, lock, how)
+        outcome = _run(bench, trainings, RATES, lock, how)
         found: dict[str, Rates] = {
-            name: results.rate_figures([one for one in trainings if one.cell == name])
+            name: results.rate_figures([one for one in trainings if one.cell == name], bench.metric)
             for name in tried
         }
         if outcome.unfinished:
@@ -92,18 +91,13 @@ def _at_rates(bench: Bench, tried: Mapping[str, Sequence[float]]) -> list[Traini
 
 
 def _run(
-    out: Path,
-    trainings: Sequence[Training],
-    stage: str,
-    bench: Bench,
-    lock: IO[str],
-    how: Running,
+    bench: Bench, trainings: Sequence[Training], stage: str, lock: IO[str], how: Running
 ) -> SweepOutcome:
     """Runs the trainings that are not finished, and adds what they cost to the file of costs."""
     left = [one for one in trainings if not one.is_finished()]
     if not left:
         return SweepOutcome()
-    runner.claim(out, trainings, {"snr": bench.batches}, among_others=True)
+    runner.claim(bench.out, trainings, {"snr": bench.batches}, among_others=True)
     started, before = time.perf_counter(), _cpu_seconds()
     size = min(how.series, math.ceil(len(left) / how.parallel))
     series = [Series(left[i : i + size]) for i in range(0, len(left), size)]
@@ -115,7 +109,7 @@ def _run(
         "cpu_seconds": round(_cpu_seconds() - before, 1),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    with (out / COSTS).open("a", encoding="utf-8") as file:
+    with (bench.out / COSTS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     return outcome
 
@@ -126,10 +120,10 @@ def _cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _show_bench(out: Path, tried: Mapping[str, Rates], trainings: Sequence[Training]) -> None:
+def _show_bench(bench: Bench, tried: Mapping[str, Rates], trainings: Sequence[Training]) -> None:
     """Prints the tables, and writes bench.md and bench.json."""
-    console = make_console()
-    found = results.bench_results(tried, trainings, read_jsonl(out / COSTS))
+    console, out = make_console(), bench.out
+    found = results.bench_results(tried, bench.metric, trainings, read_jsonl(out / COSTS))
     table.print_tables(found, console)
     for line in table.paid_lines(found):
         print_line(console, line)

@@ -14,7 +14,7 @@ from poweropd.runs.files import read_json
 from poweropd.runs.metrics import LARGEST, MEDIAN, Aggregate, Shown
 from poweropd.sweep import comparison, results
 from poweropd.sweep.bench.settings import QUESTIONS, Question
-from poweropd.sweep.bench.trials import DECIDES, Rates, best_rate
+from poweropd.sweep.bench.trials import KL, Rates, best_rate
 from poweropd.sweep.forgetting import RESULTS
 from poweropd.sweep.jobs import Training
 
@@ -90,7 +90,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class SettingFigures:
-    """The figures of one setting. rates: each one tried -> its divergence, None if it diverged."""
+    """The figures of one setting. rates: each one tried -> its value, None if it diverged."""
 
     setting: str
     rate: float | None
@@ -114,9 +114,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class BenchResults:
-    """All that a bench found; `before` and `teacher` are accuracies, and a divergence."""
+    """All that a bench found; `before` and `teacher` are accuracies, and a divergence.
+
+    metric: which decided the learning rates, by the held-out reverse KL or 1 - accuracy.
+    """
 
     baseline: str
+    metric: str
     rows: list[SettingFigures]
     answers: list[Answer]
     before: dict[str, float]
@@ -125,7 +129,10 @@ class BenchResults:
 
 
 def bench_results(
-    tried: Mapping[str, Rates], trainings: Sequence[Training], costs: Sequence[Mapping[str, object]]
+    tried: Mapping[str, Rates],
+    metric: str,
+    trainings: Sequence[Training],
+    costs: Sequence[Mapping[str, object]],
 ) -> BenchResults:
     """Returns what is known so far. tried: setting -> its rates, the baseline first."""
     own = {name: Found.of([one for one in trainings if one.cell == name]) for name in tried}
@@ -138,20 +145,23 @@ def bench_results(
     first = trainings[0].directory if trainings else None
     before = {} if first is None else _mean_accuracies(first.evaluation(0))
     if first is not None and (kl := first.divergence(0)):
-        before["divergence"] = kl[DECIDES]["mean"]
+        before["divergence"] = kl[KL]["mean"]
     teacher = {} if first is None else _mean_accuracies(first.teacher_evaluation())
-    return BenchResults(baseline, rows, answers, before, teacher, _costs(costs))
+    return BenchResults(baseline, metric, rows, answers, before, teacher, _costs(costs))
 
 
-def rate_figures(trainings: Sequence[Training]) -> dict[float, float]:
-    """Returns rate -> held-out divergence of the finished trainings; infinite if diverged."""
-    return {
-        one.config.train.learning_rate: math.inf
-        if one.diverged()
-        else one.directory.divergence(one.steps)[DECIDES]["mean"]
-        for one in trainings
-        if one.is_finished()
-    }
+def rate_figures(trainings: Sequence[Training], metric: str) -> dict[float, float]:
+    """Returns what the choice of a rate is made from, by the metric, of finished trainings."""
+    found = {}
+    for one in [one for one in trainings if one.is_finished()]:
+        value = math.inf
+        if not one.diverged() and metric == KL:
+            value = one.directory.divergence(one.steps)[KL]["mean"]
+        elif not one.diverged():
+            own = _mean_accuracies(one.directory.evaluation(one.steps))
+            value = 1 - own.get(comparison.MEAN, next(iter(own.values())))
+        found[one.config.train.learning_rate] = value
+    return found
 
 
 def difference_between(a: Found, b: Found) -> Difference:

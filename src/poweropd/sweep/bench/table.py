@@ -9,7 +9,7 @@ from poweropd.report.tables import ABSENT, Table
 from poweropd.runs.bins import FAR
 from poweropd.runs.metrics import OF_DIVERGENCE, Shown
 from poweropd.sweep.bench.results import SIGNALS, BenchResults, Difference, SettingFigures
-from poweropd.sweep.bench.trials import DECIDES
+from poweropd.sweep.bench.trials import KL
 from poweropd.sweep.comparison import MEAN
 
 PERCENT, NATS = Shown("", ".1f", factor=100.0), Shown("", ".3f")
@@ -35,7 +35,7 @@ def achieved_table(found: BenchResults) -> Table:
         rows.insert(0, ["before training", "", *own, NATS.text(start.get("divergence")), "", ""])
     if found.teacher and benchmark and rows:
         rows.append(["teacher", "", PERCENT.text(found.teacher[benchmark]), "", "", "", ""])
-    metric = OF_DIVERGENCE[DECIDES]
+    metric = OF_DIVERGENCE[KL]
     caption = (
         f"Held-out KL: {metric.heading}, lower is better. Means over seeds, with 95% intervals "
         "that resample seeds and problems or prompts; differences are paired by both. Forgetting: "
@@ -88,20 +88,22 @@ def rates_table(found: BenchResults) -> Table:
     rates = sorted({float(rate) for row in found.rows for rate in row.rates})
     names = [f"{rate:g}" for rate in rates]
     rows = [
-        [row.setting, *(_of_rate(row, name) for name in names)] for row in found.rows if row.rates
+        [row.setting, *(_of_rate(row, name, found.metric) for name in names)]
+        for row in found.rows
+        if row.rates
     ]
-    caption = (
-        "Reverse KL on the held-out prompts of the choice, one seed, by learning rate; the lowest "
-        "one was taken."
-    )
+    what = "Reverse KL on the held-out prompts" if found.metric == KL else "Accuracy in %"
+    caption = f"{what} by learning rate, one seed; the rate with the best one was taken."
     return Table(caption, ["setting", *names], rows)
 
 
-def _of_rate(row: SettingFigures, rate: str) -> str:
+def _of_rate(row: SettingFigures, rate: str, metric: str) -> str:
     if rate not in row.rates:
         return ""
     value = row.rates[rate]
-    text = "diverged" if value is None else NATS.text(value)
+    text = NATS.text(value, "diverged")
+    if metric != KL and value is not None:
+        text = PERCENT.text(1 - value)
     return f"**{text}**" if row.rate is not None and rate == f"{row.rate:g}" else text
 
 

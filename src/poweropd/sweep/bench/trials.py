@@ -17,13 +17,14 @@ from poweropd.sweep.forgetting import other_prompts
 from poweropd.sweep.jobs import Measurement, Training
 from poweropd.training.build import RunInputs
 
-DECIDES = "reverse_kl"  # of the held-out prompts, for the choice of a learning rate
+KL, ACCURACY = "reverse_kl", "avg_at_k"  # either decides which learning rate is the best
 FACTOR = 3.0  # between two learning rates; the first two are the recipe's and this times it
 WIDER = 4  # further rates of a setting
 CHECKPOINTS = 4  # of a training, to go on from
 #: Prompts outside the embedded task, on which forgetting is measured there.
 EMBEDDED_OTHER = f"{EMBEDDED_PREFIX}other"
-Rates = Mapping[float, float]  # learning rate -> held-out reverse KL; infinite if it diverged
+#: Learning rate -> held-out reverse KL, or 1 - accuracy; infinite if the training diverged.
+Rates = Mapping[float, float]
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Bench:
     """What is compared, from which start, and how much of it.
 
     settings: name -> overrides. batches: of the gradient's signal-to-noise ratio; 0: none. other:
-    prompts on which forgetting is measured; "": none. Creating one checks what can be checked
-    without weights, and raises UsageError.
+    prompts on which forgetting is measured; "": none. metric: KL or ACCURACY, which decides the
+    learning rates. Creating one checks what can be checked without weights, and raises UsageError.
     """
 
     recipe: Path
@@ -42,6 +43,7 @@ class Bench:
     seeds: int = 5
     batches: int = 4
     other: str = ""
+    metric: str = KL
     base: Config = field(init=False)
     held_out: int = field(init=False)  # prompts, where the recipe holds none out
 
@@ -51,6 +53,10 @@ class Bench:
             raise UsageError("run.dir: a bench names its runs' directories; use --out")
         if base.train.epochs is not None:
             raise UsageError("train.epochs: a bench knows its steps beforehand: set train.steps")
+        if self.metric not in (KL, ACCURACY):
+            raise UsageError(f"--metric: expected {KL} or {ACCURACY}, got {self.metric}")
+        if self.metric == ACCURACY and not (base.evaluate and base.evaluate.benchmarks):
+            raise UsageError(f"--metric: {ACCURACY} needs evaluate.benchmarks in the recipe")
         inputs = RunInputs.load(base, notify=False)
         if self.other:
             other_prompts(base, inputs, self.other)
@@ -60,8 +66,10 @@ class Bench:
 
     def at_rate(self, setting: str, rate: float) -> Training:
         """Returns the training that says how good a learning rate is for a setting."""
-        evaluate = self._evaluate() | {"benchmarks": [], "teacher": False}
+        evaluate = self._evaluate() | {"teacher": False}
         evaluate["divergence"] = evaluate["divergence"] | {"prompts": HELD_OUT, "limit": None}
+        if self.metric == KL:
+            evaluate["benchmarks"] = []
         return self._training(setting, rate, self.base.train.seed, evaluate)
 
     def with_seeds(self, best: Mapping[str, float]) -> list[Training]:
@@ -87,7 +95,7 @@ class Bench:
         section = self.base.evaluate
         found = {"teacher": False} if section is None else section.model_dump()
         divergence = found.get("divergence") or DivergenceConfig().model_dump()
-        end = {"every": self.base.train.steps, "before": False, "best": DECIDES}
+        end = {"every": self.base.train.steps, "before": False, "best": KL}
         return {**found, **end, "divergence": divergence}
 
     def _training(
@@ -174,7 +182,7 @@ def further_rate(tried: Rates) -> float | None:
 
 
 def best_rate(tried: Rates) -> float | None:
-    """Returns the learning rate with the lowest divergence; None if all diverged."""
+    """Returns the learning rate with the lowest value; None if all diverged."""
     best = min(tried, key=tried.__getitem__)
     return None if math.isinf(tried[best]) else best
 
