@@ -56,6 +56,7 @@ class LlamaCppServer(TeacherServer):
     """`/completion` of llama.cpp: log-probs before sampling, of a generated token alone."""
 
     server_type, handler = "llama_cpp", LlamaCppHandler
+    partial = frozenset[int]()  # tokens that end within a character
 
     def top_of(self, body: dict[str, Any]) -> int:
         return body["n_probs"]
@@ -70,14 +71,15 @@ class LlamaCppServer(TeacherServer):
             if token < self.vocab_size:  # others are left out
                 biased[token] += bias
         made = int(biased.argmax())
-        top = row.topk(min(body["n_probs"], self.most_told)).indices.tolist()
-        entries = [self._probability(row, i) for i in top]
-        return {
-            "content": "",
-            "completion_probabilities": [self._probability(row, made) | {"top_logprobs": entries}],
-            "tokens_evaluated": len(ids),
-            "truncated": False,
-        }
+        count = min(body["n_probs"], self.vocab_size)
+        if self.clips:
+            count = min(count, self.most_told)
+        entries = [self._probability(row, i) for i in row.topk(count).indices.tolist()]
+        answer: dict[str, Any] = {"content": "", "tokens_evaluated": len(ids), "truncated": False}
+        if made not in self.partial:
+            own = self._probability(row, made) | {"top_logprobs": entries}
+            answer["completion_probabilities"] = [own]
+        return answer
 
     def _probability(self, row: Tensor, token: int) -> dict[str, Any]:
         """An entry; JSON has no minus infinity."""

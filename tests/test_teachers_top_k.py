@@ -303,6 +303,7 @@ def test_a_wrong_answer_of_sglang_is_asked_for_again(teacher_dir: Path, name: st
 WRONG_TOKENS: dict[str, Callable[[dict[str, Any]], object]] = {
     "another token": lambda b: b["completion_probabilities"][0].__setitem__("id", 3),
     "no token": lambda b: b.__setitem__("completion_probabilities", []),
+    "two tokens": lambda b: b["completion_probabilities"].append(b["completion_probabilities"][0]),
     "another prompt": lambda b: b.__setitem__("tokens_evaluated", b["tokens_evaluated"] + 1),
     "truncated": lambda b: b.__setitem__("truncated", True),
     "a short list": lambda b: b["completion_probabilities"][0].__setitem__("top_logprobs", []),
@@ -323,6 +324,17 @@ def test_a_wrong_answer_of_llama_cpp_is_asked_for_again(teacher_dir: Path, name:
         for one, other in zip(base.score(teacher, some_examples()), right, strict=True):
             assert torch.equal(one.teacher_log_probs, other.teacher_log_probs)
         assert not server.faults
+
+
+def test_a_token_that_ends_within_a_character_is_found_among_all(teacher_dir: Path) -> None:
+    """llama.cpp gives no log-probs for it, since it has no text yet."""
+    with LlamaCppServer(teacher_dir) as server:
+        teacher = connect(server, 4)
+        right = base.score(teacher, some_examples())
+        server.partial, server.most_told = frozenset([17, 60]), 2**24
+        for one, other in zip(base.score(teacher, some_examples()), right, strict=True):
+            torch.testing.assert_close(one.teacher_log_probs, other.teacher_log_probs)
+            assert torch.equal(one.teacher_top.ids, other.teacher_top.ids)
 
 
 def test_the_lowest_float_of_llama_cpp_is_minus_infinity(teacher_dir: Path) -> None:

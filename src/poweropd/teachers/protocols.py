@@ -20,6 +20,7 @@ Told = dict[int, float]
 ROUNDING = 0.01  # by which the probabilities of a context may sum to more than 1
 LOWEST_FLOAT = -3.4e38  # llama.cpp writes the lowest float for minus infinity
 BIAS = 1e4  # added to a token's logit, which makes it the next token
+EVERY_ID = 2**24  # more than any vocabulary has
 
 
 @dataclass(frozen=True)
@@ -157,12 +158,32 @@ class LlamaCpp(Protocol):
         return [await self._told(client, query, place, what) for place in places]
 
     async def _told(self, client: JsonClient, query: Query, place: int, what: str) -> Told:
-        """Returns what the server tells of the token at one place."""
+        """Returns what the server tells of the token at one place.
+
+        It tells nothing of a token that ends within a character. Then the sequence's first token is
+        generated there instead, and the server tells of all ids beside it.
+        """
         token = query.ids[place]
+        found = await self._generated(client, query, place, token, max(1, query.top), what)
+        if found is None:
+            found = await self._generated(client, query, place, query.ids[0], EVERY_ID, what)
+        with self.reading(query):
+            if found is None:
+                raise ValueError
+            own = found[token]
+        return _read_told([token], [own], [list(found.items())])[0]
+
+    async def _generated(
+        self, client: JsonClient, query: Query, place: int, token: int, top: int, what: str
+    ) -> dict[int, Json] | None:
+        """Returns ids with their log-probs at a place where `token` is generated, if they are told.
+
+        These are the token and the `top` most probable ids.
+        """
         body = {
             "prompt": query.ids[:place],
             "n_predict": 1,
-            "n_probs": max(1, query.top),
+            "n_probs": top,
             "post_sampling_probs": False,
             "logit_bias": [[token, BIAS]],
             "temperature": 0,
@@ -170,14 +191,15 @@ class LlamaCpp(Protocol):
         }
         answer = await client.request("POST", "/completion", body, what)
         with self.reading(query):
-            made = answer["completion_probabilities"][0]
-            if made["id"] != token or answer["tokens_evaluated"] != place or answer["truncated"]:
+            if answer["tokens_evaluated"] != place or answer["truncated"]:
                 raise ValueError
-            entries = [made, *made["top_logprobs"]]
-            (_, own), *others = [
-                (entry["id"], _with_infinity(entry["logprob"])) for entry in entries
-            ]
-        return _read_told([token], [own], [others])[0]
+            if "completion_probabilities" not in answer:
+                return None
+            (made,) = answer["completion_probabilities"]
+            if made["id"] != token:
+                raise ValueError
+            entries = [*made["top_logprobs"], made]
+            return {entry["id"]: _with_infinity(entry["logprob"]) for entry in entries}
 
 
 def _with_infinity(value: Json) -> Json:
