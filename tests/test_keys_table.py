@@ -61,6 +61,10 @@ PROOFS = {
     "teacher.self": "self_teacher::the_base_is_the_model_that_the_adapter_was_added_to",
     "teacher.ema_decay": "self_teacher::the_average_follows_every_optimizer_step",
     "teacher.by": "teachers_routed::each_prompt_is_scored_by_its_own_teacher",
+    "teacher.mix": (
+        "teachers_mixture::a_run_is_scored_by_its_mixture_which_of_equal_teachers_is_one"
+    ),
+    "teacher.weight": "teachers_mixture::a_teachers_weight_is_a_factor_of_its_tokens_loss",
     "data.config": "keys_data::prompts_are_of_the_config_and_revision",
     "data.revision": "keys_data::prompts_are_of_the_config_and_revision",
     "data.continue_assistant": "messages::an_answer_at_the_end_is_left_out_or_continued",

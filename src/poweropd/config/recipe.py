@@ -8,7 +8,7 @@ expected and what was got.
 import dataclasses
 import io
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
@@ -72,18 +72,42 @@ class Config(Section):
                 self.teachers.values(),
                 self._without_adapter,
             ),
+            rules.weight_conflicts(self.teacher),
+            self._of_mixture(),
         )
         if (conflict := next(found, None)) is not None:
             raise ValueError(conflict)
         return self
 
+    def _of_mixture(self) -> Iterator[str]:
+        """Yields what a mixture of teachers cannot go with, with the key in front."""
+        if not self.mixes_teachers:
+            return
+        if self.data.teacher_reads_more:
+            yield (
+                "teacher.mix: all teachers read the student's prompt: drop data.teacher_column, "
+                "teacher_prompt and teacher_system"
+            )
+        if self.objective.teacher_top_k is not None:
+            yield "objective.teacher_top_k: teacher.mix has no most probable tokens: drop it"
+        if any(one.align == "spans" for one in self.teachers.values()):
+            yield "teacher.mix: teachers of a mixture must share the vocabulary; drop align: spans"
+        evaluate = evaluation.resolved(self.evaluate, self.data, self.train)
+        if evaluate is not None and evaluate.divergence is not None:
+            yield (
+                "evaluate.divergence: a mixture of teachers (teacher.mix) has no distribution to "
+                "compare with: set evaluate.benchmarks, without divergence"
+            )
+
     @property
     def only_teacher(self) -> teachers.TeacherConfig:
         """Returns the single teacher; raises UsageError if there are several."""
         if isinstance(self.teacher, teachers.TeachersConfig):
+            key = "mix" if self.teacher.mix else "by"
+            how = "as a mixture" if self.teacher.mix else f"by column {self.teacher.by!r}"
             raise UsageError(
-                f"teacher.by: expected a single teacher here, got several (by column "
-                f"{self.teacher.by!r}): make a recipe of each"
+                f"teacher.{key}: expected a single teacher here, got several ({how}): make a "
+                "recipe of each"
             )
         return self.teachers[""]
 
@@ -110,12 +134,17 @@ class Config(Section):
 
     @property
     def teachers(self) -> dict[str, teachers.TeacherConfig]:
-        """Returns the teachers by the values of column `teacher.by`; a single one is under ""."""
+        """Returns the teachers by their names, of which a single one has ""."""
         if isinstance(self.teacher, teachers.TeachersConfig):
             return dict(self.teacher.__pydantic_extra__)
         if isinstance(self.teacher, SelfTeacherConfig):
             return {"": self.teacher.as_model(self.model)}
         return {"": self.teacher}
+
+    @property
+    def mixes_teachers(self) -> bool:
+        """Returns whether the teachers are a mixture, so that each of them scores every prompt."""
+        return isinstance(self.teacher, teachers.TeachersConfig) and self.teacher.mix
 
     @property
     def self_teacher(self) -> SelfTeacherConfig | None:

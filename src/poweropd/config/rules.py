@@ -129,6 +129,12 @@ def reference_conflicts(
                 )
 
 
+def weight_conflicts(teacher: teachers.AnyTeacher) -> Iterator[str]:
+    """Yields why a teacher's weight means nothing."""
+    if isinstance(teacher, teachers.TeacherConfig) and teacher.weight != 1:
+        yield "teacher.weight: it belongs to one of several teachers (teacher.by, teacher.mix)"
+
+
 def _of_selection(select: sections.SelectConfig) -> Iterator[str]:
     """Yields parameters that belong to another selection than the recipe's."""
     for key, owner in {"beta": "dial", "top_k": "teachable"}.items():
@@ -207,7 +213,7 @@ def _of_teacher(teacher: teachers.AnyTeacher, need: str) -> Iterator[str]:
     if isinstance(teacher, teachers.TeachersConfig) or teacher.place != "in process":
         yield (
             f"teacher: {need} needs the teacher's hidden states, so a single "
-            "teacher in this process (teacher.model without servers and by)"
+            "teacher in this process (teacher.model without servers, by and mix)"
         )
         return
     scoring = {"offload": teacher.offload, "measure_quantization": teacher.measure_quantization}

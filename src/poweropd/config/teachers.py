@@ -61,6 +61,8 @@ class TeacherConfig(Section):
     """With servers: requests at once, for each server and training process."""
     patience: Annotated[PositiveFloat, MayChange] = 900.0
     """With servers: seconds for which all of them may be away before the run ends."""
+    weight: PositiveFloat = 1.0
+    """Of several teachers: factor of its tokens' loss; with mix its part of the mixture."""
 
     @model_validator(mode="after")
     def _valid(self) -> Self:
@@ -83,19 +85,28 @@ class TeacherConfig(Section):
 
 
 class TeachersConfig(Section):
-    """Several teachers, each under the value that column `by` has for its prompts."""
+    """Several teachers, each under a name: the value that `by` has for its prompts, or with `mix`.
+
+    All teachers of a mixture score every completion, with the weighted mean of their probabilities.
+    """
 
     model_config = ConfigDict(extra="allow")
     place: ClassVar[TeacherPlace] = "several"
 
     __pydantic_extra__: dict[str, TeacherConfig] = Field(init=False)
-    by: str
-    """Column of the prompts' data that says which teacher a prompt belongs to."""
+    by: str | None = None
+    """Column of the prompts' data that says which teacher a prompt belongs to; null with mix."""
+    mix: bool = False
+    """Whether the teachers are one mixture, which scores every prompt, in place of `by`."""
 
     @model_validator(mode="after")
     def _valid(self) -> Self:
-        if not self.model_extra:
+        if self.mix == (self.by is not None):
+            raise ValueError("by: expected either a column, or mix: true without one")
+        if self.by is not None and not self.model_extra:
             raise ValueError(f"by: expected a teacher for each value of column {self.by!r}")
+        if self.mix and len(self.model_extra or {}) < 2:
+            raise ValueError("mix: expected at least two teachers, each under a name")
         return self
 
 
@@ -178,10 +189,10 @@ class ReferenceConfig(Section):
 
 
 def _kind(teacher: object) -> str:
-    if isinstance(teacher, TeachersConfig) or (isinstance(teacher, Mapping) and "by" in teacher):
+    keys = teacher.keys() if isinstance(teacher, Mapping) else ()
+    if isinstance(teacher, TeachersConfig) or "by" in keys or "mix" in keys:
         return "(several)"
-    itself = isinstance(teacher, SelfTeacherConfig)
-    return "(self)" if itself or (isinstance(teacher, Mapping) and "self" in teacher) else "(one)"
+    return "(self)" if isinstance(teacher, SelfTeacherConfig) or "self" in keys else "(one)"
 
 
 AnyTeacher = Annotated[

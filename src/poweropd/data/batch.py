@@ -72,6 +72,7 @@ class Batch:
     positions: Tensor  # [N] position in the completion
     completion_index: Tensor  # [N] which of the B completions the token belongs to
     task_reward: Tensor  # [N] float32, weighted; added to the token rewards
+    loss_weights: Tensor  # [N] float32, factors of the tokens' loss
     seeds: Tensor  # [B] of the completions
     keys: Tensor  # [B, 2] prompt_index and sample_index of each completion
     teacher_entropy: Tensor  # [N] float32, NaN where it is not known
@@ -117,6 +118,7 @@ def collate(examples: Sequence[Example], flat: bool = False, teacher_flat: bool 
         positions=torch.cat([e.positions for e in examples]),
         completion_index=torch.arange(len(examples)).repeat_interleave(counts),
         task_reward=torch.tensor([e.task_reward for e in examples]).repeat_interleave(counts),
+        loss_weights=torch.tensor([e.loss_weight for e in examples]).repeat_interleave(counts),
         seeds=torch.tensor([e.seed for e in examples]),
         keys=torch.tensor([e.rollout.key for e in examples]),
         teacher_entropy=_or_nan([e.teacher_entropy for e in examples], counts),
@@ -191,6 +193,7 @@ def _empty_batch() -> Batch:
         positions=none,
         completion_index=none,
         task_reward=zeros,
+        loss_weights=zeros,
         seeds=none,
         keys=none.view(0, 2),
         teacher_entropy=zeros,

@@ -124,6 +124,7 @@ class Example:
     teacher_top: TopIds | None = None  # of n tokens, if they were asked for
     reference_log_probs: Tensor | None = None  # [n] float32, of a reward's reference model
     task_reward: float = 0.0  # weighted; added to the reward of each of its tokens
+    loss_weight: float = 1.0  # factor of its tokens' loss: the weight of its teacher
 
     @property
     def prompt(self) -> Prompt:

@@ -149,7 +149,7 @@ class Student(LanguageModel):
         self.dropout = dropout or {}
 
     def forward(
-        self, batch: Batch, objective: Objective, reward: Reward, token_weight: float
+        self, batch: Batch, objective: Objective, reward: Reward, token_weight: Tensor | float
     ) -> tuple[Tensor, TokenRecord]:
         """Returns the loss of a micro-batch, and the record of its trained tokens."""
         hidden_states = self.hidden_states(batch.student)

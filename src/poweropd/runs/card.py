@@ -1,6 +1,6 @@
 """The model card of a trained student: what it is, how it was made, what was measured."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,8 +18,13 @@ TEMPLATE = "card.md"
 TAGS = ["poweropd", "on-policy-distillation", "knowledge-distillation"]
 
 
-def write_card(folder: Path, config: Config, step: int) -> None:
-    """Writes README.md into a directory that holds the student after `step` steps."""
+def write_card(
+    folder: Path, config: Config, step: int, teachers: Sequence[JsonObject] = ()
+) -> None:
+    """Writes README.md into a directory that holds the student after `step` steps.
+
+    teachers: the rows of its `TeacherManifest`.
+    """
     run = RunDirectory(config.run.dir, notes=[])
     adapter = config.model.lora is not None and not config.model.lora.merge
     evaluation = run.evaluation(step)
@@ -39,6 +44,7 @@ def write_card(folder: Path, config: Config, step: int) -> None:
         steps=config.train.steps,
         recipe=config.to_yaml(_public(config)),
         metrics=_last_metrics(rows),
+        teachers=[{**row, "model": public_name(row["model"])} for row in teachers],
         evaluation=[_evaluation_line(name, result) for name, result in evaluation.items()],
         environment=run.environment(),
     )

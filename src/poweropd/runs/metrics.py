@@ -151,6 +151,10 @@ OF_STEPS = (
     Metric("rollout/temperature", "sampling temperature", curve="zero"),
     Metric("off_policy/share", "completions that come from a file", "share"),
     Metric("off_policy/mean_weight", "mean importance weight of a file's tokens"),
+    Metric("teacher/*/tokens", "tokens of one of several teachers"),
+    Metric("teacher/*/reward", "mean reward of one of several teachers"),
+    Metric("teacher/*/reverse_kl", "reverse KL to one of several teachers", "nats per token"),
+    Metric("teacher/*/share", "part of a teacher in a mixture", "share"),
     Metric("learning_rate", "learning rate"),
     Metric("mfu", "model FLOPs utilisation", "share", curve="linear"),
     Metric(

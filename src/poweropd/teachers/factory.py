@@ -15,7 +15,10 @@ from poweropd.config.teachers import TeacherConfig
 from poweropd.errors import UsageError
 from poweropd.models import devices, language_model, loading, vocabulary
 from poweropd.models.token_bytes import TokenBytes
+from poweropd.teachers.base import TeacherScorer
 from poweropd.teachers.local import LocalTeacher
+from poweropd.teachers.mixture import MixedTeacher
+from poweropd.teachers.routed import RoutedTeacher
 from poweropd.teachers.server import ServerTeacher
 from poweropd.teachers.spans import Aligner
 
@@ -108,7 +111,10 @@ def unshared_with(
     for name, teacher in teachers.items():
         if teacher.aligner is not None:
             continue
-        ids = vocabulary.unshared_ids(tokenizer, teacher.tokenizer)
+        try:
+            ids = vocabulary.unshared_ids(tokenizer, teacher.tokenizer)
+        except UsageError as error:
+            raise UsageError(f"teacher.{name}: {error}" if name else str(error)) from None
         found.update(ids)
         if ids and notify:
             notice = vocabulary.unshared_notice(ids, tokenizer, teacher.tokenizer)
@@ -165,6 +171,14 @@ def local_teacher(
     """Returns the scorer of a teacher in this process."""
     offload_from = device if section.offload else None
     return LocalTeacher(teacher, section.max_tokens_per_batch, offload_from, top_k)
+
+
+def combined(config: Config, scorers: Mapping[str, TeacherScorer]) -> TeacherScorer:
+    """Returns one scorer of a recipe's teachers: the only one, several by domain, or a mixture."""
+    weights = {name: section.weight for name, section in config.teachers.items()}
+    if config.mixes_teachers:
+        return MixedTeacher(scorers, weights)
+    return RoutedTeacher(scorers, weights) if config.teacher.by else scorers[""]
 
 
 def unquantized_teacher(

@@ -44,6 +44,7 @@ from poweropd.runs.directory import RunDirectory
 from poweropd.teachers.base import TeacherScorer, Unscored
 from poweropd.teachers.factory import (
     TeacherProfile,
+    combined,
     local_teacher,
     profile_teacher,
     profile_teachers,
@@ -53,7 +54,6 @@ from poweropd.teachers.factory import (
 from poweropd.teachers.measured import MeasuredTeacher
 from poweropd.teachers.models import RunModels, load_over_shared
 from poweropd.teachers.referenced import Referenced
-from poweropd.teachers.routed import RoutedTeacher
 from poweropd.teachers.spans import SpanTeacher
 from poweropd.training.accounting import Utilization
 from poweropd.training.grades.feedback import Feedback, InformedTeacher
@@ -87,6 +87,8 @@ class RunInputs:
         teachers = profile_teachers(config, tokenizer)
         unshared = unshared_with(tokenizer, teachers, notify)
         tokenizers = {name: teacher.tokenizer for name, teacher in teachers.items()}
+        if config.mixes_teachers:  # all of them read what the student reads
+            tokenizers = {"": tokenizer}
         apart = [name for name, section in config.teachers.items() if section.align == "spans"]
         tools = tool_schemas(config.rollout.tool_names)
         prompts = load_prompts(config.data, tokenizer, tokenizers, config.teacher.by, apart, tools)
@@ -102,7 +104,7 @@ class RunInputs:
         found_stops = stops.stop_ids(tokenizer, loading.load_generation_config(student[0]))
         stop_ids = found_stops
         for name, teacher in teachers.items():
-            own = [prompt for prompt in prompts if prompt.domain == name]
+            own = [p for p in prompts if config.mixes_teachers or p.domain == name]
             check_lengths(own, context, teacher.context, config.rollout.longest)
             section, teacher_vocab = config.teachers[name], None
             if not section.servers:
@@ -139,18 +141,21 @@ class RunInputs:
     def opening(self, config: Config) -> list[str]:
         """Returns the first prompt, as each model reads it, as lines for people."""
         prompt = self.first_prompt(config)
-        teacher = self.teachers[prompt.domain].tokenizer
-        return preview.prompt_lines(prompt, self.tokenizer, teacher)
+        return preview.prompt_lines(prompt, self.tokenizer, self.teacher_of(prompt).tokenizer)
 
     def show_first_prompt(self, config: Config) -> None:
         """Shows the first prompt as each model reads it; warns if the templates differ."""
         prompt = self.first_prompt(config)
         for line in self.opening(config):
             logger.info("%s", line)
-        teacher = self.teachers[prompt.domain].tokenizer
+        teacher = self.teacher_of(prompt).tokenizer
         notice = preview.template_notice(prompt, self.tokenizer, teacher, config.data)
         if notice is not None:
             logger.warning("%s", notice)
+
+    def teacher_of(self, prompt: Prompt) -> TeacherProfile:
+        """Returns the teacher that scores a prompt, of a mixture the first one."""
+        return self.teachers.get(prompt.domain) or next(iter(self.teachers.values()))
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -190,10 +195,9 @@ def _filtered(
     notify: bool,
 ) -> list[Prompt]:
     """Returns the prompts that fit the contexts, `context` of the student and their teacher's."""
-    new = config.rollout.longest
-    kept = [
-        prompt for prompt in prompts if fits(prompt, context, teachers[prompt.domain].context, new)
-    ]
+    new, contexts = config.rollout.longest, {name: one.context for name, one in teachers.items()}
+    contexts.setdefault("", min(contexts.values()))  # of a mixture, whose prompts have no domain
+    kept = [prompt for prompt in prompts if fits(prompt, context, contexts[prompt.domain], new)]
     notice = filter_notice(len(kept), len(prompts))
     if notify:
         logger.warning("%s", notice)
@@ -278,7 +282,7 @@ def make_teachers(
             scorers[name] = MeasuredTeacher(scorers[name], load, reward, run, name)
         if (aligner := inputs.teachers[name].aligner) is not None:
             scorers[name] = SpanTeacher(scorers[name], aligner, inputs.stop_ids)
-    return RoutedTeacher(scorers) if config.teacher.by else scorers[""]
+    return combined(config, scorers)
 
 
 def make_updater(

@@ -11,9 +11,11 @@ from torch import Tensor
 from poweropd.config import Config
 from poweropd.config.fields import ScheduleConfig
 from poweropd.config.rollouts import RolloutConfig
-from poweropd.data.rollout import TurnCounts
+from poweropd.data.rollout import Rollout, TurnCounts
 from poweropd.runs.bins import FAR
 from poweropd.runs.metrics import StepMetrics
+from poweropd.teachers.base import TeacherScorer
+from poweropd.teachers.mixture import MixedTeacher
 from poweropd.training.grades.feedback import Feedback
 from poweropd.training.grades.task_reward import TaskRewards
 from poweropd.training.update import UpdateOutcome
@@ -76,6 +78,18 @@ def teacher_metrics(outcome: UpdateOutcome, domains: Sequence[str]) -> dict[str,
             if math.isfinite(mean):
                 metrics[f"teacher/{name}/{key}"] = mean
     return metrics
+
+
+def mixture_metrics(teacher: TeacherScorer) -> dict[str, float]:
+    """Returns the part that each teacher of a mixture has in the step's tokens; all call it."""
+    if not isinstance(teacher, MixedTeacher):
+        return {}
+    total = torch.stack(gather_object([teacher.shares])).sum(0)
+    shares = (total / total.sum()).tolist() if total.sum() else []
+    return {
+        f"teacher/{name}/share": share
+        for name, share in zip(teacher.teachers, shares, strict=False)
+    }
 
 
 def sampler_metrics(
@@ -155,6 +169,23 @@ def distribution(values: Tensor) -> dict[str, float]:
         "p05": low,
         "p95": high,
     }
+
+
+def gathered_completions(
+    rollouts: Sequence[Rollout],
+) -> tuple[dict[str, float], int, set[tuple[int, int]]]:
+    """Returns metrics of a step's completions over all processes, sampled tokens, and given keys.
+
+    Completions that a file gives are in no metric but their share.
+    """
+    found = [(r.off_policy, r.key, len(r.completion_ids), r.stopped, r.turns) for r in rollouts]
+    every = gather_object(found)
+    given = {key for off_policy, key, *_ in every if off_policy}
+    ends = [end for off_policy, _, *end in every if not off_policy]
+    metrics = completion_metrics(*zip(*ends, strict=True)) if ends else {}
+    if given:
+        metrics["off_policy/share"] = len(given) / len(every)
+    return metrics, sum(n for n, *_ in ends), given
 
 
 def completion_metrics(

@@ -24,14 +24,16 @@ from poweropd.runs.directory import RunDirectory
 from poweropd.runs.files import replaced_directory
 from poweropd.runs.metrics import StepMetrics, tracked
 from poweropd.runs.recorder import RewardRecorder
+from poweropd.teachers.manifest import TeacherManifest
 from poweropd.training import build, checkpoint, export, signals, trackers
 from poweropd.training.accounting import StepClock
 from poweropd.training.build import RunInputs
 from poweropd.training.metrics import (
     FIRST_STEPS,
-    completion_metrics,
+    gathered_completions,
     grade_metrics,
     hints,
+    mixture_metrics,
     sampler_metrics,
     schedule_metrics,
     token_metrics,
@@ -99,6 +101,7 @@ class Trainer:
         self.asked = build.step_requests(config, inputs, self.accelerator)
         self.rollouts = build_schedule(config, self.engine, self.sample)
         self.task_rewards = build.make_task_rewards(config, self.inputs)
+        self.manifest = TeacherManifest(config, main)
         self.recorder = RewardRecorder(self.run.rewards, self.inputs.tokenizer.decode)
         self.utilization = build.make_utilization(config, self.models)
         self.steps_done = self._resume()
@@ -166,6 +169,7 @@ class Trainer:
             examples = self._collect()
         with clock.phase("update"):
             outcome = self.updater.update(examples, self.reward.at(step), step)
+        self.manifest.count(examples)
         try:
             with clock.phase("rollout"), self._raising_together():
                 self.rollouts.finish()
@@ -273,23 +277,18 @@ class Trainer:
         clock: StepClock,
     ) -> StepMetrics:
         """Returns the step's line of metrics.jsonl, the same on every process but for times."""
-        found = [(r.off_policy, r.key, len(r.completion_ids), r.stopped, r.turns) for r in rollouts]
-        every = gather_object(found)
-        given = {key for off_policy, key, *_ in every if off_policy}
-        ends = [end for off_policy, _, *end in every if not off_policy]
-        completions = completion_metrics(*zip(*ends, strict=True)) if ends else {}
+        completions, sampled, given = gathered_completions(rollouts)
         learning_rate = self.updater.learning_rate(step)
         metrics: StepMetrics = {"step": step + 1, **completions, "learning_rate": learning_rate}
         metrics |= grade_metrics(self.task_rewards, self.feedback)
         metrics |= schedule_metrics(self.config.rollout, step)
         metrics |= token_metrics(outcome, [prompt.domain for prompt in self.prompts(step)])
+        metrics |= mixture_metrics(self.teacher)
         metrics |= sampler_metrics(outcome, self.config.rollout, given)
-        if self.inputs.off_policy is not None:
-            metrics["off_policy/share"] = len(given) / len(every)
         if self.accelerator.is_main_process:
             warn_of_sampler(metrics)
         metrics |= self._record_rewards(step + 1, rollouts, outcome)
-        metrics |= clock.metrics(sum(n for n, *_ in ends))
+        metrics |= clock.metrics(sampled)
         return metrics | (self.utilization.metrics(examples, clock) if self.utilization else {})
 
     def _record_rewards(
@@ -342,7 +341,8 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         """Writes a checkpoint of the steps done; all processes call it."""
-        pending = gather_object(self.rollouts.pending())
+        pending, teachers = gather_object(self.rollouts.pending()), self.manifest.rows()
+        state = {"max_tokens": self.updater.max_tokens, "rollouts": pending, "teachers": teachers}
         main = self.accelerator.is_main_process
         weights = collected(self.models.trained_weights().items(), keep=main)
         optimizer = optimizer_state(self.updater.optimizer, keep=main)
@@ -353,7 +353,7 @@ class Trainer:
                 self.steps_done,
                 weights=weights,
                 optimizer=optimizer,
-                state={"max_tokens": self.updater.max_tokens, "rollouts": pending},
+                state=state,
                 keep=self.config.checkpoint.keep,
             )
         self.accelerator.wait_for_everyone()
@@ -370,6 +370,7 @@ class Trainer:
             # Checkpoints from before a staleness of 2 hold the next step alone and do not name it.
             rows = [{"step": steps, **row} for row in state["rollouts"]]
             self.rollouts.restore(rows, self.requests)
+            self.manifest.restore(state.get("teachers", []))
             logger.info("resuming %s at step %d", self.run.path, steps)
         with self._alone():
             # A complete run is kept as it is, also if its checkpoints were removed.
@@ -386,11 +387,12 @@ class Trainer:
         probe = export.make_probe(self.inputs.prompts[0].prompt_ids, self.student)
         log_probs = self.student_log_probs([probe])
         weights = collected(self.student.exported(merge), keep=main)
+        teachers = self.manifest.rows()
         with self._failing_together():
             if main:
                 with replaced_directory(folder) as temporary:
                     self.student.save(temporary, weights, list(self.sampling.stop_ids), merge)
                     export.save_tokenizer(self.inputs.tokenizer, temporary)
                     export.verify(temporary, self.student, self.config.model, [probe], log_probs)
-                    card.write_card(temporary, self.config, self.steps_done)
+                    card.write_card(temporary, self.config, self.steps_done, teachers)
         self.accelerator.wait_for_everyone()

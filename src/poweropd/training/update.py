@@ -141,7 +141,8 @@ class Updater:
             last, batch = number == len(batches) - 1, self._prepared(collated)
             # A sharded student has no such context: see `shard`.
             with nullcontext() if last else self.accelerator.no_sync(self.student):
-                loss, record = self.student(batch, self.objective, reward, token_weight)
+                token_weights = token_weight * batch.loss_weights
+                loss, record = self.student(batch, self.objective, reward, token_weights)
                 self.accelerator.backward(loss)
             losses.append(loss.detach())
             records.append(record)
