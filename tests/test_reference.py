@@ -181,6 +181,10 @@ def test_two_processes_give_the_losses_of_one(recipe: MAKES, tmp_path: Path) -> 
             {"objective.kind": "full_vocab"},
             "extrapolate .* objective.kind=full_vocab needs",
         ),
+        (
+            {"objective.kind": "full_vocab", "objective.teacher_top_k": 5},
+            "extrapolate .* objective.kind=full_vocab needs",
+        ),
         ({"objective.baseline": "value"}, "objective.baseline=value needs those of the whole"),
         ({"objective.stop": "semantic"}, "objective.stop=semantic needs those of the whole"),
         ({"reward": {"name": "power"}, "reference": {}}, "reference: this reward looks at no"),

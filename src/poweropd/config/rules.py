@@ -109,7 +109,8 @@ def reference_conflicts(
             yield "reference: this reward looks at no reference model: set reward.name=extrapolate"
         return
     # A selection may look at the whole vocabulary; what trains is the sampled token all the same.
-    whole = needs_local_teacher(objective.model_copy(update={"select": None}), rollout)
+    trained = objective.model_copy(update={"select": None, "teacher_top_k": None})
+    whole = needs_local_teacher(trained, rollout)
     if whole is not None:
         yield (
             f"reward: extrapolate knows the reference's probability of the sampled token alone, "
