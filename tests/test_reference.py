@@ -137,6 +137,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_it_goes_with_other_settings_and_resumes(
     recipe: MAKES, tmp_path: Path, variant: str
