@@ -106,6 +106,8 @@ def token_record(n: int, seed: int = 0) -> TokenRecord:
         sample_indices=torch.zeros(n, dtype=torch.long),
         sampler_log_ratios=torch.zeros(n),
         weights=torch.ones(n),
+        tail=torch.full((n,), torch.nan),
+        teacher_tail=torch.full((n,), torch.nan),
         span_sizes=torch.ones(n),
     )
 

@@ -307,7 +307,8 @@ def test_what_may_change_between_the_parts_of_a_run() -> None:
         *("checkpoint.every", "checkpoint.keep", "model.gradient_checkpointing"),
         *("model.attention", "model.compile", "rollout.batch_size", "rollout.verify_every"),
         *("rollout.server", "teacher.servers", "teacher.api_key_env", "teacher.timeout"),
-        *("teacher.concurrency", "teacher.patience", "data.column"),
+        *("teacher.concurrency", "teacher.patience", "teacher.server_type", "data.column"),
+        "rollout.tool_workers",
     }
 
 

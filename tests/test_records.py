@@ -52,6 +52,8 @@ def tokens(n: int, seed: int = 0, longest: int = 600, spread: float = 5.0) -> To
         sample_indices=torch.zeros(n, dtype=torch.long),
         sampler_log_ratios=torch.zeros(n),
         weights=torch.ones(n),
+        tail=torch.full((n,), torch.nan),
+        teacher_tail=torch.full((n,), torch.nan),
         span_sizes=torch.ones(n),
     )
 
