@@ -21,8 +21,8 @@ def registered(key: str) -> list[Metric]:
     return [m for m in (*OF_STEPS, *OF_BENCHMARKS.values()) if fnmatchcase(key, m.key)]
 
 
-# What this recipe's run has no use for: its engine samples from the student itself, it has no tools,
-# no schedules, no completions of a file, a single teacher, and that teacher's whole vocabulary.
+# What this recipe's run has no use for: its engine samples from the student itself, and it has no
+# tools, schedules, completions of a file, other teachers, top k of a teacher, selection or feedback.
 OF_OTHER_RECIPES = {
     *("sampler/mean_abs_difference", "sampler/effective_sample_size"),
     *("completions/mean_turns", "completions/mean_tool_calls", "completions/tool_error_fraction"),
