@@ -22,7 +22,7 @@ def registered(key: str) -> list[Metric]:
 
 
 # What this recipe's run has no use for: its engine samples from the student itself, and it has no
-# tools, schedules, completions of a file, other teachers, top k of a teacher, selection or feedback.
+# tools, schedules, completions of a file, other teachers, teacher's top k, selection or feedback.
 OF_OTHER_RECIPES = {
     *("sampler/mean_abs_difference", "sampler/effective_sample_size"),
     *("completions/mean_turns", "completions/mean_tool_calls", "completions/tool_error_fraction"),
