@@ -258,6 +258,7 @@ def test_a_setting_that_diverges_at_every_rate_has_no_figures(recipe_file: Path)
     assert (row["rate"], row["seeds"], row["divergence"]) == (None, [], None)
 
 
+@pytest.mark.thorough
 def test_forgetting_is_the_divergence_from_the_start(recipe: MAKES, tmp_path: Path) -> None:
     """It is 0 before training; after it, what `poweropd eval` measures of the exported student."""
     config = recipe(**{"train.steps": 2, "train.learning_rate": 1e-2, "train.seed": 5})

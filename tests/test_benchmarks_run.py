@@ -140,14 +140,13 @@ def test_an_evaluation_of_canned_completions_grades_them(benchmarks: None, tmp_p
     assert found["right"] == found["right ones given"] == 4
 
 
-@pytest.mark.parametrize("path", ["ours", "ours-full", "ours-checkpointed", "naive"])
-def test_memory_of_a_long_completion(
-    benchmarks: None, path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.thorough
+@pytest.mark.parametrize("path", ["ours-checkpointed", "naive"])
+def test_memory_of_a_long_completion(benchmarks: None, path: str) -> None:
+    """In a process of its own, which holds nothing yet."""
     context = importlib.import_module("context")
-    monkeypatch.setattr("resource.setrlimit", lambda *_: None)  # it would last for this process
     geometry = context.long(context.NARROW, vocab=512, tokens=64)
-    assert context.peak(path, geometry, 20.0) > 0
+    assert importlib.import_module("common").apart(1, context.peak, path, geometry, 20.0) > 0
 
 
 def test_what_a_token_takes_is_the_slope_of_a_line(benchmarks: None) -> None:
@@ -155,6 +154,7 @@ def test_what_a_token_takes_is_the_slope_of_a_line(benchmarks: None) -> None:
     assert (slope, start) == (pytest.approx(20), pytest.approx(10))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("part", ["gradients", "checkpointing", "engine", "chunks"])
 def test_each_part_for_a_gpu_has_rows(benchmarks: None, part: str) -> None:
     """At tiny size, on a CPU."""

@@ -341,6 +341,7 @@ def divergences(folder: Path) -> dict[int, dict[str, Any]]:
     return RunDirectory(folder).divergences()
 
 
+@pytest.mark.thorough
 def test_held_out_prompts_are_measured_without_being_asked(recipe: MAKES, tmp_path: Path) -> None:
     config = recipe(**HELD_OUT)
     assert (config.evaluate.every, config.evaluate.best) == (1, "reverse_kl")
@@ -405,6 +406,7 @@ def test_two_processes_give_the_figures_of_one(recipe: MAKES, tmp_path: Path) ->
     assert (tmp_path / "two" / "eval" / "step-1" / "rank-1-of-2" / "divergence.jsonl").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "how", [{"objective.kind": "full_vocab"}, {"teacher.offload": True}, {"model.lora": {"r": 2}}]
 )

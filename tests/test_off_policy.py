@@ -187,6 +187,7 @@ def test_prompts_are_found_by_their_row_or_by_what_they_say(
     assert "3 completions of 2 of 64 prompts; 2 of prompts that are not trained on" in caplog.text
 
 
+@pytest.mark.thorough
 def test_a_stale_and_mixed_run_resumes(mixed: MAKES, tmp_path: Path) -> None:
     keys = {**AHEAD, "rollout.staleness": 2, "train.steps": 4, "rollout.correction": "truncated"}
     Trainer(mixed(**keys), progress=False).train()

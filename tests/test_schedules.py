@@ -35,6 +35,7 @@ def sampled(trainer: Trainer, step: int) -> list[Rollout]:
     return sorted(trainer.sample(step), key=lambda rollout: rollout.key)
 
 
+@pytest.mark.thorough
 def test_a_step_is_as_long_as_its_schedule_says(recipe: MAKES, tmp_path: Path) -> None:
     config = recipe(**{"rollout.max_new_tokens": GROWING, "train.steps": 4})
     trainer = Trainer(config, progress=False)

@@ -265,6 +265,7 @@ def test_projected_gradients_have_the_lengths_and_angles_of_whole_ones() -> None
         gradient_noise.projected([None])
 
 
+@pytest.mark.thorough
 def test_projections_rank_rewards_as_whole_gradients_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

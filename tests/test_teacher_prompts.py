@@ -201,6 +201,7 @@ def test_a_completion_without_room_for_its_feedback_is_left_out_and_counted(
     assert caplog.text.count("have no room in the teacher's context") == 1
 
 
+@pytest.mark.thorough
 def test_a_run_with_feedback_goes_on_as_it_was(
     informed: Callable[..., Trainer], tmp_path: Path
 ) -> None:

@@ -119,6 +119,7 @@ def test_a_run_is_scored_by_its_mixture_which_of_equal_teachers_is_one(several: 
     assert 0 < row["teacher/code/share"] < 1
 
 
+@pytest.mark.thorough
 def test_one_part_of_a_mixture_may_be_served(
     several: MAKES, code_dir: Path, tmp_path: Path
 ) -> None:

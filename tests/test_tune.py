@@ -174,6 +174,7 @@ def test_trials_are_stopped_go_on_and_may_diverge(
     assert (out / "recommended.yaml").read_text() == text
 
 
+@pytest.mark.thorough
 def test_further_rates_are_tried_by_themselves_and_not_twice(
     recipe_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -246,6 +246,7 @@ def test_what_is_no_environment_is_refused() -> None:
 # Training.
 
 
+@pytest.mark.thorough
 def test_conversations_with_an_environment_train_and_resume_to_the_last_bit(
     recipe: Callable[..., Config], tmp_path: Path
 ) -> None:

@@ -170,6 +170,7 @@ def calls_a_tool(student: Student, config: Config, tokenizer: Any) -> Scripted:
     return Scripted(turns)
 
 
+@pytest.mark.thorough
 def test_a_training_with_tools_loses_nothing_and_tells_of_errors(tmp_path: Path) -> None:
     models = {
         name: str(make_model("qwen3", tmp_path / name, seed=seed, template=TOOLS, **ROOM))
