@@ -20,15 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from common import CUDA, GEOMETRIES, Geometry, Memory, Model, Pair, apart, machine, print_table
-from scaling import without_holes
+from common import CUDA, Geometry, Memory, Pair, apart, machine, print_table
+from scaling import NARROW, line_through, without_holes
 from turns import Unavailable
 from update import PATHS, Update
 
-NARROW = replace(
-    GEOMETRIES["small"], student=Model.of_width(128, 2), teacher=Model.of_width(128, 2)
-)
 LONGER = "not tried, as a shorter one did not run"
 Row = dict[str, Any]
 
@@ -68,13 +64,6 @@ def peak(path: str, geometry: Geometry, limit: float) -> int | str:
         if "memory" not in str(error):
             raise
         return "out of memory" if CUDA else f"more than {limit:g} GB"
-
-
-def line_through(tokens: Sequence[int], peaks: Sequence[int]) -> tuple[float, float]:
-    """Bytes of a further token, and of none, by least squares."""
-    x, y = torch.tensor(tokens).double(), torch.tensor(peaks).double()
-    slope = (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
-    return slope, (y.mean() - slope * x.mean()).item()
 
 
 def row_of(

@@ -22,6 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import engine as engines
 import packing
 import torch
 from common import CUDA, DEVICE, GEOMETRIES, Cost, Geometry, Pair, machine, measure, seconds_of
@@ -32,12 +33,8 @@ from update import run as update_cost
 
 from poweropd import Config, Trainer
 from poweropd.config.shipped import shipped_recipe
-from poweropd.data.prompts import Prompt
-from poweropd.data.rollout import Request
 from poweropd.kernels import Head, linear_policy_gradient, reference
 from poweropd.models.devices import torch_dtype
-from poweropd.rollouts.base import Sampling
-from poweropd.rollouts.transformers import TransformersEngine
 
 Row = dict[str, Any]
 Rows = Iterator[Row]
@@ -152,30 +149,13 @@ def memory(base: Geometry) -> Rows:
 
 def engine(base: Geometry) -> Rows:
     """Tokens a second of the embedded engine and of transformers' `generate`."""
-    torch.manual_seed(0)
-    model = base.student.build(base.vocab, torch_dtype(base.dtype)).eval()
-    rows, new = 2 * base.batch, min(256, base.completion)
-    prompts = torch.randint(base.vocab, (rows, base.prompt)).tolist()
-    requests = [Request(Prompt(i, ids, ids), i, 0, seed=i) for i, ids in enumerate(prompts)]
-    ours = TransformersEngine(model, vocab_size=base.vocab, batch_size=rows)
-    inputs = torch.tensor(prompts, device=DEVICE)
-    options = {"do_sample": True, "top_k": 0, "eos_token_id": None, "pad_token_id": 0}
-
-    def generate() -> None:
-        mask = torch.ones_like(inputs)
-        with torch.inference_mode():
-            model.generate(inputs, attention_mask=mask, max_new_tokens=new, **options)
-
-    calls = {
-        "engine transformers": lambda: list(ours.generate(requests, Sampling(new, stop_ids=()))),
-        "model.generate": generate,
-    }
-    for call in calls.values():
-        call()
-    found = {name: [seconds_of(call) for _ in range(3)] for name, call in calls.items()}
-    for name, seconds in found.items():
-        speed = rows * new / statistics.median(seconds)
-        yield {"sampler": name, "completions": rows, "tokens": new, "tokens/s": speed}
+    geometry = replace(base, batch=2 * base.batch, completion=min(256, base.completion))
+    for path in engines.PATHS:
+        cost = engines.run(path, geometry, "fixed", geometry.batch)
+        seconds = cost.wall_seconds if CUDA else cost.cpu_seconds
+        tokens = {"completions": geometry.batch, "tokens": geometry.completion}
+        yield {"sampler": path, **tokens, "tokens/s": 1000 / seconds}
+        freed()
 
 
 def training(base: Geometry) -> Rows:

@@ -12,7 +12,7 @@ import json
 import os
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,7 +49,8 @@ ALPHAS = (0.5, 1.0, 5.0, 50.0, 500.0)
 # The gain of the student's final norm. It multiplies the logits, which for random weights makes
 # about one sampled token in nine more probable than 0.81, where a power of 500 is not zero yet.
 SHARPNESS = 16.0
-NARROW = Model.of_width(128, 2)
+BODY = Model.of_width(128, 2)
+NARROW = replace(GEOMETRIES["small"], student=BODY, teacher=BODY)
 
 
 def update_cost(geometry: Geometry) -> Cost:
@@ -239,11 +240,17 @@ def without_holes() -> Iterator[None]:
         os.environ.update({} if before is None else {name: before})
 
 
+def line_through(tokens: Sequence[int], peaks: Sequence[int]) -> tuple[float, float]:
+    """Bytes of a further token, and of none, by least squares."""
+    slope, start = statistics.linear_regression(tokens, peaks)
+    return slope, start
+
+
 @without_holes()
 def memory_table(base: Geometry, threads: int) -> list[Row]:
     """Peak bytes against tokens at several vocabularies, and the line through them."""
     # One micro-batch: a budget would bound the memory of the bodies.
-    narrow = replace(base, student=NARROW, teacher=NARROW, max_tokens=2**20)
+    narrow = replace(base, student=BODY, teacher=BODY, max_tokens=2**20)
     # So many that AdamW's own temporaries, which do not depend on them, are not the peak.
     tokens = [base.completion * b for b in (16, 32, 64)]
     rows = []
@@ -252,16 +259,15 @@ def memory_table(base: Geometry, threads: int) -> list[Row]:
             apart(threads, update_peak, replace(narrow, vocab=vocab, batch=n // base.completion))
             for n in tokens
         ]
-        x, y = torch.tensor(tokens).double(), torch.tensor(peaks).double()
-        slope = (((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()).item()
-        residual = (y - y.mean() - slope * (x - x.mean())).abs().max().item()
+        slope, start = line_through(tokens, peaks)
+        residual = max(abs(y - start - slope * x) for x, y in zip(tokens, peaks, strict=True))
         rows.append({
             "vocabulary": f"V = {vocab}",
             **{f"{n} tokens, MB": round(peak / 1e6) for n, peak in zip(tokens, peaks, strict=True)},
             "slope, kB / token": round(slope / 1e3, 1),
             "farthest from the line, MB": round(residual / 1e6, 1),
-            "at 0 tokens, MB": round((y.mean() - slope * x.mean()).item() / 1e6),
-            "head's weight, MB": round(4 * vocab * NARROW.hidden / 1e6),
+            "at 0 tokens, MB": round(start / 1e6),
+            "head's weight, MB": round(4 * vocab * BODY.hidden / 1e6),
             "one token's logits, kB": round(4 * vocab / 1e3),
         })  # fmt: skip
     return rows
