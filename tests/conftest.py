@@ -37,6 +37,24 @@ def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def code_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A second teacher, which ends its turns as the student does."""
+    return build_model(tmp_path_factory.mktemp("models") / "code", END_OF_TEXT, 24, seed=5)
+
+
+@pytest.fixture(scope="session")
+def domains(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts that belong to "math" and "code" in turn, each with a hint."""
+    path = tmp_path_factory.mktemp("data") / "domains.jsonl"
+    rows = [
+        {"problem": f"{i}+{i + 1}", "domain": ("math", "code")[i % 2], "hint": f"{2 * i + 1} is it"}
+        for i in range(8)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
     rows = [{"problem": problem.problem} for problem in task.problems("train", 64)]

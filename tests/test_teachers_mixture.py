@@ -12,14 +12,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from random_models import build_model
 from rollout_cases import make_rollout
 from teacher_server import NAME, TeacherServer
 from transformers import AutoTokenizer
 
 from poweropd import Config, Trainer
 from poweropd.data.rollout import Example, make_example
-from poweropd.embedded import END_OF_TEXT
 from poweropd.errors import UsageError
 from poweropd.models import fingerprints
 from poweropd.teachers import base
@@ -31,24 +29,16 @@ from poweropd.training.build import RunInputs
 MAKES = Callable[..., Config]
 
 
-@pytest.fixture(scope="module")
-def code_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_model(tmp_path_factory.mktemp("models") / "code", END_OF_TEXT, 24, seed=5)
-
-
 @pytest.fixture
-def several(recipe: MAKES, teacher_dir: Path, code_dir: Path, tmp_path: Path) -> MAKES:
+def several(recipe: MAKES, teacher_dir: Path, code_dir: Path, domains: Path) -> MAKES:
     """A recipe with two teachers, by column or as a mixture, whose weights are 3 and 1."""
-    path = tmp_path / "domains.jsonl"
-    rows = [{"problem": f"{i}+{i + 1}", "domain": ("math", "code")[i % 2]} for i in range(8)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def make(how: dict[str, Any], weights: tuple[float, float] = (3.0, 1.0), **keys: Any) -> Config:
         models = {"math": teacher_dir, "code": code_dir}
         teachers: dict[str, Any] = {**how}
         for (name, model), weight in zip(models.items(), weights, strict=True):
             teachers[name] = {"model": str(model), "dtype": "float32", "weight": weight}
-        return recipe(**{"teacher": teachers, "data.prompts": str(path), **keys})
+        return recipe(**{"teacher": teachers, "data.prompts": str(domains), **keys})
 
     return make
 

@@ -8,12 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from random_models import build_model
 from teacher_server import NAME, TeacherServer
 
 from poweropd import Config, Trainer
 from poweropd.data.rollout import Example
-from poweropd.embedded import END_OF_TEXT
 from poweropd.errors import UsageError
 from poweropd.teachers import base
 from poweropd.teachers.local import LocalTeacher
@@ -23,21 +21,9 @@ from poweropd.training.metrics import teacher_metrics, token_metrics
 MAKES = Callable[..., Config]
 
 
-@pytest.fixture(scope="module")
-def code_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A second teacher, which ends its turns as the student does."""
-    return build_model(tmp_path_factory.mktemp("models") / "code", END_OF_TEXT, 24, seed=5)
-
-
 @pytest.fixture
-def several(recipe: MAKES, teacher_dir: Path, code_dir: Path, tmp_path: Path) -> MAKES:
+def several(recipe: MAKES, teacher_dir: Path, code_dir: Path, domains: Path) -> MAKES:
     """A recipe whose prompts belong to "math" and "code" in turn, with a teacher for each."""
-    path = tmp_path / "domains.jsonl"
-    rows = [
-        {"problem": f"{i}+{i + 1}", "domain": ("math", "code")[i % 2], "hint": f"{2 * i + 1} is it"}
-        for i in range(8)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def make(**overrides: Any) -> Config:
         teachers = {
@@ -45,7 +31,7 @@ def several(recipe: MAKES, teacher_dir: Path, code_dir: Path, tmp_path: Path) ->
             "math": {"model": str(teacher_dir), "dtype": "float32"},
             "code": {"model": str(code_dir), "dtype": "float32"},
         }
-        return recipe(**{"teacher": teachers, "data.prompts": str(path), **overrides})
+        return recipe(**{"teacher": teachers, "data.prompts": str(domains), **overrides})
 
     return make
 
