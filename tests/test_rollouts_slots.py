@@ -165,7 +165,7 @@ def test_a_model_trains_as_before_once_its_layers_were_packed(model: Any) -> Non
     ids = torch.arange(3, 30)[None]
     with torch.no_grad():
         before = model(ids).logits
-        with PackedLinears(model) as none:
+        with PackedLinears(model).in_use() as none:
             assert none is None
             packed = model(ids).logits
         torch.testing.assert_close(packed, before)

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from poweropd.commands.options import Overrides, load_recipe
-from poweropd.errors import UsageError
+from poweropd.commands.options import DryRun, Overrides, check_batches, load_recipe
 
 
 def bench(
@@ -48,13 +47,10 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(help="Holds the run directories; runs/RECIPE-bench if absent.")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would run and what it costs.")
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Compare every reward and objective, each at its own learning rate, with intervals."""
-    if snr == 1:
-        raise UsageError("--snr: expected 0 or at least 2 batches, got 1")
+    check_batches(snr)
     base = load_recipe(recipe, overrides)
     from poweropd.config.shipped import find_recipe
     from poweropd.data.sources import check_source

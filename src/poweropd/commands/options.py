@@ -15,6 +15,16 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as reward.alpha=10.")
 ]
 
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Only say what would run and what it costs.")
+]
+
+
+def check_batches(snr: int) -> None:
+    """Raises UsageError for a number of batches of which no signal-to-noise ratio is known."""
+    if snr == 1:
+        raise UsageError("--snr: expected 0 or at least 2 batches, got 1")
+
 
 def load_recipe(path: Path, overrides: Sequence[str] | None) -> "Config":
     """Reads a recipe and checks its paths, without torch, so that an error comes at once."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from poweropd.commands.options import load_recipe
+from poweropd.commands.options import DryRun, load_recipe
 
 
 def sweep_command(
@@ -47,9 +47,7 @@ def sweep_command(
             help="The row that the others are compared with; the first --case if absent.",
         ),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would run and what it costs.")
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Run a recipe's variants, each with several seeds, and compare them in one table."""
     load_recipe(recipe, overrides)

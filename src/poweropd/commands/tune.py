@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from poweropd.commands.options import Overrides, load_recipe
+from poweropd.commands.options import DryRun, Overrides, check_batches, load_recipe
 from poweropd.errors import UsageError
 
 Numbers = Annotated[str, typer.Option(metavar="A,B,...", help="Alphas of power to try.")]
@@ -46,13 +46,10 @@ def tune(
     out: Annotated[
         Path | None, typer.Option(help="Holds the run directories; runs/RECIPE-tune if absent.")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would run and what it costs.")
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Try alphas and learning rates for some steps each, and write the recipe to train by."""
-    if snr == 1:
-        raise UsageError("--snr: expected 0 or at least 2 batches, got 1")
+    check_batches(snr)
     tried = {"alphas": numbers("--alphas", alphas), "rates": numbers("--rates", rates)}
     load_recipe(recipe, overrides)
     from poweropd.config.shipped import find_recipe

@@ -8,7 +8,7 @@ expected and what was got.
 import dataclasses
 import io
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Self
@@ -73,31 +73,13 @@ class Config(Section):
                 self._without_adapter,
             ),
             rules.weight_conflicts(self.teacher),
-            self._of_mixture(),
+            rules.mixture_conflicts(
+                self.teacher, self.data, self.objective, self.evaluate, self.train
+            ),
         )
         if (conflict := next(found, None)) is not None:
             raise ValueError(conflict)
         return self
-
-    def _of_mixture(self) -> Iterator[str]:
-        """Yields what a mixture of teachers cannot go with, with the key in front."""
-        if not self.mixes_teachers:
-            return
-        if self.data.teacher_reads_more:
-            yield (
-                "teacher.mix: all teachers read the student's prompt: drop data.teacher_column, "
-                "teacher_prompt and teacher_system"
-            )
-        if self.objective.teacher_top_k is not None:
-            yield "objective.teacher_top_k: teacher.mix has no most probable tokens: drop it"
-        if any(one.align == "spans" for one in self.teachers.values()):
-            yield "teacher.mix: teachers of a mixture must share the vocabulary; drop align: spans"
-        evaluate = evaluation.resolved(self.evaluate, self.data, self.train)
-        if evaluate is not None and evaluate.divergence is not None:
-            yield (
-                "evaluate.divergence: a mixture of teachers (teacher.mix) has no distribution to "
-                "compare with: set evaluate.benchmarks, without divergence"
-            )
 
     @property
     def only_teacher(self) -> teachers.TeacherConfig:

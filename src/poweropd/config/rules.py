@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
+from poweropd.config import evaluate as evaluation
 from poweropd.config import rollouts, sections, teachers
 from poweropd.config.data import DataConfig
 from poweropd.config.fields import ScheduleConfig
@@ -134,6 +135,33 @@ def weight_conflicts(teacher: teachers.AnyTeacher) -> Iterator[str]:
     """Yields why a teacher's weight means nothing."""
     if isinstance(teacher, teachers.TeacherConfig) and teacher.weight != 1:
         yield "teacher.weight: it belongs to one of several teachers (teacher.by, teacher.mix)"
+
+
+def mixture_conflicts(
+    teacher: teachers.AnyTeacher,
+    data: DataConfig,
+    objective: sections.ObjectiveConfig,
+    evaluate: evaluation.EvaluateConfig | None,
+    train: sections.TrainConfig,
+) -> Iterator[str]:
+    """Yields what a mixture of teachers cannot go with, with the key in front."""
+    if not isinstance(teacher, teachers.TeachersConfig) or not teacher.mix:
+        return
+    if data.teacher_reads_more:
+        yield (
+            "teacher.mix: all teachers read the student's prompt: drop data.teacher_column, "
+            "teacher_prompt and teacher_system"
+        )
+    if objective.teacher_top_k is not None:
+        yield "objective.teacher_top_k: teacher.mix has no most probable tokens: drop it"
+    if any(one.align == "spans" for one in teachers.by_key(teacher).values()):
+        yield "teacher.mix: teachers of a mixture must share the vocabulary; drop align: spans"
+    evaluate = evaluation.resolved(evaluate, data, train)
+    if evaluate is not None and evaluate.divergence is not None:
+        yield (
+            "evaluate.divergence: a mixture of teachers (teacher.mix) has no distribution to "
+            "compare with: set evaluate.benchmarks, without divergence"
+        )
 
 
 def _of_selection(select: sections.SelectConfig) -> Iterator[str]:

@@ -1,18 +1,18 @@
 """Linear layers with weights that the CPU library has packed once, instead of in every call."""
 
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 
 class PackedLinears:
-    """A context in which a model's linear layers run on packed copies of their weights.
+    """Packed copies of the weights of a model's linear layers.
 
     The weights are packed on creation and are not followed when they change. oneDNN then computes a
     row of a float32 layer to the same last bit in a batch of any size, which `nn.Linear` does not.
-    On other devices, in other dtypes and without oneDNN the context does nothing.
+    On other devices, in other dtypes and without oneDNN nothing is packed.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -23,18 +23,16 @@ class PackedLinears:
             if usable and type(layer) is nn.Linear and _packs(layer)
         ]
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Lets the layers compute with their packed copies, and as they did before at the end."""
         for layer, packed in self.layers:
             vars(layer)["forward"] = packed
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for layer, _ in self.layers:
-            del vars(layer)["forward"]
+        try:
+            yield
+        finally:
+            for layer, _ in self.layers:
+                del vars(layer)["forward"]
 
 
 def _packed(layer: nn.Linear) -> Callable[[Tensor], Tensor]:

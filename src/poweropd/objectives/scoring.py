@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from poweropd.data.batch import Batch
 from poweropd.kernels import Comparison, Head, compare_heads, score_tokens
 from poweropd.objectives.base import teacher_of
+from poweropd.rewards import log_ratio
 
 
 @dataclass(frozen=True)
@@ -53,3 +55,9 @@ class TokenScores:
     def _scored(self, hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
         merged_ids = self.merged_ids
         return score_tokens(hidden, head, targets, merged_ids=merged_ids, entropy=False).log_probs
+
+
+def distances(teacher_log_probs: Tensor, student_log_probs: Tensor) -> Tensor:
+    """Returns |ln t - ln p| of each token; an infinite one counts as the largest number."""
+    found = log_ratio(teacher_log_probs, student_log_probs).abs()
+    return found.clamp(max=torch.finfo(found.dtype).max)

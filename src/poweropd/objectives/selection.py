@@ -19,9 +19,9 @@ from poweropd.objectives import SELECTIONS, WEIGHTS
 from poweropd.objectives.base import Objective, TokenRecord, factors
 from poweropd.objectives.full_vocab import FullVocab
 from poweropd.objectives.sampled import Sampled
-from poweropd.objectives.scoring import TokenScores
+from poweropd.objectives.scoring import TokenScores, distances
 from poweropd.objectives.weights import Drift
-from poweropd.rewards import Reward, log_ratio
+from poweropd.rewards import Reward
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,10 @@ class Dial(Selection):
     beta: float
 
     def scores(self, batch: Batch, scores: TokenScores) -> Tensor:
-        """Returns the scores [N]; an infinite log ratio counts as the largest number."""
+        """Returns the scores [N]."""
         teacher, student = scores.log_probs
-        ratio = log_ratio(teacher, student).abs()
-        ratio = ratio.clamp(max=torch.finfo(ratio.dtype).max)
-        return ratio ** (1 - self.beta) * (teacher.exp() - student.exp()).abs() ** self.beta
+        difference = (teacher.exp() - student.exp()).abs()
+        return distances(teacher, student) ** (1 - self.beta) * difference**self.beta
 
 
 @dataclass(frozen=True)

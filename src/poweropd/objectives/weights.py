@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from poweropd.data.batch import Batch
-from poweropd.objectives.scoring import TokenScores
-from poweropd.rewards import log_ratio
+from poweropd.objectives.scoring import TokenScores, distances
 
 
 @dataclass(frozen=True)
@@ -22,10 +21,8 @@ class Drift:
     gamma: float
 
     def of(self, batch: Batch, scores: TokenScores) -> Tensor:
-        """Returns the weights [N], float32; an infinite log ratio counts as the largest number."""
-        teacher, student = scores.log_probs
-        distance = log_ratio(teacher, student).abs()
-        distance = distance.clamp(max=torch.finfo(distance.dtype).max).double()
+        """Returns the weights [N], float32."""
+        distance = distances(*scores.log_probs).double()
         parts = [self._of_completion(part) for part in batch.by_completion(distance)]
         return torch.cat([distance[:0], *parts]).float()
 

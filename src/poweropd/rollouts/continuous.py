@@ -216,7 +216,7 @@ class ContinuousDecoder:
         """Computes the keys and values of prompts, less their last token, for all their slots."""
         ids = [[*prompt[:-1], *[0] * (width + 1 - len(prompt))] for prompt in prompts]
         read = DynamicCache(config=self.model.config)
-        with self.packed:
+        with self.packed.in_use():
             self.model(
                 input_ids=torch.tensor(ids, device=self.device),
                 past_key_values=read,
@@ -238,7 +238,7 @@ class ContinuousDecoder:
         self.view.show(live, width)
         position, count = self.view.position[:live, None], self.count[:live, None]
         columns = torch.arange(width, device=self.device)
-        with self.packed:
+        with self.packed.in_use():
             logits = self.model(
                 input_ids=self.fed[:live, None],
                 attention_mask=(columns <= position).long(),

@@ -65,7 +65,7 @@ class PaddedDecoder:
     @torch.inference_mode()
     def _logits(self) -> Tensor:
         """Returns the logits of each live completion's next token."""
-        with self.packed:
+        with self.packed.in_use():
             logits: Tensor = self.model(
                 input_ids=self.input_ids,
                 attention_mask=self.mask,

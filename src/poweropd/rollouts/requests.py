@@ -52,9 +52,9 @@ class StepRequests:
         """Returns this process's completions of a step that come from a file, by their keys."""
         if self.off_policy is None:
             return {}
-        tokens = self.config.rollout.max_new_tokens_at(step)
-        found = self.off_policy.rollouts(step, self.of_all(step), tokens)
-        own = {request.key for request in self.requests(step)}
+        tokens, every = self.config.rollout.max_new_tokens_at(step), self.of_all(step)
+        found = self.off_policy.rollouts(step, every, tokens)
+        own = {request.key for request in every[self.own]}
         return {rollout.key: rollout for rollout in found if rollout.key in own}
 
     def sampled(self, step: int) -> list[Request]:

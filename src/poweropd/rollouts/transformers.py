@@ -139,9 +139,8 @@ class TransformersEngine:
 
         try:
             first = next(r for r in sampled(()) if r.request.key == (0, 0))
-            rollouts = sampled(
-                (first.completion_ids[1],)
-            )  # with which at least the first ends early
+            stop = first.completion_ids[1]  # with which at least the first ends early
+            rollouts = sampled((stop,))
         except loading.FORWARD_FAILURES as error:
             return f"fails ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         difference = max(self._difference(rollout) for rollout in rollouts)

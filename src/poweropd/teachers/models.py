@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from poweropd.config import Config
 from poweropd.config.teachers import SelfTeacherConfig
 from poweropd.models import attention, devices, loading, vocabulary
-from poweropd.models.language_model import Student, Teacher, dropout_rates
+from poweropd.models.language_model import LanguageModel, Student, Teacher, dropout_rates
 from poweropd.models.own_teacher import MovingAverage, own_teacher
 from poweropd.teachers.factory import (
     TeacherProfile,
@@ -103,12 +103,17 @@ def load_over_shared(
     frozen = {f"teacher {name}".strip(): teacher for name, teacher in made.teachers.items()}
     if reference is not None:
         frozen["reference"] = reference
-    for who, language_model in {"student": made.student, **frozen}.items():
-        home = language_model.device
-        if home != device:  # an offloaded teacher is checked where it will run
-            language_model.to(device)
-        attention.set_attention(language_model, config.model.attention)
-        language_model.flat = attention.packs_flat(language_model, config.train.packing, who)
-        if home != device:
-            language_model.to(home)
+    for who, one in {"student": made.student, **frozen}.items():
+        _choose_attention(one, who, config, device)
     return made
+
+
+def _choose_attention(model: LanguageModel, who: str, config: Config, device: torch.device) -> None:
+    """Sets a model's attention and the layout of its micro-batches, as the recipe says."""
+    home = model.device
+    if home != device:  # an offloaded teacher is checked where it will run
+        model.to(device)
+    attention.set_attention(model, config.model.attention)
+    model.flat = attention.packs_flat(model, config.train.packing, who)
+    if home != device:
+        model.to(home)

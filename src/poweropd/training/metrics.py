@@ -24,6 +24,7 @@ logger = logging.getLogger("poweropd")
 
 FIRST_STEPS = 3  # after which a run is judged
 NEARLY_ALL = 0.99
+KEYS = 2**31  # more samples than a prompt has: prompt * KEYS + sample is one number for both
 # Mean |ln p_student - ln p_sampler| of a step's tokens above which a run is warned.
 SAMPLER_TOLERANCE = 0.05
 
@@ -36,14 +37,15 @@ def token_metrics(outcome: UpdateOutcome | None, domains: Sequence[str] = ()) ->
     if outcome is None:
         return {"num_tokens": 0}
     record = outcome.record
-    log_ratios = distribution(record.log_ratios)
+    ratios = record.log_ratios
+    log_ratios = distribution(ratios)
     metrics = {
         "loss": outcome.loss,
         "grad_norm": outcome.grad_norm,
         **{f"reward/{key}": value for key, value in distribution(record.rewards).items()},
         "reward/zero_fraction": (record.rewards == 0).double().mean().item(),
         **{f"log_ratio/{key}": log_ratios[key] for key in ("mean", "min", "max")},
-        "log_ratio/far_fraction": (record.log_ratios.abs() >= FAR).double().mean().item(),
+        "log_ratio/far_fraction": (ratios.abs() >= FAR).double().mean().item(),
         "reverse_kl": -log_ratios["mean"],
         "entropy": record.entropy.double().mean().item(),
         "select/fraction": outcome.selected_fraction,
@@ -107,8 +109,8 @@ def sampler_metrics(
         return {}
     record = outcome.record
     ratios, weights = record.sampler_log_ratios.double(), record.weights.double()
-    keys = zip(record.prompt_indices.tolist(), record.sample_indices.tolist(), strict=True)
-    from_file = torch.tensor([key in given for key in keys], dtype=torch.bool)
+    owners = record.prompt_indices.long() * KEYS + record.sample_indices.long()
+    from_file = torch.isin(owners, torch.tensor([p * KEYS + s for p, s in given]).long())
     metrics: dict[str, float] = {}
     if from_file.any():
         metrics["off_policy/mean_weight"] = weights[from_file].mean().item()
