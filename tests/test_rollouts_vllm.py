@@ -68,7 +68,9 @@ def worst(trainer: Trainer, rollouts: list[Rollout]) -> float:
         own = log_probs[len(rollout.prompt_ids) - 1 : -1].gather(
             1, torch.tensor(rollout.completion_ids)[:, None]
         )
-        differences.append((own[:, 0] - torch.tensor(rollout.sampling_log_probs)).abs().max())
+        sampled = torch.tensor(rollout.completion_mask or [True] * len(rollout.completion_ids))
+        off = own[:, 0] - torch.tensor(rollout.sampling_log_probs)
+        differences.append(off[sampled].abs().max())
     return torch.stack(differences).max().item()
 
 
@@ -165,6 +167,25 @@ def test_two_processes_give_the_losses_of_one(sampled: MAKES, tmp_path: Path) ->
     assert json.loads((tmp_path / "two" / "environment.json").read_text())["processes"] == 2
     for mine, theirs in zip(metrics(tmp_path / "run"), metrics(tmp_path / "two"), strict=True):
         assert mine["num_tokens"] == theirs["num_tokens"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+def test_conversations_by_vllm_are_those_of_one_process(sampled: MAKES, tmp_path: Path) -> None:
+    """An environment answers, the student goes on, and its log-probs are those of its weights."""
+    talk = {"environment": "own_tools:Doubting", "max_turns": 3, "max_new_tokens": 60}
+    talk = {f"rollout.{key}": value for key, value in talk.items()}
+    trainer = Trainer(sampled(**talk), progress=False)
+    rollouts = generate(trainer, 8, max_new_tokens=60)
+    assert max(r.turns.turns for r in rollouts if r.turns) > 1
+    assert {trained for r in rollouts for trained in r.completion_mask or []} == {True, False}
+    assert worst(trainer, rollouts) < 1e-4
+    trainer.train()
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text(sampled(**talk, **{"run.dir": str(tmp_path / "two")}).to_yaml())
+    train_on_two_processes(recipe)
+    for mine, theirs in zip(metrics(tmp_path / "run"), metrics(tmp_path / "two"), strict=True):
+        for key in ("num_tokens", "completions/mean_turns", "completions/mean_length"):
+            assert mine[key] == theirs[key]
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
 
 

@@ -115,6 +115,7 @@ def test_values_may_be_lists_and_labels_stay_different(recipe_file: Path) -> Non
         (["--case", "a='1"], "--case a='1: no closing quotation"),
         (["--over", "reward.alpha=1,1"], "the same as --over reward.alpha=1"),
         ([*OVER, "--baseline", "vanilla"], "--baseline: expected one of alpha=1, alpha=100, got"),
+        ([*OVER, "--snr", "1"], "--snr: expected 0 or at least 2 batches, got 1"),
         (["run.dir=x", *OVER], "run.dir: a sweep names its runs' directories; use --out"),
     ],
 )

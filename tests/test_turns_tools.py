@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tool_users
 from own_tools import DEEDS
 from tiny_models import TURN_END, make_model
 from turn_cases import TOKENIZER, TOOLS, Scripted, call
@@ -157,6 +158,35 @@ def test_a_template_without_tools_is_refused_before_any_weight_is_loaded(
 ) -> None:
     with pytest.raises(UsageError, match="its chat template leaves out the tool 'calculate'"):
         Trainer(recipe(rollout={"tools": "own_tools:calculate"}), progress=False)
+
+
+@pytest.mark.thorough
+def test_a_student_that_calls_by_itself_learns_to_call_well(tmp_path: Path) -> None:
+    """It was taught to guess, and to leave a number out; docs/rollouts.md has a longer run."""
+    models = {
+        name: str(tool_users.make(name, tmp_path / name, steps, batch_size=32))
+        for name, steps in {"teacher": 300, "student": 250}.items()
+    }
+    config = Config.from_dict(
+        {
+            "run": {"dir": str(tmp_path / "run")},
+            "model": {"student": models["student"], "dtype": "float32"},
+            "teacher": {"model": models["teacher"], "dtype": "float32"},
+            "data": {"prompts": "embedded:train"},
+            "rollout": {"tools": tool_users.TOOL, "max_turns": 3, "max_new_tokens": 128},
+            "train": {"steps": 30, "prompts_per_step": 8, "learning_rate": 1e-3},
+            "evaluate": {
+                "every": 30, "benchmarks": ["embedded"], "limit": 64, "max_new_tokens": 128,
+            },
+        }
+    )  # fmt: skip
+    trainer = Trainer(config, progress=False)
+    trainer.train()
+    rows = trainer.run.metrics()
+    first, last = rows[0], rows[-1]
+    assert last["eval/embedded/avg_at_k"] > first["eval/embedded/avg_at_k"] + 0.3
+    assert first["completions/mean_tool_calls"] < 0.8 < 0.9 < last["completions/mean_tool_calls"]
+    assert last["completions/tool_error_fraction"] == 0
 
 
 def calls_a_tool(student: Student, config: Config, tokenizer: Any) -> Scripted:

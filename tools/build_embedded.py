@@ -158,14 +158,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, problem: task.ToyProblem) 
 
 def train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     """Trains a fresh model."""
-    return teach(make_model(recipe, tokenizer).train(), recipe, tokenizer)
-
-
-def teach(
-    model: Qwen3ForCausalLM, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
-) -> Qwen3ForCausalLM:
-    """Trains on fresh examples, with a cosine learning rate after a linear warm-up."""
     lessons = make_examples(recipe, tokenizer)
+    return teach(make_model(recipe, tokenizer).train(), recipe, lessons)
+
+
+def teach(model: Qwen3ForCausalLM, recipe: Recipe, lessons: list[Example]) -> Qwen3ForCausalLM:
+    """Trains once on all lessons, with a cosine learning rate after a linear warm-up."""
     optimizer = torch.optim.AdamW(
         model.parameters(), recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )

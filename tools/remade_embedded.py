@@ -46,7 +46,8 @@ def remade(
     tokenizer = make_tokenizer(kind, recipe.stop)
     model = Qwen3ForCausalLM.from_pretrained(embedded.path(name))
     renumber(model, original.make_tokenizer(recipe.stop).get_vocab(), tokenizer.get_vocab())
-    original.teach(model.train(), recipe, tokenizer).save_pretrained(folder)
+    lessons = original.make_examples(recipe, tokenizer)
+    original.teach(model.train(), recipe, lessons).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from poweropd.commands.options import DryRun, load_recipe
+from poweropd.commands.options import DryRun, check_batches, load_recipe
 
 
 def sweep_command(
@@ -50,6 +50,7 @@ def sweep_command(
     dry_run: DryRun = False,
 ) -> None:
     """Run a recipe's variants, each with several seeds, and compare them in one table."""
+    check_batches(snr)
     load_recipe(recipe, overrides)
     from poweropd.config.shipped import find_recipe
     from poweropd.sweep import cells, jobs
