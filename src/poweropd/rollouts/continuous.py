@@ -126,7 +126,8 @@ class ContinuousDecoder:
     """Samples the completions of `requests` in `slots` rows of one cache.
 
     Rows in use come first. Prompts of equal width are read together, each prompt once: its other
-    completions copy its columns. At least `least_width` columns are attended to.
+    completions copy its columns. At least `least_width` columns are attended to. The model makes
+    its attention's mask from the columns that count, or is given it if `makes_mask`.
     """
 
     def __init__(
@@ -137,7 +138,9 @@ class ContinuousDecoder:
         requests: Sequence[Request],
         slots: int,
         least_width: int = 0,
+        makes_mask: bool = False,
     ) -> None:
+        self.makes_mask = makes_mask
         self.model, self.packed, self.sampler = model, packed, sampler
         self.device, self.least_width = model.device, least_width
         self.max_tokens = sampler.sampling.max_new_tokens
@@ -237,11 +240,10 @@ class ContinuousDecoder:
         width = max(width, min(self.least_width, self.context))
         self.view.show(live, width)
         position, count = self.view.position[:live, None], self.count[:live, None]
-        columns = torch.arange(width, device=self.device)
         with self.packed.in_use():
             logits = self.model(
                 input_ids=self.fed[:live, None],
-                attention_mask=(columns <= position).long(),
+                attention_mask=self._mask(position, width),
                 position_ids=position.clone(),
                 past_key_values=self.cache,
                 use_cache=True,
@@ -257,6 +259,16 @@ class ContinuousDecoder:
         for row in self.rows:
             row.count += 1
         return self.sampler.has_ended(tokens, log_probs)
+
+    def _mask(self, position: Tensor, width: int) -> Tensor:
+        """Returns which columns each row attends to, or the mask of its attention."""
+        attended = torch.arange(width, device=self.device) <= position
+        if not self.makes_mask:
+            return attended.long()
+        # In this form transformers takes a mask as it is, whatever attention it is for.
+        mask = torch.zeros(attended.shape, dtype=self.model.dtype, device=self.device)
+        mask.masked_fill_(~attended, torch.finfo(mask.dtype).min)
+        return mask[:, None, None]
 
     def _take_ended(self, ended: Sequence[Sequence[bool]]) -> Iterator[Rollout]:
         """Yields the completions that `ended` in the last steps, [steps, live], and frees slots."""

@@ -110,6 +110,9 @@ def inverse_cdf(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     Ids are within [0, V) even if weights are NaN.
     """
     size = weights.shape[1]
+    if size <= BLOCK:
+        cumulative = weights.double().cumsum(1)
+        return _search(cumulative, uniforms)[0], cumulative[:, -1]
     whole = size // BLOCK * BLOCK
     sums = weights[:, :whole].unflatten(1, (-1, BLOCK)).sum(2)
     if whole < size:

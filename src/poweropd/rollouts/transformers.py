@@ -110,17 +110,16 @@ class TransformersEngine:
         A few completions of prompts of different lengths are sampled, one of which ends early, and
         scored by a forward each. Some architectures ignore the cache, or padding, without a word.
         """
-        ways = (
-            [self._in_slots, self._padded]
-            if continuous.holds_all_tokens(self.model)
-            else [self._padded]
-        )
         packed = PackedLinears(self.model)
-        for way in ways:
-            problem = self._problem(way, packed)
-            if problem is None:
-                self._decode = way
-                return
+        if continuous.holds_all_tokens(self.model) and not self._problem(self._in_slots, packed):
+            # Where the model's own mask is right, so is one that costs less, as a rule.
+            fast = partial(self._in_slots, makes_mask=True)
+            self._decode = self._in_slots if self._problem(fast, packed) else fast
+            return
+        problem = self._problem(self._padded, packed)
+        if problem is None:
+            self._decode = self._padded
+            return
         raise UsageError(
             f"rollout.engine: transformers: decoding {type(self.model).__name__} with a cache "
             f"{problem}: this engine cannot sample from it; try another version of transformers, "
@@ -192,10 +191,14 @@ class TransformersEngine:
         sampler: Sampler,
         requests: Sequence[Request],
         probe: bool = False,
+        makes_mask: bool = False,
     ) -> Iterator[Rollout]:
         """Decodes in slots; a probe fills few of them again, and attends to many masked columns."""
         slots, width = PROBE_VIEW if probe else (self.batch_size, 0)
-        return ContinuousDecoder(self.model, packed, sampler, requests, slots, width).run()
+        decoder = ContinuousDecoder(
+            self.model, packed, sampler, requests, slots, width, makes_mask=makes_mask
+        )
+        return decoder.run()
 
     def _padded(
         self,
