@@ -58,7 +58,15 @@ QUESTIONS = (
         Question(f"Does power at alpha {alpha} beat vanilla?", f"power {alpha}", BASELINE)
         for alpha in ("0.5", "5", "50", "500")
     ),
+    *(
+        Question("Is more alpha better?", f"power {more}", f"power {less}")
+        for less, more in (("0.5", "5"), ("5", "50"), ("50", "500"))
+    ),
     Question("Is a bound enough?", "clip", BASELINE),
+    *(
+        Question("Does power beat the squashed log ratios?", "power 500", name)
+        for name in ("clip", "tanh", "zscore")
+    ),
     Question("Power 5 against its bound alone", "power 5", "tanh 0.4"),
     Question("Power 5 against its damping alone", "power 5", "damped 5"),
     Question("Does less noise help vanilla?", "value baseline", BASELINE),
