@@ -11,6 +11,7 @@ from random_models import build_model
 from rollout_cases import make_request
 from tiny_models import make_model
 from transformers import AutoModelForCausalLM
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from poweropd.data.rollout import Request, Rollout
 from poweropd.embedded import END_OF_TEXT
@@ -19,7 +20,7 @@ from poweropd.models import loading
 from poweropd.models.packed import PackedLinears
 from poweropd.rollouts import continuous
 from poweropd.rollouts.base import Sampling, completion_seed
-from poweropd.rollouts.draws import Sampler, inverse_cdf
+from poweropd.rollouts.draws import Sampler, _truncated, inverse_cdf
 from poweropd.rollouts.transformers import TransformersEngine
 
 VOCABULARY = 103
@@ -208,3 +209,23 @@ def test_a_row_is_drawn_the_same_beside_any_others() -> None:
     for i in range(9):
         own = sampler.draw(logits[i : i + 1].clone(), uniforms[i : i + 1])
         assert (own[0].item(), own[1].item()) == (tokens[i].item(), log_probs[i].item())
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 20, 999, 5000])
+@pytest.mark.parametrize("top_p", [0.1, 0.95, 1.0])
+def test_truncation_is_that_of_transformers(top_k: int, top_p: float) -> None:
+    """With equal logits at every boundary, as bfloat16 has them."""
+    logits = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0)) * 3
+    logits = logits.bfloat16().float()
+    logits[:, 7] = -torch.inf
+    expected = logits / 0.6
+    if top_k:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    found = _truncated(logits, Sampling(4, (), temperature=0.6, top_k=top_k, top_p=top_p))
+    kept = expected.isfinite()
+    # Which of equal logits at the boundary of top-p stay is a matter of the sort.
+    assert torch.equal(found.sort(1).values, expected.sort(1).values)
+    apart = found.isfinite() != kept
+    assert torch.equal(found[~apart], expected[~apart])

@@ -22,7 +22,7 @@ class EvaluationSettings:
     tools: list[dict[str, object]] | None = None  # JSON schemas, for the chat template
     instruction: str | None = None  # appended to each problem, after a line break
     grader: str = "math"  # a name of poweropd.grading.graders, or package.module:function
-    group_size: int = 256  # completions sampled together; part of what makes a run repeatable
+    group_size: int = 1024  # completions sampled together; part of what makes a run repeatable
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,14 @@ def _truncated(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_k:
         logits = TopKLogitsWarper(sampling.top_k)(None, logits)
     if sampling.top_p < 1:
-        logits = TopPLogitsWarper(sampling.top_p)(None, logits)
+        # Top-p sorts, which takes a CPU long for a whole vocabulary: only what is left is sorted.
+        few = sampling.top_k and logits.device.type == "cpu"
+        left = max(1, int(logits.isfinite().sum(1).max())) if few else logits.shape[1]
+        largest, ids = logits.topk(left)
+        # In float64, as sums over other numbers of ids are rounded otherwise: what is left of a row
+        # must not depend on its neighbours.
+        largest = TopPLogitsWarper(sampling.top_p)(None, largest.double()).float()
+        logits = torch.full_like(logits, -torch.inf).scatter_(1, ids, largest)
     return logits
 
 
