@@ -17,7 +17,7 @@ MS_SWIFT_INSTALLED := $(MS_SWIFT_VENV)/.installed
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
 .PHONY: install demo test wheel docs check format reference clean vllm-cpu test-vllm test-quant \
-	test-harness test-thorough integrations integrations-ms-swift \
+	test-harness test-thorough test-all integrations integrations-ms-swift \
 	peers fuzz mutants journey
 
 install: $(INSTALLED)
@@ -39,6 +39,11 @@ test: install
 # What takes long: kills at random moments, full disks, two nodes, compiled layers.
 test-thorough: install
 	$(BIN)/pytest -m thorough --numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+# Both of them in one go, which leaves no core idle in between.
+test-all: install
+	$(BIN)/pytest -m 'not vllm and not slow and not wheel and not journey and not integrations' \
+		--numprocesses auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 # The wheel, built and tried outside this checkout; `PYTHON=python3.13 VENV=.venv-3.13` tries it, as
 # every other target, with another interpreter.
