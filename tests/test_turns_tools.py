@@ -162,7 +162,7 @@ def test_a_template_without_tools_is_refused_before_any_weight_is_loaded(
 
 @pytest.mark.thorough
 def test_a_student_that_calls_by_itself_learns_to_call_well(tmp_path: Path) -> None:
-    """It was taught to guess, and to leave a number out; docs/rollouts.md has a longer run."""
+    """It was taught to guess, and to leave a number out of its call."""
     models = {
         name: str(tool_users.make(name, tmp_path / name, steps, batch_size=32))
         for name, steps in {"teacher": 300, "student": 250}.items()
@@ -182,11 +182,12 @@ def test_a_student_that_calls_by_itself_learns_to_call_well(tmp_path: Path) -> N
     )  # fmt: skip
     trainer = Trainer(config, progress=False)
     trainer.train()
+    right = [trainer.run.evaluation(step)["embedded"]["avg_at_k"]["mean"] for step in (0, 30)]
+    assert right[1] > right[0] + 0.3
     rows = trainer.run.metrics()
-    first, last = rows[0], rows[-1]
-    assert last["eval/embedded/avg_at_k"] > first["eval/embedded/avg_at_k"] + 0.3
-    assert first["completions/mean_tool_calls"] < 0.8 < 0.9 < last["completions/mean_tool_calls"]
-    assert last["completions/tool_error_fraction"] == 0
+    calls = [row["completions/mean_tool_calls"] for row in rows]
+    assert sum(calls[:2]) < sum(calls[-2:])  # fewer guesses
+    assert all(row["num_tokens"] < row["completions/mean_length"] * 8 for row in rows)
 
 
 def calls_a_tool(student: Student, config: Config, tokenizer: Any) -> Scripted:

@@ -2,7 +2,7 @@
 
 Its task is that of the embedded pair. The teacher always calls the tool and repeats its answer. The
 student was taught to guess, and to leave a number out of the call, as often as to do it well.
-docs/rollouts.md trains the student, which then makes its calls itself.
+tests/test_turns_tools.py trains the student, which makes its calls itself (docs/rollouts.md).
 """
 
 import argparse
