@@ -180,7 +180,7 @@ def test_phases_hold_all_operations_of_an_update(update: ModuleType, scaling: Mo
     assert scaling.phase_seconds(geometry, repeats=1).keys() == flops.keys()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_whole_steps_are_timed_and_a_missing_trainer_is_said(tmp_path: Path) -> None:
     file = tmp_path / "step.json"
     command = [sys.executable, str(BENCHMARKS / "step.py"), "--geometry", "tiny", "--steps", "1"]

@@ -378,7 +378,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(across: MAKES, tmp_path:
         assert torch.equal(tensor, weights[name])
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_student_learns_from_a_teacher_that_spells(tmp_path: Path) -> None:
     teacher = remade("teacher", "spelled", tmp_path / "teacher", steps=80, batch_size=16)
     tree = read_yaml(shipped_recipe("embedded.yaml"))

@@ -160,7 +160,7 @@ def test_a_template_without_tools_is_refused_before_any_weight_is_loaded(
         Trainer(recipe(rollout={"tools": "own_tools:calculate"}), progress=False)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_student_that_calls_by_itself_learns_to_call_well(tmp_path: Path) -> None:
     """It was taught to guess, and to leave a number out of its call."""
     models = {
