@@ -1,6 +1,7 @@
 """The in-process vLLM engine, for real: what it samples, and whose weights it holds."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -170,17 +171,20 @@ def test_two_processes_give_the_losses_of_one(sampled: MAKES, tmp_path: Path) ->
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
 
 
-def test_conversations_by_vllm_are_those_of_one_process(sampled: MAKES, tmp_path: Path) -> None:
+def test_conversations_by_vllm_are_those_of_one_process(
+    sampled: MAKES, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An environment answers, the student goes on, and its log-probs are those of its weights."""
     talk = {"environment": "own_tools:Doubting", "max_turns": 3, "max_new_tokens": 60}
     talk = {f"rollout.{key}": value for key, value in talk.items()}
     trainer = Trainer(sampled(**talk), progress=False)
-    rollouts = generate(trainer, 8, max_new_tokens=60)
+    rollouts = generate(trainer, 40, max_new_tokens=60)
     assert max(r.turns.turns for r in rollouts if r.turns) > 1
     assert {trained for r in rollouts for trained in r.completion_mask or []} == {True, False}
     assert worst(trainer, rollouts) < 1e-4
     trainer.train()
     recipe = tmp_path / "two.yaml"
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
     recipe.write_text(sampled(**talk, **{"run.dir": str(tmp_path / "two")}).to_yaml())
     train_on_two_processes(recipe)
     for mine, theirs in zip(metrics(tmp_path / "run"), metrics(tmp_path / "two"), strict=True):
