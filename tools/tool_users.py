@@ -19,6 +19,7 @@ from poweropd.rollouts.turns.calculator import calculate
 from poweropd.rollouts.turns.tools import tool_schemas
 
 TOOL = "poweropd.rollouts.turns.calculator:calculate"
+SCHEMAS = tool_schemas([TOOL])
 CALL = ["<tool_call>", "</tool_call>", "calculate", "arguments", "expression", "name", "tool"]
 PATTERN = r"</?tool_call>|calculate|arguments|expression|name|tool|" + original.PATTERN
 
@@ -51,17 +52,16 @@ def lesson(
     tokenizer: PreTrainedTokenizerFast, problem: task.ToyProblem, expression: str | None, said: str
 ) -> original.Example:
     """Returns a conversation that ends with `said` in a box, after a call if there is one."""
-    tools = tool_schemas([TOOL])
     turns: list[dict[str, object]] = [{"role": "user", "content": problem.problem}]
     prompt = tokenizer.apply_chat_template(
-        turns, tools=tools, tokenize=False, add_generation_prompt=True
+        turns, tools=SCHEMAS, tokenize=False, add_generation_prompt=True
     )
     if expression is not None:
         function = {"name": "calculate", "arguments": {"expression": expression}}
         turns.append({"role": "assistant", "content": "", "tool_calls": [{"function": function}]})
         turns.append({"role": "tool", "content": calculate(expression)})
     turns.append({"role": "assistant", "content": f"\\boxed{{{said}}}"})
-    text = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False).removesuffix("\n")
+    text = tokenizer.apply_chat_template(turns, tools=SCHEMAS, tokenize=False).removesuffix("\n")
     ids = [tokenizer(part)["input_ids"] for part in (prompt, text.removeprefix(prompt))]
     return ids[0], ids[1]
 

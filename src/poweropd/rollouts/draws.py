@@ -93,15 +93,20 @@ def _truncated(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_k:
         logits = TopKLogitsWarper(sampling.top_k)(None, logits)
     if sampling.top_p < 1:
-        # Top-p sorts, which takes a CPU long for a whole vocabulary: only what is left is sorted.
         few = sampling.top_k and logits.device.type == "cpu"
-        left = max(1, int(logits.isfinite().sum(1).max())) if few else logits.shape[1]
-        largest, ids = logits.topk(left)
-        # In float64, as sums over other numbers of ids are rounded otherwise: what is left of a row
-        # must not depend on its neighbours.
-        largest = TopPLogitsWarper(sampling.top_p)(None, largest.double()).float()
-        logits = torch.full_like(logits, -torch.inf).scatter_(1, ids, largest)
+        warper = TopPLogitsWarper(sampling.top_p)
+        logits = _among_the_finite(warper, logits) if few else warper(None, logits)
     return logits
+
+
+def _among_the_finite(warper: TopPLogitsWarper, logits: Tensor) -> Tensor:
+    """Applies top-p to the finite logits alone: it sorts, which takes a CPU long for all ids."""
+    most = max(1, int(logits.isfinite().sum(1).max()))
+    largest, ids = logits.topk(most)
+    # In float64, as sums over other numbers of ids are rounded otherwise: what is left of a row
+    # must not depend on its neighbours.
+    largest = warper(None, largest.double()).float()
+    return torch.full_like(logits, -torch.inf).scatter_(1, ids, largest)
 
 
 def _weights(logits: Tensor) -> Tensor:
