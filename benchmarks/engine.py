@@ -29,6 +29,7 @@ from poweropd.data.rollout import Request
 from poweropd.models.devices import torch_dtype
 from poweropd.rollouts.base import Sampling, completion_seed
 from poweropd.rollouts.transformers import TransformersEngine
+from poweropd.stops import stop_ids
 
 LENGTHS = {"fixed": 0.0, "ragged": 1 / 112}  # share of the vocabulary that ends a completion
 BATCH = 128  # the default of rollout.batch_size
@@ -69,10 +70,9 @@ class Case:
             )
             for problem in problems
         ]
-        stops = torch.tensor(model.generation_config.eos_token_id).flatten().tolist()
         prompts.sort(key=len, reverse=True)
-        own = tuple(stops) if LENGTHS[lengths] else ()
-        return cls(model.to(DEVICE), model.config.vocab_size, prompts, own, batch)
+        stops = stop_ids(tokenizer, model.generation_config) if LENGTHS[lengths] else []
+        return cls(model.to(DEVICE), model.config.vocab_size, prompts, tuple(stops), batch)
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,10 @@ def generate(case: Case) -> Sample:
     def sample_chunk(prompts: list[list[int]], tokens: int) -> int:
         width = max(map(len, prompts))
         inputs = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=DEVICE)
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
+        padding = torch.tensor([[width - len(ids)] for ids in prompts], device=DEVICE)
         ids = case.model.generate(
             inputs,
-            attention_mask=mask.to(DEVICE),
+            attention_mask=(torch.arange(width, device=DEVICE) >= padding).long(),
             do_sample=True,
             top_k=0,
             top_p=1.0,
