@@ -98,3 +98,11 @@ def student_rows(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], st
         return str(build_model(directory, END_OF_TEXT, 16, seed=3, rows=rows))
 
     return make
+
+
+@pytest.fixture(scope="module")
+def few(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten prompts."""
+    path = tmp_path_factory.mktemp("few") / "few.jsonl"
+    path.write_text("".join(prompts.read_text().splitlines(keepends=True)[:10]))
+    return path
