@@ -76,10 +76,10 @@ PROOFS = {
     "evaluate.before": ("keys_data::the_student_is_evaluated_before_the_first_step_if_asked_for"),
     "evaluate.teacher": "teacher_evaluation::it_is_measured_once_in_a_run",
     "evaluate.benchmarks.revision": "keys_data::a_benchmark_is_of_its_revision",
-    "evaluate.divergence.prompts": "divergence::a_file_of_prompts_beside_benchmarks",
-    "evaluate.divergence.n": "divergence::a_file_of_prompts_beside_benchmarks",
-    "evaluate.divergence.limit": "divergence::a_file_of_prompts_beside_benchmarks",
-    "evaluate.divergence.max_new_tokens": "divergence::a_file_of_prompts_beside_benchmarks",
+    "evaluate.divergence.prompts": "divergence_training::a_file_of_prompts_beside_benchmarks",
+    "evaluate.divergence.n": "divergence_training::a_file_of_prompts_beside_benchmarks",
+    "evaluate.divergence.limit": "divergence_training::a_file_of_prompts_beside_benchmarks",
+    "evaluate.divergence.max_new_tokens": "divergence_training::a_file_of_prompts_beside_benchmarks",
     "evaluate.divergence.temperature": (
         "keys_data::completions_of_the_divergence_are_sampled_at_its_temperature"
     ),
