@@ -24,6 +24,7 @@ ADDRESSES = ("10.77.0.1", "10.77.0.2")
 RECIPE = Path(__file__).parent.parent / "recipes" / "embedded.yaml"
 PORT = 29555
 SECONDS = 60  # within which the other node ends when one is killed
+PATIENCE = 480  # a busy machine with two cores is slow, and slow is not wrong
 OVERRIDES = (
     *("train.sharding=fsdp2", "model.dtype=float32", "train.prompts_per_step=4"),
     *("rollout.max_new_tokens=16", "checkpoint.every=2", "evaluate=null", "data.holdout=0"),
@@ -87,14 +88,17 @@ def kill_node(name: str) -> None:
 def trained(names: list[str], run: Path, steps: int) -> None:
     """Runs both nodes to their end."""
     processes = [start(node, names, run, steps) for node in (0, 1)]
-    for node, process in enumerate(processes):
-        assert process.wait(240) == 0, (run.parent / f"node{node}.log").read_text()
+    logs = [run.parent / f"node{node}.log" for node in (0, 1)]
+    ended = wait_until(lambda: all(process.poll() is not None for process in processes), PATIENCE)
+    said = "\n".join(log.read_text() for log in logs)
+    assert ended, f"not at its end after {PATIENCE} s:\n{said}"
+    assert [process.returncode for process in processes] == [0, 0], said
 
 
 def one_process(run: Path, steps: int) -> None:
     config = [*OVERRIDES, f"run.dir={run}", f"train.steps={steps}"]
     command = [sys.executable, "-m", "poweropd", "train", str(RECIPE)]
-    subprocess.run([*command, *config], check=True, capture_output=True, timeout=240)
+    subprocess.run([*command, *config], check=True, capture_output=True, timeout=PATIENCE)
 
 
 def wait_until(holds: Callable[[], bool], seconds: float) -> bool:
@@ -115,8 +119,8 @@ def test_two_nodes_train_as_one_process_and_survive_the_death_of_one(
     for a, b in zip(metrics(one), metrics(two), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
 
-    processes = [start(node, nodes, killed, 40) for node in (0, 1)]
-    assert wait_until(lambda: (killed / "checkpoints").is_dir() and len(metrics(killed)) > 2, 240)
+    processes = [start(node, nodes, killed, 16) for node in (0, 1)]
+    assert wait_until(lambda: (killed / "checkpoints").is_dir() and len(metrics(killed)) > 2, PATIENCE)
     kill_node(nodes[1])
     processes[1].wait()
     try:
@@ -126,5 +130,5 @@ def test_two_nodes_train_as_one_process_and_survive_the_death_of_one(
     said = (tmp_path / "node0.log").read_text()
     assert "another process of this run has ended" in said
     assert "the same command on all nodes" in said
-    trained(nodes, killed, 40)
-    assert len(metrics(killed)) == 40
+    trained(nodes, killed, 16)
+    assert len(metrics(killed)) == 16
