@@ -120,7 +120,8 @@ def test_two_nodes_train_as_one_process_and_survive_the_death_of_one(
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
 
     processes = [start(node, nodes, killed, 16) for node in (0, 1)]
-    assert wait_until(lambda: (killed / "checkpoints").is_dir() and len(metrics(killed)) > 2, PATIENCE)
+    saved = killed / "checkpoints"
+    assert wait_until(lambda: saved.is_dir() and len(metrics(killed)) > 2, PATIENCE)
     kill_node(nodes[1])
     processes[1].wait()
     try:
