@@ -79,7 +79,9 @@ PROOFS = {
     "evaluate.divergence.prompts": "divergence_training::a_file_of_prompts_beside_benchmarks",
     "evaluate.divergence.n": "divergence_training::a_file_of_prompts_beside_benchmarks",
     "evaluate.divergence.limit": "divergence_training::a_file_of_prompts_beside_benchmarks",
-    "evaluate.divergence.max_new_tokens": "divergence_training::a_file_of_prompts_beside_benchmarks",
+    "evaluate.divergence.max_new_tokens": (
+        "divergence_training::a_file_of_prompts_beside_benchmarks"
+    ),
     "evaluate.divergence.temperature": (
         "keys_data::completions_of_the_divergence_are_sampled_at_its_temperature"
     ),

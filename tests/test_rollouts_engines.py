@@ -114,6 +114,37 @@ def test_an_engine_that_shares_the_students_weights_cannot_be_ahead(recipe: MAKE
         Trainer(recipe(**{"rollout.staleness": 1}), progress=False)
 
 
+class Falters:
+    """Samples from the student in the first two steps and the seventh, and else stops at once."""
+
+    concurrent = False
+
+    def __init__(self, student: Any, config: Config, tokenizer: Any) -> None:
+        self.engine = TransformersEngine(student.model, vocab_size=student.vocab_size)
+        self.steps = 0
+
+    def sync(self) -> None: ...
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Rollout]:
+        self.steps += 1
+        if self.steps in {1, 2, 7}:
+            return self.engine.generate(requests, sampling)
+        stop = next(iter(sampling.stop_ids))
+        return (request.rollout([stop], [-1.0], stopped=True) for request in requests)
+
+
+def test_a_student_that_begins_to_stop_at_once_is_said_once(
+    recipe: MAKES, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    falters = {"rollout.engine": f"{__name__}:Falters", "train.steps": 9}
+    Trainer(recipe(**falters), progress=False).train()
+    trained = [bool(row["num_tokens"]) for row in metrics(tmp_path / "run")]
+    assert trained == [step in {1, 2, 7} for step in range(1, 10)]
+    said = [r.message for r in caplog.records if "the last 3 steps trained nothing" in r.message]
+    assert len(said) == 1
+    assert "objective.stop=raw" in said[0]
+
+
 Change = Callable[[Rollout], list[Rollout]]
 
 

@@ -24,6 +24,7 @@ logger = logging.getLogger("poweropd")
 
 FIRST_STEPS = 3  # after which a run is judged
 NEARLY_ALL = 0.99
+EMPTY = "every completion is empty or a single stop token, which objective.stop=mask leaves out"
 KEYS = 2**31  # more samples than a prompt has: prompt * KEYS + sample is one number for both
 # Mean |ln p_student - ln p_sampler| of a step's tokens above which a run is warned.
 SAMPLER_TOLERANCE = 0.05
@@ -225,13 +226,16 @@ def turn_metrics(turns: Sequence[TurnCounts | None]) -> dict[str, float]:
 
 
 def hints(rows: Sequence[StepMetrics], config: Config) -> list[str]:
-    """Returns what a user should know after the first steps, given their metrics."""
+    """Returns what a user should know after the first steps, or when later ones train nothing."""
+    if len(rows) < min(FIRST_STEPS, config.train.steps):
+        return []
+    if len(rows) > FIRST_STEPS:
+        return _halted(rows)
     trained = [row for row in rows if row.get("num_tokens")]
     if not trained:
         return [
-            "nothing was trained in the first steps: every completion is empty or a single stop "
-            "token, which objective.stop=mask leaves out: look at the first prompt above (does the "
-            "model's turn begin where it ends?), or set objective.stop=raw"
+            f"nothing was trained in the first steps: {EMPTY}: look at the first prompt above "
+            "(does the model's turn begin where it ends?), or set objective.stop=raw"
         ]
     found = []
     zero = _mean_of(trained, "reward/zero_fraction")
@@ -250,6 +254,18 @@ def hints(rows: Sequence[StepMetrics], config: Config) -> list[str]:
             "the student knows when to stop"
         )
     return found
+
+
+def _halted(rows: Sequence[StepMetrics]) -> list[str]:
+    """Says so if the last steps trained nothing, and the one before them did."""
+    before, *last = [row.get("num_tokens") for row in rows[-FIRST_STEPS - 1 :]]
+    if not before or any(last):
+        return []
+    return [
+        f"the last {FIRST_STEPS} steps trained nothing: {EMPTY}. This student stops at once and "
+        "cannot learn to go on: begin anew with objective.stop=raw (or semantic, if the two models "
+        "end with different tokens)"
+    ]
 
 
 def _reward_remedy(config: Config) -> str:

@@ -131,7 +131,7 @@ class Trainer:
                 self.steps_done += 1
                 metrics |= self._validate()
                 self._record(metrics)
-                self._hint()
+                self._hint(metrics)
                 self.progress.update(self.steps_done, metrics)
                 interrupted = any(gather_object([bool(received)]))
                 if interrupted or self.steps_done % every == 0 or self.steps_done == end:
@@ -330,10 +330,10 @@ class Trainer:
             self.run.append_metrics(metrics)
         self.accelerator.log(tracked(metrics), step=metrics["step"])
 
-    def _hint(self) -> None:
-        """Warns after the first steps if nothing can be learned from them."""
-        judged = min(FIRST_STEPS, self.config.train.steps)
-        if self.steps_done == judged and self.accelerator.is_main_process:
+    def _hint(self, metrics: StepMetrics) -> None:
+        """Warns if nothing can be learned from the first steps, or later ones train nothing."""
+        due = self.steps_done == min(FIRST_STEPS, self.config.train.steps)
+        if self.accelerator.is_main_process and (due or not metrics["num_tokens"]):
             for text in hints(self.run.metrics(), self.config):
                 logger.warning("%s", text)
 
