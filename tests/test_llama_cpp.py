@@ -30,6 +30,7 @@ pytestmark = pytest.mark.thorough
 MAKES = Callable[..., Config]
 TEXT = "The capital of France is Paris, a town of 2,102,650 people; é, 漢, 🙂."
 CONTEXT = 256
+NAME = "teacher"
 TOP = 6
 START_SECONDS = 120
 
@@ -46,9 +47,10 @@ def folder() -> Path:
 def url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where a server of llama.cpp answers, with two slots."""
     port = free_port()
-    command = [str(folder / "llama-server"), "--model", str(folder / "model.gguf")]
+    command = [str(folder / "llama-server"), "--model", str(folder / "model.gguf"), "--alias", NAME]
     command += ["--host", "127.0.0.1", "--port", str(port), "--threads", "1", "--parallel", "2"]
     command += ["--ctx-size", str(2 * CONTEXT), "--cache-type-k", "f32", "--cache-type-v", "f32"]
+    command += ["--flash-attn", "off"]  # which would round to half precision
     log = tmp_path_factory.mktemp("llama") / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
@@ -75,7 +77,7 @@ def healthy(url: str) -> bool:
 def test_it_gives_the_models_log_probs(folder: Path, url: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
-    section = TeacherConfig(model="model.gguf", servers=[url], server_type="llama_cpp")
+    section = TeacherConfig(model=NAME, servers=[url], server_type="llama_cpp")
     teacher = ServerTeacher(section, TOP)
     assert teacher.context() == CONTEXT - 1
     ids = tokenizer(TEXT)["input_ids"]
@@ -107,7 +109,7 @@ def test_a_distillation_has_the_update_of_a_local_teacher(
     AutoTokenizer.from_pretrained(folder / "model").save_pretrained(student)
     found = []
     local = {"teacher.model": str(folder / "model"), "model.student": str(student)}
-    served = {"teacher.model": "model.gguf", "teacher.tokenizer": str(folder / "model")}
+    served = {"teacher.model": NAME, "teacher.tokenizer": str(folder / "model")}
     served |= {"teacher.servers": [url], "teacher.server_type": "llama_cpp"}
     keys = {**local, "objective.teacher_top_k": TOP, "rollout.max_new_tokens": 4, **WHOLE}
     for name, own in (("local", {}), ("served", served)):
