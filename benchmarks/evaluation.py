@@ -11,13 +11,13 @@ workers, which each import what compares answers.
 
 import argparse
 import json
-import resource
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from common import apart, machine, now, print_table, since
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -64,10 +64,10 @@ class Canned:
         """Has no weights to take over."""
 
 
-def children() -> float:
-    """CPU seconds of this process's children that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+def workers_seconds() -> float:
+    """CPU seconds of the grading workers, and of the server that forks them and outlives them."""
+    below = psutil.Process().children(recursive=True)
+    return sum(sum(process.cpu_times()[:4]) for process in below)  # with those of ended children
 
 
 def cost_of(name: str, data: Path) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def cost_of(name: str, data: Path) -> dict[str, Any]:
         sets = {name: ProblemSet(problems, settings)}
         rows = run_benchmarks(subject, sets, Path(folder), progress=False)[name].rows
     cpu, wall = since(begun)
-    workers, right = children(), sum(row["correct"] for row in rows)
+    workers, right = workers_seconds(), sum(row["correct"] for row in rows)
     expected = sum(number % 3 != 2 for number in range(len(problems)))
     return {
         "set": name,
