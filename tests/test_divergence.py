@@ -215,6 +215,7 @@ def test_a_served_teacher_agrees_in_what_it_tells(
         assert row["reverse_kl"] == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.thorough
 def test_the_sampled_estimate_is_of_the_exact_figure(
     server: TeacherServer, student_dir: Path, teacher_dir: Path, prompts: Path, tmp_path: Path
 ) -> None:

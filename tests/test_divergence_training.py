@@ -116,6 +116,7 @@ def test_other_runs_measure_the_same_before_training(
         assert figures[1][name] == pytest.approx(figure, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.thorough
 def test_served_and_several_teachers_in_training(
     recipe: MAKES, server: TeacherServer, teacher_dir: Path, few: Path, tmp_path: Path
 ) -> None:

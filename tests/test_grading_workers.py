@@ -152,6 +152,7 @@ def test_settings_out_of_range(arguments: dict[str, int]) -> None:
         Grader(**arguments)
 
 
+@pytest.mark.thorough
 def test_workers_load_neither_torch_nor_the_script(tmp_path: Path) -> None:
     """Even for a script that imports torch and has no main guard; and the parent needs no sympy."""
     script = tmp_path / "script.py"

@@ -199,6 +199,7 @@ def test_the_slider_smooths_curves_and_keeps_the_raw_line(opened: webdriver.Chro
     assert len({row["mean"] for row in first}) > 5
 
 
+@pytest.mark.thorough
 def test_a_watched_page_loads_again_as_the_reader_left_it(
     opened: webdriver.Chrome, report: Path, tmp_path: Path
 ) -> None:

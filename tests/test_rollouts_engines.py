@@ -92,7 +92,7 @@ def test_ahead_every_step_is_sampled_by_weights_of_so_many_steps_before(
     assert len(set(after)) == 7
 
 
-@pytest.mark.parametrize("staleness", [1, 3])
+@pytest.mark.parametrize("staleness", [1, pytest.param(3, marks=pytest.mark.thorough)])
 def test_what_was_sampled_ahead_survives_an_interruption(
     recipe: MAKES, tmp_path: Path, staleness: int
 ) -> None:

@@ -192,6 +192,7 @@ def test_two_launched_processes_give_the_losses_of_one(recipe: MAKES, tmp_path: 
         assert found["processes"] == processes
 
 
+@pytest.mark.thorough
 def test_statistics_and_counts_of_a_step_are_over_all_processes(
     recipe: MAKES, tmp_path: Path
 ) -> None:

@@ -131,6 +131,7 @@ def without_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "JobRunner", Here)
 
 
+@pytest.mark.thorough
 def test_trials_are_stopped_go_on_and_may_diverge(
     recipe_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
