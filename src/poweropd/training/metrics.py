@@ -226,11 +226,7 @@ def turn_metrics(turns: Sequence[TurnCounts | None]) -> dict[str, float]:
 
 
 def hints(rows: Sequence[StepMetrics], config: Config) -> list[str]:
-    """Returns what a user should know after the first steps, or when later ones train nothing."""
-    if len(rows) < min(FIRST_STEPS, config.train.steps):
-        return []
-    if len(rows) > FIRST_STEPS:
-        return _halted(rows)
+    """Returns what a user should know after the first steps, given their metrics."""
     trained = [row for row in rows if row.get("num_tokens")]
     if not trained:
         return [
@@ -256,10 +252,10 @@ def hints(rows: Sequence[StepMetrics], config: Config) -> list[str]:
     return found
 
 
-def _halted(rows: Sequence[StepMetrics]) -> list[str]:
-    """Says so if the last steps trained nothing, and the one before them did."""
+def halted(rows: Sequence[StepMetrics]) -> list[str]:
+    """Returns what a user should know where steps have begun to train nothing."""
     before, *last = [row.get("num_tokens") for row in rows[-FIRST_STEPS - 1 :]]
-    if not before or any(last):
+    if not before or any(last) or len(last) < FIRST_STEPS:
         return []
     return [
         f"the last {FIRST_STEPS} steps trained nothing: {EMPTY}. This student stops at once and "

@@ -32,6 +32,7 @@ from poweropd.training.metrics import (
     FIRST_STEPS,
     gathered_completions,
     grade_metrics,
+    halted,
     hints,
     mixture_metrics,
     sampler_metrics,
@@ -332,9 +333,10 @@ class Trainer:
 
     def _hint(self, metrics: StepMetrics) -> None:
         """Warns if nothing can be learned from the first steps, or later ones train nothing."""
-        due = self.steps_done == min(FIRST_STEPS, self.config.train.steps)
-        if self.accelerator.is_main_process and (due or not metrics["num_tokens"]):
-            for text in hints(self.run.metrics(), self.config):
+        judged = self.steps_done == min(FIRST_STEPS, self.config.train.steps)
+        if self.accelerator.is_main_process and (judged or not metrics["num_tokens"]):
+            rows = self.run.metrics()
+            for text in hints(rows, self.config) if judged else halted(rows):
                 logger.warning("%s", text)
 
     # Saving and resuming.
