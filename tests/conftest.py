@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,22 @@ def student_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def teacher_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_model(tmp_path_factory.mktemp("models") / "teacher", TURN_END, 24, seed=2)
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tries again at once, and does not wait long for a server at the start."""
+    monkeypatch.setattr("poweropd.net.FIRST_DELAY", 0.02)
+    monkeypatch.setattr("poweropd.net.START_SECONDS", 0.2)
+
+
+@pytest.fixture(scope="module")
+def server(teacher_dir: Path) -> Iterator[Any]:
+    """A `teacher_server.TeacherServer` that the tests of a file share."""
+    from teacher_server import TeacherServer
+
+    with TeacherServer(teacher_dir) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from teacher_server import NAME, TeacherServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from poweropd import Config, commands, net, stops
+from poweropd import Config, commands, stops
 from poweropd.config.data import DataConfig
 from poweropd.config.teachers import TeacherConfig
 from poweropd.errors import RunError, UsageError
@@ -30,20 +30,9 @@ from poweropd.kernels import Head, TeacherHead, compare_heads
 from poweropd.runs.files import read_jsonl
 from poweropd.runs.metrics import OF_DIVERGENCE
 
+pytestmark = pytest.mark.usefixtures("soon")
 MAKES = Callable[..., Config]
 SETTINGS = DivergenceSettings(n=2, max_new_tokens=10, group_size=8)
-
-
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(net, "FIRST_DELAY", 0.02)
-    monkeypatch.setattr(net, "START_SECONDS", 0.2)
-
-
-@pytest.fixture(scope="module")
-def server(teacher_dir: Path) -> Iterator[TeacherServer]:
-    with TeacherServer(teacher_dir) as running:
-        yield running
 
 
 def measure(

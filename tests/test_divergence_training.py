@@ -1,7 +1,7 @@
 """Divergence from the teacher during training: on held-out prompts, and on those of a file."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,25 +10,14 @@ import pytest
 from teacher_server import NAME, TeacherServer
 from test_sharding import on_two_processes, train
 
-from poweropd import Config, Trainer, net
+from poweropd import Config, Trainer
 from poweropd.errors import UsageError
 from poweropd.runs.directory import RunDirectory
 from poweropd.runs.files import read_jsonl
 
+pytestmark = pytest.mark.usefixtures("soon")
 MAKES = Callable[..., Config]
 HELD_OUT: dict[str, Any] = {"data.holdout": 6, "train.steps": 4}
-
-
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(net, "FIRST_DELAY", 0.02)
-    monkeypatch.setattr(net, "START_SECONDS", 0.2)
-
-
-@pytest.fixture(scope="module")
-def server(teacher_dir: Path) -> Iterator[TeacherServer]:
-    with TeacherServer(teacher_dir) as running:
-        yield running
 
 
 def divergences(folder: Path) -> dict[int, dict[str, Any]]:

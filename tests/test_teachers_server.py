@@ -23,14 +23,8 @@ from poweropd.rollouts.base import Sampling
 from poweropd.teachers import base
 from poweropd.teachers.server import ServerTeacher
 
+pytestmark = pytest.mark.usefixtures("soon")
 MAKES = Callable[..., Config]
-
-
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tries again at once, and does not wait long for a server at the start."""
-    monkeypatch.setattr(net, "FIRST_DELAY", 0.02)
-    monkeypatch.setattr(net, "START_SECONDS", 0.2)
 
 
 @pytest.fixture

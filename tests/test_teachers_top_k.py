@@ -11,7 +11,7 @@ from other_servers import LOWEST_FLOAT, LlamaCppServer, SGLangServer
 from rollout_cases import make_rollout
 from teacher_server import NAME, TeacherServer, a_short_list, error_500
 
-from poweropd import Config, Trainer, net
+from poweropd import Config, Trainer
 from poweropd.config.teachers import TeacherConfig
 from poweropd.data.rollout import Example, make_example
 from poweropd.errors import RunError, UsageError
@@ -19,15 +19,10 @@ from poweropd.teachers import base
 from poweropd.teachers.server import ServerTeacher
 from poweropd.training import build
 
+pytestmark = pytest.mark.usefixtures("soon")
 MAKES = Callable[..., Config]
 WHOLE = {"objective.kind": "full_vocab"}
 KINDS = {"vllm": TeacherServer, "sglang": SGLangServer, "llama_cpp": LlamaCppServer}
-
-
-@pytest.fixture(autouse=True)
-def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(net, "FIRST_DELAY", 0.02)
-    monkeypatch.setattr(net, "START_SECONDS", 0.2)
 
 
 @pytest.fixture(params=KINDS)
