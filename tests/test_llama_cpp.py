@@ -6,19 +6,16 @@ POWEROPD_LLAMA_CPP names a folder with the program `llama-server`, a model of tr
 """
 
 import os
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 import torch
 from rollout_cases import make_rollout
 from test_teachers_top_k import WHOLE, loss_and_gradient
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from vllm_server import free_port
+from vllm_server import ServerProcess
 
 from poweropd import Config, Trainer
 from poweropd.config.teachers import TeacherConfig
@@ -32,7 +29,6 @@ TEXT = "The capital of France is Paris, a town of 2,102,650 people; é, 漢, �
 CONTEXT = 256
 NAME = "teacher"
 TOP = 6
-START_SECONDS = 120
 
 
 @pytest.fixture(scope="module")
@@ -43,35 +39,25 @@ def folder() -> Path:
     return Path(found)
 
 
+class LlamaServer(ServerProcess):
+    """`llama-server` with two slots, in float32 throughout."""
+
+    def __init__(self, folder: Path, log: Path) -> None:
+        super().__init__(log)
+        self.folder = folder
+
+    def command(self) -> list[str]:
+        command = [str(self.folder / "llama-server"), "--model", str(self.folder / "model.gguf")]
+        command += ["--alias", NAME, "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--threads", "1", "--parallel", "2", "--ctx-size", str(2 * CONTEXT)]
+        command += ["--cache-type-k", "f32", "--cache-type-v", "f32"]
+        return [*command, "--flash-attn", "off"]  # which would round to half precision
+
+
 @pytest.fixture(scope="module")
 def url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where a server of llama.cpp answers, with two slots."""
-    port = free_port()
-    command = [str(folder / "llama-server"), "--model", str(folder / "model.gguf"), "--alias", NAME]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--threads", "1", "--parallel", "2"]
-    command += ["--ctx-size", str(2 * CONTEXT), "--cache-type-k", "f32", "--cache-type-v", "f32"]
-    command += ["--flash-attn", "off"]  # which would round to half precision
-    log = tmp_path_factory.mktemp("llama") / "log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while not healthy(url):
-            assert process.poll() is None, log.read_text()[-3000:]
-            assert time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.2)
-        yield url
-    finally:
-        process.kill()
-        process.wait()
-
-
-def healthy(url: str) -> bool:
-    try:
-        return httpx2.get(f"{url}/health", timeout=5).status_code == 200
-    except httpx2.TransportError:
-        return False
+    with LlamaServer(folder, tmp_path_factory.mktemp("llama") / "log") as running:
+        yield running.url
 
 
 def test_it_gives_the_models_log_probs(folder: Path, url: str) -> None:
